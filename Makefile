@@ -1,0 +1,33 @@
+# Needs only make and a Python >= 3.10; everything else goes into .venv.
+PYTHON_BIN := .venv/bin/python
+STAMP := .venv/.stamp
+
+.DEFAULT_GOAL := help
+.PHONY: help setup model test demo lint clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv with all that is needed (first time 2-5 minutes, then nothing)
+
+$(STAMP): pyproject.toml scripts/setup.sh
+	@bash scripts/setup.sh
+	@touch $(STAMP)
+
+model: $(STAMP) ## fetch and convert the embedded model into the cache (first time about 1 minute)
+	$(PYTHON_BIN) -m sdft_lightning.embedded
+
+test: model ## run all tests on the CPU (a few minutes)
+	$(PYTHON_BIN) -m pytest -q
+
+demo: model ## teach the embedded model a skill on the CPU (some minutes)
+	$(PYTHON_BIN) -m sdft_lightning.demo
+
+lint: $(STAMP) ## check style, format and types (about 1 minute)
+	$(PYTHON_BIN) -m ruff check .
+	$(PYTHON_BIN) -m ruff format --check .
+	$(PYTHON_BIN) -m mypy
+
+clean: ## remove .venv, caches and builds; runs/ and the model cache stay (seconds)
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

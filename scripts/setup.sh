@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Make .venv and install this package into it, editable, with its development tools.
+# `make setup` calls it. Choose the interpreter with PYTHON=/path/to/python.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+torch_version=2.13.0 # the version that the tests run with
+python=.venv/bin/python
+
+say() { printf '[setup] %s\n' "$*"; }
+install() { "$python" -m pip install -qq "$@"; } # -qq: errors only
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3}; do
+    # Tried out, not only looked up: pyenv leaves names that only print an error.
+    if "$candidate" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' \
+      >/dev/null 2>&1; then
+      echo "$candidate"
+      return
+    fi
+  done
+  say "no Python >= 3.10 with venv and ensurepip; install one, or set PYTHON=/path/to/python" >&2
+  return 1
+}
+
+install_torch() {
+  if "$python" -c 'import torch' >/dev/null 2>&1; then
+    return
+  fi
+  if command -v nvidia-smi >/dev/null 2>&1 || [ "$(uname -s)" != Linux ]; then
+    say "installing torch $torch_version"
+    install "torch==$torch_version"
+  elif [[ $("$python" -m pip config list) == *find-links* ]]; then
+    # Whoever set pip's find-links offers wheels of their own, a CPU build of torch perhaps.
+    say "installing torch $torch_version as pip's find-links has it"
+    install "torch==$torch_version"
+  else
+    # On Linux PyPI's torch brings gigabytes of CUDA, so PyTorch's own index of CPU builds first.
+    say "no NVIDIA GPU: installing the CPU build of torch $torch_version"
+    install --retries 1 "torch==$torch_version" \
+      --index-url https://download.pytorch.org/whl/cpu ||
+      install "torch==$torch_version"
+  fi
+}
+
+install_package() {
+  local constraint
+  constraint=$(mktemp)
+  # With the installed torch as a constraint, pip cannot trade it for a CUDA build.
+  "$python" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' \
+    >"$constraint"
+  say "installing sdft-lightning[dev,lora] with $(cat "$constraint")"
+  install --constraint "$constraint" --editable ".[dev,lora]"
+  rm -f "$constraint"
+}
+
+if ! "$python" -c 'import pip' >/dev/null 2>&1; then
+  base=$(find_python)
+  say "making .venv with $("$base" --version)"
+  "$base" -m venv --clear .venv
+fi
+install --upgrade pip
+install_torch
+install_package
+say "done in $SECONDS s; run .venv/bin/sdft --help, or make test"

@@ -1,0 +1,130 @@
+"""A tiny random model with a tokenizer and chat template, and small data, built on the spot."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# Two cores and small tensors: threads of a pool only get in each other's way.
+torch.set_num_threads(1)
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
+    " + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking %}{{ '<think>\n' }}{% endif %}{% endif %}"
+)
+
+
+def build_tokenizer(chat_template: str | None = CHATML) -> Any:
+    """A byte-level tokenizer of 256 bytes and the special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    vocabulary = {token: i for i, token in enumerate(special + alphabet)}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        unk_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        additional_special_tokens=special,
+    )
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def build_model(tokenizer: Any, seed: int = 0, **changes: Any) -> Any:
+    """A Llama of two layers with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    options: dict[str, Any] = {
+        "vocab_size": 272,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.3,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+        **changes,
+    }
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**options)).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """The tiny tokenizer; its padding token is its end-of-sequence token."""
+    return build_tokenizer()
+
+
+@pytest.fixture
+def model(tokenizer: Any) -> Any:
+    """A fresh tiny model."""
+    return build_model(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """The tiny model as a `save_pretrained` folder."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    build_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def example_rows(count: int = 12) -> list[dict[str, Any]]:
+    """Short rows with all columns."""
+    return [
+        {
+            "id": f"row-{i}",
+            "prompt": f"Q{i}?",
+            "demonstration": f"It is {i}.",
+            "context": f"Text {i}.",
+            "reference": [str(i)],
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Callable[..., Path]:
+    """Write rows as JSON Lines and return the path."""
+
+    def write(rows: list[dict[str, Any]], name: str = "rows.jsonl") -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def train_file(write_rows: Callable[..., Path]) -> Path:
+    """Twelve training rows."""
+    return write_rows(example_rows(), "train.jsonl")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data beside the repository; skips where it is absent."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("SDFT_SHARED_DATA", default))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set SDFT_SHARED_DATA to its folder")
+    return folder

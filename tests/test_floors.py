@@ -1,0 +1,141 @@
+"""Keeps the floors of DESIGN: a room of the package imports only from lower floors.
+
+A room is a module or sub-package directly under `sdft_lightning`. A new room is entered in
+`FLOORS`; an exception, should one ever be right, in `ALLOWANCES` with its reason.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "sdft_lightning"
+
+# DESIGN §3, with half floors for the rooms that others of the same floor stand on.
+FLOORS: dict[str, float] = {
+    "__init__": 0,  # the version alone; imports nothing of the project
+    "errors": 0,
+    "quiet": 0,
+    "types": 0,
+    "uniforms": 0,
+    "masking": 0.5,
+    "divergence": 1,
+    "hidden": 1,
+    "prompts": 1,
+    "graders": 1,
+    "embedded": 1,
+    "bounded": 1.5,
+    "teacher": 1.5,
+    "tokenization": 1.5,
+    "policy": 2,
+    "rollout": 2,
+    "data": 2,
+    "modules": 3,
+    "callbacks": 4,
+    "continual": 5,
+    "run_folder": 5,
+    "cli": 6,
+    "demo": 6.5,
+}
+# (importing room, imported room): why it is right although the floors forbid it.
+ALLOWANCES: dict[tuple[str, str], str] = {}
+# (importing room, imported room): why it is wrong although the floors allow it.
+FORBIDDEN = {("modules", "data"): "modules and data meet only in types"}
+
+
+def room_of(path: Path, package: Path) -> str:
+    """Name the room that a file belongs to."""
+    return path.relative_to(package).parts[0].removesuffix(".py")
+
+
+def imported_modules(path: Path, package: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the line and the dotted name, split, of all that a file imports from the package.
+
+    Imports inside functions and under `TYPE_CHECKING` count: they tie rooms together as well.
+    """
+    location = [package.name, *path.relative_to(package).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = location[: len(location) - node.level + 1] if node.level else []
+            base = base + (node.module.split(".") if node.module else [])
+            names = [[*base, alias.name] for alias in node.names]
+        else:
+            continue
+        yield from ((node.lineno, name) for name in names if name[0] == package.name)
+
+
+def imported_rooms(path: Path, package: Path) -> list[tuple[int, str]]:
+    """List the line and the room of all that a file imports from the package."""
+    rooms = {room_of(file, package) for file in package.rglob("*.py")} | set(FLOORS)
+    # `from sdft_lightning import __version__` and the like enter no room.
+    entered = {(line, name[1]) for line, name in imported_modules(path, package) if name[1:]}
+    return sorted(pair for pair in entered if pair[1] in rooms)
+
+
+def violations(package: Path) -> list[str]:
+    """List what breaks the floors, one line for each import, ready to be read."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        room = room_of(path, package)
+        if room not in FLOORS:
+            found.append(f"{path.name}: room {room!r} has no floor; enter it in FLOORS")
+            continue
+        for line, other in imported_rooms(path, package):
+            if other == room or (room, other) in ALLOWANCES:
+                continue
+            where = f"{path.relative_to(package)}:{line}: {room} imports {other}"
+            if (room, other) in FORBIDDEN:
+                found.append(f"{where}: {FORBIDDEN[room, other]}")
+            elif FLOORS.get(other, len(FLOORS)) >= FLOORS[room]:
+                found.append(f"{where}, which is not on a lower floor")
+    return found
+
+
+def test_package_keeps_its_floors() -> None:
+    assert list(PACKAGE.rglob("*.py")), f"no package at {PACKAGE}"
+    assert violations(PACKAGE) == []
+
+
+def test_every_allowance_is_used() -> None:
+    pairs = {
+        (room_of(path, PACKAGE), other)
+        for path in PACKAGE.rglob("*.py")
+        for _, other in imported_rooms(path, PACKAGE)
+    }
+    assert set(ALLOWANCES) <= pairs
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "breaks"),
+    [
+        ("types.py", "from sdft_lightning.masking import loss_mask", True),  # same floor
+        ("types.py", "from sdft_lightning import masking", True),
+        ("types.py", "import sdft_lightning.modules.sdft as sdft", True),
+        ("types.py", "from . import teacher", True),
+        ("types.py", "from .teacher import EMATeacher", True),
+        ("types.py", "def f():\n    from sdft_lightning.cli import main", True),
+        ("types.py", "if TYPE_CHECKING:\n    from sdft_lightning.cli import main", True),
+        ("data/collation.py", "from ..policy import load_policy", True),
+        ("data/collation.py", "from ..modules.base import Base", True),
+        ("modules/sdft.py", "from sdft_lightning.data import collation", True),
+        ("modules/deep/er.py", "from ...data import collation", True),
+        ("attic.py", "import torch", True),  # no floor
+        ("types.py", "from sdft_lightning import __version__", False),
+        ("types.py", "import torch, sdft_lightning_other.cli", False),
+        ("modules/sdft.py", "from .base import Base", False),
+        ("modules/sdft.py", "from . import base", False),
+        ("modules/sdft.py", "from ..types import Rollout", False),
+        ("modules/sdft.py", "from sdft_lightning.rollout import generate_rollout", False),
+        ("cli.py", "from sdft_lightning.data.collation import collate", False),
+    ],
+)
+def test_checker_tells_what_breaks_the_floors(
+    file: str, line: str, breaks: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "sdft_lightning" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(line + "\n")
+    assert len(violations(tmp_path / "sdft_lightning")) == int(breaks)

@@ -1,0 +1,43 @@
+"""Does a grader call the gold answers correct?"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from sdft_lightning.errors import UserError
+from sdft_lightning.graders.registry import get_grader
+
+
+class GoldSelfTest(NamedTuple):
+    """Outcome of a gold self-test.
+
+    Attributes:
+        passed: number of gold texts with the full score.
+        total: number of gold texts.
+        failing: indices of the others, ascending.
+    """
+
+    passed: int
+    total: int
+    failing: list[int]
+
+
+def gold_self_test(name: str, references: Sequence[Any], gold_texts: Sequence[str]) -> GoldSelfTest:
+    """Grade the gold texts themselves: what is missing from `total` no model can reach.
+
+    Args:
+        name: the grader.
+        references: one reference a row.
+        gold_texts: the right completion of the same rows, in the same order.
+
+    Raises:
+        UserError: unknown grader, a reference of the wrong form, or unequal lengths.
+    """
+    if len(references) != len(gold_texts):
+        raise UserError(
+            f"references and gold_texts must have one entry a row each; got {len(references)} "
+            f"and {len(gold_texts)}. Build both from the same rows."
+        )
+    grader = get_grader(name)
+    pairs = zip(gold_texts, references, strict=True)
+    failing = [i for i, (text, reference) in enumerate(pairs) if grader(text, reference) < 1.0]
+    return GoldSelfTest(len(gold_texts) - len(failing), len(gold_texts), failing)

@@ -1,0 +1,126 @@
+"""Hidden states of a causal language model where they are needed, and its output head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdft_lightning.errors import UserError
+from sdft_lightning.masking import position_ids
+from sdft_lightning.types import OutputHead
+
+# Greatest relative difference between the model's own logits and those of `output_head`.
+_HEAD_TOLERANCE = 2e-2
+
+
+def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Last hidden states, after the final norm: what the output head is applied to.
+
+    Args:
+        model: A causal language model of transformers.
+        input_ids: `(B, L)`, padded on either side.
+        attention_mask: `(B, L)` boolean.
+
+    Returns:
+        `(B, L, D)`.
+    """
+    output = model.base_model(
+        input_ids=input_ids,
+        attention_mask=attention_mask.long(),
+        position_ids=position_ids(attention_mask),
+        use_cache=False,
+    )
+    hidden: Tensor = output.last_hidden_state  # (B, L, D)
+    return hidden
+
+
+def completion_hidden_states(
+    model: Any,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    keep: Tensor,
+) -> Tensor:
+    """Hidden states that predict the kept completion tokens.
+
+    The state at a position predicts the token after it, so those of a completion begin at the
+    last prompt token.
+
+    Args:
+        model: A causal language model of transformers.
+        prompt_ids: `(B, P)`, padded on the left.
+        prompt_mask: `(B, P)`.
+        completion_ids: `(B, T)`, padded on the right.
+        completion_mask: `(B, T)`.
+        keep: `(B, T)` tokens of which the state is wanted.
+
+    Returns:
+        `(N, D)` with N = keep.sum(), row by row.
+    """
+    input_ids = torch.cat([prompt_ids, completion_ids], dim=1)  # (B, P + T)
+    attention_mask = torch.cat([prompt_mask, completion_mask], dim=1)  # (B, P + T)
+    hidden = hidden_states(model, input_ids, attention_mask)  # (B, P + T, D)
+    predicting = hidden[:, prompt_ids.shape[1] - 1 : -1]  # (B, T, D)
+    return predicting[keep]  # (N, D)
+
+
+def output_head(model: Any) -> OutputHead:
+    """The head of a causal language model, with the scale and cap that its config names.
+
+    Args:
+        model: A causal language model of transformers.
+
+    Returns:
+        Views of the model's own parameters.
+
+    Raises:
+        UserError: If the model has no linear head.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise UserError(
+            f"model_name: {type(model).__name__} has no linear output head (found "
+            f"{type(head).__name__}); the loss needs one. Use a causal language model."
+        )
+    config = model.config
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    return OutputHead(head.weight, head.bias, float(scale), softcap)
+
+
+def apply_head(head: OutputHead, hidden: Tensor) -> Tensor:
+    """Logits `(..., V)` of hidden states `(..., D)`; for few tokens, as all V are formed."""
+    logits = nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
+    logits = logits * head.scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return logits
+
+
+@torch.no_grad()
+def check_output_head(model: Any) -> None:
+    """Compare `output_head` with the model's own logits on three tokens, before any training.
+
+    Raises:
+        UserError: If they differ, that is, if the model does more between its last hidden state
+            and its logits than is known here.
+    """
+    device = next(model.parameters()).device
+    ids = torch.tensor([[0, 1, 2]], device=device)  # (1, 3)
+    mask = torch.ones_like(ids, dtype=torch.bool)  # (1, 3)
+    was_training = model.training
+    model.eval()
+    own = model(input_ids=ids, attention_mask=mask.long()).logits.float()  # (1, 3, V)
+    ours = apply_head(output_head(model), hidden_states(model, ids, mask)).float()  # (1, 3, V)
+    model.train(was_training)
+    difference = float((own - ours).abs().max() / own.abs().max().clamp(min=1e-6))
+    if difference > _HEAD_TOLERANCE:
+        raise UserError(
+            f"model_name: {type(model).__name__} changes its logits in a way that the loss does "
+            f"not know (relative difference {difference:.2g}); training it would be wrong. "
+            "Please report the model's name."
+        )

@@ -1,0 +1,120 @@
+"""The policy: a causal language model made ready for training, with its tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from sdft_lightning.errors import UserError
+from sdft_lightning.hidden import check_output_head
+from sdft_lightning.tokenization import EMBEDDED, load_tokenizer, resolve_model, stop_ids
+
+WeightsDtype = Literal["float32", "bfloat16"]
+
+
+class Policy(NamedTuple):
+    """A model with what belongs to it.
+
+    Attributes:
+        model: A causal language model of transformers, dropout off, in train mode.
+        tokenizer: Its tokenizer.
+        stop_ids: Ids of which any ends a completion.
+    """
+
+    model: Any
+    tokenizer: Any
+    stop_ids: list[int]
+
+
+def load_policy(
+    model_name: str,
+    revision: str | None = None,
+    weights_dtype: WeightsDtype = "float32",
+    attn_implementation: str | None = None,
+    gradient_checkpointing: bool = False,
+) -> Policy:
+    """Load a policy; safetensors only, and never code from the Hub.
+
+    Args:
+        model_name: `embedded`, a folder written by `save_pretrained`, or a Hub id.
+        revision: Branch, tag or commit on the Hub.
+        weights_dtype: Dtype of the trained weights. With bfloat16 small updates are rounded
+            away (METHOD §4).
+        attn_implementation: Passed to transformers, e.g. `sdpa` or `flash_attention_2`.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+
+    Returns:
+        The policy.
+
+    Raises:
+        UserError: If there is no such model, or it is not one that can be trained here.
+    """
+    model = _load_model(model_name, revision, weights_dtype, attn_implementation)
+    tokenizer = load_tokenizer(model_name, revision)
+    check_vocabulary(model, tokenizer, model_name)
+    disable_dropout_(model)
+    check_output_head(model)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    return Policy(model, tokenizer, stop_ids(tokenizer, model.generation_config))
+
+
+def _load_model(
+    model_name: str,
+    revision: str | None,
+    weights_dtype: WeightsDtype,
+    attn_implementation: str | None,
+) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            resolve_model(model_name),
+            revision=revision,
+            dtype=getattr(torch, weights_dtype),
+            use_safetensors=True,
+            trust_remote_code=False,
+            **options,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"model_name: no model could be loaded from {model_name}: {error} Allowed are "
+            f"`{EMBEDDED}`, a folder written by save_pretrained with safetensors, or a Hub id "
+            "that this machine can reach."
+        ) from error
+
+
+def check_vocabulary(model: Any, tokenizer: Any, model_name: str) -> None:
+    """Refuse a tokenizer with more tokens than the model has embeddings.
+
+    Raises:
+        UserError: If ids would be out of range.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"model_name: the tokenizer of {model_name} has {len(tokenizer)} tokens, the model "
+            f"only {rows} embeddings. Use the tokenizer that belongs to the model."
+        )
+
+
+def disable_dropout_(model: nn.Module) -> None:
+    """Turn all dropout off: in modules, and in the rates that attention reads at run time."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "activation_dropout", "dropout_p"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    config = getattr(model, "config", None)
+    for name in list(vars(config) if config is not None else {}):
+        if name.endswith(("dropout", "pdrop", "dropout_prob")) and isinstance(
+            getattr(config, name), float
+        ):
+            setattr(config, name, 0.0)

@@ -1,0 +1,163 @@
+"""Sampling completions with a transformers model, row by row independent of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdft_lightning.masking import position_ids
+from sdft_lightning.rollout.sampling import Sampling, choose_tokens
+from sdft_lightning.types import Rollout
+
+# Finished rows are dropped from the batch when at least this fraction of it is finished.
+_COMPACT_AT = 0.25
+
+
+def greedy_rollout(
+    model: Any,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    max_new_tokens: int,
+    stop_ids: list[int],
+    pad_id: int,
+) -> Rollout:
+    """The likeliest completion of each prompt, token by token; see `generate_rollout`."""
+    sampling = Sampling(max_new_tokens=max_new_tokens)
+    return generate_rollout(model, prompt_ids, prompt_mask, sampling, None, stop_ids, pad_id)
+
+
+@torch.no_grad()
+def generate_rollout(
+    model: Any,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    sampling: Sampling,
+    uniforms: Tensor | None,
+    stop_ids: list[int],
+    pad_id: int,
+) -> Rollout:
+    """Sample completions; the model is in eval mode meanwhile.
+
+    Each token is the inverse CDF at the uniform number of its (row, position), so a row's
+    completion does not depend on the batch around it (up to floating-point ties).
+
+    Args:
+        model: A causal language model of transformers.
+        prompt_ids: `(B, P)`, padded on the left.
+        prompt_mask: `(B, P)` boolean.
+        sampling: Temperature, truncation, length, completions per prompt (n).
+        uniforms: `(B · n, max_new_tokens)` in [0, 1), see `uniforms.row_uniforms`; None samples
+            greedily.
+        stop_ids: Ids of which any ends a completion; it is part of the completion.
+        pad_id: Id that fills the rest of a row.
+
+    Returns:
+        The rollout, as long as its longest completion.
+    """
+    samples = sampling.completions_per_prompt
+    rows = prompt_ids.shape[0] * samples
+    shape = (rows, sampling.max_new_tokens)
+    device = prompt_ids.device
+    ids = torch.full(shape, pad_id, dtype=torch.long, device=device)  # (R, T)
+    mask = torch.zeros(shape, dtype=torch.bool, device=device)  # (R, T)
+    log_probs = torch.zeros(shape, device=device)  # (R, T)
+    stops = torch.tensor(stop_ids, device=device)  # (S,)
+    alive = torch.arange(rows, device=device)  # rows that are still sampled
+    length = 0
+    with eval_mode(model):
+        decoder = _Decoder(model, prompt_ids, prompt_mask, samples)
+        logits = decoder.prefill()  # (R, V)
+        for step in range(sampling.max_new_tokens):
+            numbers = None if uniforms is None else uniforms[alive.cpu(), step]
+            tokens, chosen = choose_tokens(logits, sampling, numbers)  # (A,)
+            ids[alive, step], mask[alive, step], log_probs[alive, step] = tokens, True, chosen
+            length = step + 1
+            going = ~torch.isin(tokens, stops)  # (A,)
+            alive, tokens = alive[going], tokens[going]
+            if alive.numel() == 0 or length == sampling.max_new_tokens:
+                break
+            logits = decoder.step(tokens, going)  # (A, V)
+    truncated = torch.zeros(rows, dtype=torch.bool, device=device)  # (R,)
+    truncated[alive] = True
+    return Rollout(ids[:, :length], mask[:, :length], log_probs[:, :length], truncated)
+
+
+class _Decoder:
+    """Keys and values of the rows that go on, and the next logits of each.
+
+    Finished rows stay in the batch until enough of them can be dropped at once.
+    """
+
+    def __init__(self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor, samples: int) -> None:
+        self.model = model
+        self.prompt_ids = prompt_ids
+        self.samples = samples
+        self.mask = prompt_mask.bool()  # (B, L)
+        self.going = torch.ones(prompt_ids.shape[0] * samples, dtype=torch.bool)  # (A,)
+        self.cache: Any = None
+
+    def prefill(self) -> Tensor:
+        """Read the prompts once for all samples of each; logits `(B · n, V)`."""
+        output = self.model(
+            input_ids=self.prompt_ids,
+            attention_mask=self.mask.long(),
+            position_ids=position_ids(self.mask),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.cache = output.past_key_values
+        logits: Tensor = output.logits[:, -1]  # (B, V)
+        if self.samples > 1:
+            self.cache.batch_repeat_interleave(self.samples)
+            self.mask = self.mask.repeat_interleave(self.samples, dim=0)  # (R, L)
+            logits = logits.repeat_interleave(self.samples, dim=0)  # (R, V)
+        return logits
+
+    def step(self, tokens: Tensor, going: Tensor) -> Tensor:
+        """Append one token to each row that goes on.
+
+        Args:
+            tokens: `(A,)` for the rows that go on.
+            going: Which of the rows of the last call they are.
+
+        Returns:
+            Logits `(A, V)`.
+        """
+        slots = self.going.to(going.device).nonzero().squeeze(-1)[going]  # (A,) places in the batch
+        size = self.mask.shape[0]
+        if slots.numel() <= (1 - _COMPACT_AT) * size:
+            self.cache.batch_select_indices(slots)
+            self.mask = self.mask[slots]  # (A, L)
+            size = slots.numel()
+            slots = torch.arange(size, device=slots.device)
+        self.going = torch.zeros(size, dtype=torch.bool, device=slots.device)
+        self.going[slots] = True
+        column = torch.ones_like(self.mask[:, :1])  # (S, 1)
+        self.mask = torch.cat([self.mask, column], dim=1)  # (S, L + 1)
+        inputs = torch.zeros(size, dtype=torch.long, device=slots.device)  # (S,)
+        inputs[slots] = tokens
+        output = self.model(
+            input_ids=inputs.unsqueeze(-1),
+            attention_mask=self.mask.long(),
+            position_ids=position_ids(self.mask)[:, -1:],
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        logits: Tensor = output.logits[slots, -1]  # (A, V)
+        return logits
+
+
+@contextmanager
+def eval_mode(model: Any) -> Iterator[None]:
+    """Put a model into eval mode, and each of its parts back into the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,112 @@
+"""From logits to tokens: temperature, truncation, and inverse CDF with a given uniform number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdft_lightning.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are sampled; the defaults are the paper's.
+
+    Args:
+        max_new_tokens: Longest completion, in tokens.
+        temperature: Logits are divided by it, also in the loss. 1 is on-policy.
+        top_k: Keep the k likeliest tokens; 0 keeps all.
+        top_p: Keep the likeliest tokens that together reach this probability; 1 keeps all.
+        min_p: Keep tokens with at least this fraction of the likeliest one's probability; 0
+            keeps all.
+        completions_per_prompt: Completions sampled for each prompt.
+    """
+
+    max_new_tokens: int = 1024
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    completions_per_prompt: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        limits = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "1 and more"),
+            "temperature": (self.temperature > 0, "above 0 (validation is greedy by itself)"),
+            "top_k": (self.top_k >= 0, "0 (all tokens) and more"),
+            "top_p": (0 < self.top_p <= 1, "0 < top_p <= 1"),
+            "min_p": (0 <= self.min_p < 1, "0 <= min_p < 1"),
+            "completions_per_prompt": (self.completions_per_prompt >= 1, "1 and more"),
+        }
+        for name, (allowed, text) in limits.items():
+            if not allowed:
+                raise UserError(f"sampling.{name}: got {getattr(self, name)}, allowed is {text}.")
+
+
+def truncate_probs(probs: Tensor, sampling: Sampling) -> Tensor:
+    """Zero the tokens that top-k, top-p and min-p drop; each looks at the whole distribution.
+
+    Args:
+        probs: `(B, V)` probabilities.
+        sampling: Which tokens stay.
+
+    Returns:
+        `(B, V)`, not renormalised.
+    """
+    if sampling.top_k == 0 and sampling.top_p == 1.0 and sampling.min_p == 0.0:
+        return probs
+    keep = torch.ones_like(probs, dtype=torch.bool)  # (B, V)
+    if 0 < sampling.top_k < probs.shape[-1]:
+        smallest = probs.topk(sampling.top_k, dim=-1).values[:, -1:]  # (B, 1)
+        keep &= probs >= smallest
+    if sampling.top_p < 1.0:
+        ordered, indices = probs.sort(dim=-1, descending=True)  # (B, V)
+        before = ordered.cumsum(dim=-1) - ordered  # (B, V) mass of likelier tokens
+        keep &= torch.zeros_like(keep).scatter(-1, indices, before < sampling.top_p)
+    if sampling.min_p > 0.0:
+        keep &= probs >= sampling.min_p * probs.amax(dim=-1, keepdim=True)
+    return probs * keep
+
+
+def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """The token at which the cumulative distribution passes a uniform number.
+
+    Args:
+        probs: `(B, V)`, not necessarily normalised; zero for tokens that must not be chosen.
+        uniforms: `(B,)` in [0, 1), float64.
+
+    Returns:
+        `(B,)` token ids, never one with probability zero.
+    """
+    # float64 where the device has it: in float32 the sum over a vocabulary blurs rare tokens.
+    dtype = torch.float32 if probs.device.type == "mps" else torch.float64
+    cumulative = probs.cumsum(dim=-1, dtype=dtype)  # (B, V)
+    total = cumulative[:, -1:]  # (B, 1)
+    target = uniforms.to(probs.device, dtype).unsqueeze(-1) * total  # (B, 1)
+    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)  # (B,)
+
+
+def choose_tokens(
+    logits: Tensor, sampling: Sampling, uniforms: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One token a row, and its log-probability.
+
+    Args:
+        logits: `(B, V)`.
+        sampling: Temperature and truncation.
+        uniforms: `(B,)`, or None for the likeliest token.
+
+    Returns:
+        Token ids `(B,)`, and their log-probabilities `(B,)` in float32 at the temperature, before
+        truncation.
+    """
+    log_probs = torch.log_softmax(logits.float() / sampling.temperature, dim=-1)  # (B, V)
+    if uniforms is None:
+        tokens = log_probs.argmax(dim=-1)  # (B,)
+    else:
+        tokens = inverse_cdf(truncate_probs(log_probs.exp(), sampling), uniforms)  # (B,)
+    return tokens, log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)

@@ -1,0 +1,78 @@
+"""Weights to sample with: the student's own, or a bfloat16 copy of them where that is faster."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+SamplingDtype = Literal["auto", "same", "bfloat16"]
+
+
+class SamplingWeights:
+    """Keeps a bfloat16 copy of a model and refreshes it when the model has moved.
+
+    The copy is no part of any module: it is never trained, moved or saved.
+
+    Args:
+        dtype: same samples with the trained weights, bfloat16 with a copy; auto takes the copy
+            where the hardware multiplies bfloat16 natively and the weights are float32.
+    """
+
+    def __init__(self, dtype: SamplingDtype = "auto") -> None:
+        self.dtype = dtype
+        self._copy: Any = None
+        self._version: object = None
+
+    def model(self, student: Any, version: object) -> Any:
+        """The model to sample with.
+
+        Args:
+            student: The trained model.
+            version: Anything that changes whenever the weights do, e.g. the optimizer step.
+
+        Returns:
+            `student` itself or its up-to-date copy in eval mode.
+        """
+        if not self.uses_copy(student):
+            return student
+        if self._copy is None or _device(self._copy) != _device(student):
+            # Never as inference tensors, or the copy could not be refreshed later.
+            with torch.inference_mode(False), torch.no_grad():
+                self._copy = copy.deepcopy(student).to(torch.bfloat16).eval().requires_grad_(False)
+            self._version = version
+        elif version != self._version:
+            with torch.inference_mode(False), torch.no_grad():
+                for target, source in zip(
+                    self._copy.parameters(), student.parameters(), strict=True
+                ):
+                    target.copy_(source)
+            self._version = version
+        return self._copy
+
+    def uses_copy(self, student: nn.Module) -> bool:
+        """Whether a copy is used for this model on its device."""
+        if self.dtype == "same" or next(student.parameters()).dtype != torch.float32:
+            return False
+        return self.dtype == "bfloat16" or has_native_bfloat16(_device(student))
+
+    def forget(self) -> None:
+        """Drop the copy, e.g. after weights were loaded."""
+        self._copy = None
+
+
+def has_native_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        # Only with AMX tiles: AVX-512 alone multiplies bfloat16 no faster than float32.
+        probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+        return bool(probe()) if probe is not None else False
+    return False
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device

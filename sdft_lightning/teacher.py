@@ -1,0 +1,200 @@
+"""The teacher: a copy of the student that sees the demonstration.
+
+It is always in eval mode, never sees a gradient, keeps its weights in float32 whatever the
+student trains in, shares no storage with it, and is part of checkpoints.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdft_lightning.errors import UserError
+from sdft_lightning.hidden import completion_hidden_states, output_head
+from sdft_lightning.types import OutputHead
+
+
+class Teacher(nn.Module):
+    """What all teachers have in common. `model` is None until `copy_from` was called."""
+
+    model: nn.Module | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = None
+        self.eval()
+
+    def copy_from(self, student: nn.Module) -> None:
+        """Become a copy of the student, in float32 and in storage of its own.
+
+        Args:
+            student: A causal language model of transformers.
+        """
+        model = copy.deepcopy(student)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+            parameter.data = parameter.data.float()
+        self.model = model.eval()
+
+    @torch.no_grad()
+    def update_(self, student: nn.Module, step: int) -> None:
+        """Move after an optimizer step; a frozen teacher stays.
+
+        Args:
+            student: The model after the step.
+            step: Number of optimizer steps taken, from 1.
+        """
+
+    @torch.no_grad()
+    def forward(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        completion_ids: Tensor,
+        completion_mask: Tensor,
+        keep: Tensor,
+    ) -> Tensor:
+        """Hidden states `(N, D)` at the kept tokens, see `completion_hidden_states`."""
+        return completion_hidden_states(
+            self.network, prompt_ids, prompt_mask, completion_ids, completion_mask, keep
+        )
+
+    @property
+    def network(self) -> Any:
+        """The model that answers.
+
+        Raises:
+            RuntimeError: Before `copy_from`.
+        """
+        if self.model is None:
+            raise RuntimeError("The teacher has no model yet: call copy_from(student) first.")
+        return self.model
+
+    @property
+    def head(self) -> OutputHead:
+        """The teacher's output head."""
+        return output_head(self.network)
+
+    @torch.no_grad()
+    def distance(self, student: nn.Module) -> float:
+        """‖teacher − student‖ / ‖student‖ over all parameters, 0 for the same weights."""
+        apart = torch.zeros((), dtype=torch.float64)
+        size = torch.zeros((), dtype=torch.float64)
+        for name, mine, theirs in _pairs(self.network, student):
+            del name
+            apart += (mine.float() - theirs.float()).square().sum().double().cpu()
+            size += theirs.float().square().sum().double().cpu()
+        return float((apart / size).sqrt())
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stay in eval mode, whatever is asked."""
+        return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:
+        """Follow a move to a device, but not a cast: `module.to(bfloat16)` leaves float32."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device)).device)
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class FrozenTeacher(Teacher):
+    """The model as it was before training."""
+
+
+class EMATeacher(Teacher):
+    """An exponential moving average of the student: φ ← (1 − r) φ + r θ (METHOD §1).
+
+    Args:
+        update_rate: r, the weight of the student; 0.01 to 0.05 in the paper.
+        every: Optimizer steps between two updates.
+    """
+
+    def __init__(self, update_rate: float = 0.01, every: int = 1) -> None:
+        super().__init__()
+        if not 0 < update_rate <= 1:
+            raise UserError(
+                f"teacher.update_rate: got {update_rate}, allowed is 0 < update_rate <= 1 (the "
+                "weight of the student). For a teacher that never moves choose FrozenTeacher."
+            )
+        if every < 1:
+            raise UserError(f"teacher.every: got {every}, allowed are 1 and more.")
+        self.update_rate = update_rate
+        self.every = every
+
+    @torch.no_grad()
+    def update_(self, student: nn.Module, step: int) -> None:
+        """Move toward the student, if `step` is a multiple of `every`."""
+        if step % self.every == 0:
+            for _, mine, theirs in _pairs(self.network, student):
+                ema_(mine, theirs, self.update_rate)
+
+
+class LiveTeacher(Teacher):
+    """The student itself, in eval mode and without gradient. The paper's ablation: it collapses.
+
+    It has no weights of its own, hence nothing in checkpoints.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._student: list[nn.Module] = []  # in a list, so that it is no submodule
+
+    def copy_from(self, student: nn.Module) -> None:
+        """Keep a reference to the student; nothing is copied."""
+        self._student = [student]
+
+    @property
+    def network(self) -> Any:
+        """The student.
+
+        Raises:
+            RuntimeError: Before `copy_from`.
+        """
+        if not self._student:
+            raise RuntimeError("The teacher has no model yet: call copy_from(student) first.")
+        return self._student[0]
+
+    @torch.no_grad()
+    def forward(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        completion_ids: Tensor,
+        completion_mask: Tensor,
+        keep: Tensor,
+    ) -> Tensor:
+        """As `Teacher.forward`, with the student put into eval mode meanwhile."""
+        was_training = self.network.training
+        self.network.eval()
+        try:
+            return super().forward(prompt_ids, prompt_mask, completion_ids, completion_mask, keep)
+        finally:
+            self.network.train(was_training)
+
+
+@torch.no_grad()
+def ema_(average: Tensor, value: Tensor, rate: float) -> None:
+    """Average ← (1 − rate) · average + rate · value, in place and in the average's dtype."""
+    average.lerp_(value.to(average.dtype), rate)
+
+
+def _pairs(teacher: nn.Module, student: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
+    """Parameters of both, matched by name; tied ones once.
+
+    Raises:
+        UserError: If the names differ.
+    """
+    mine = dict(teacher.named_parameters())
+    theirs = dict(student.named_parameters())
+    if mine.keys() != theirs.keys():
+        odd = sorted(mine.keys() ^ theirs.keys())[:3]
+        raise UserError(f"teacher: its parameters are not the student's, e.g. {odd}.")
+    return [(name, mine[name], theirs[name]) for name in mine]

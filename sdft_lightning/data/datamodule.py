@@ -1,0 +1,253 @@
+"""Demonstrations as a LightningDataModule."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import lightning as L
+from torch.utils.data import DataLoader
+
+from sdft_lightning.data.loader import (
+    EvaluationSampler,
+    PromptDataset,
+    ResumableLoader,
+    WindowSampler,
+)
+from sdft_lightning.data.rows import Columns, parse_rows
+from sdft_lightning.data.sources import Source, read_rows
+from sdft_lightning.data.tokenize import Lengths, Tokenizer, length_report, tokenize_rows
+from sdft_lightning.errors import UserError, check_choice
+from sdft_lightning.graders import GRADERS, check_reference
+from sdft_lightning.prompts import PromptStyle, check_same_header
+from sdft_lightning.tokenization import load_stop_ids, load_tokenizer
+from sdft_lightning.types import PromptBatch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A further set of graded questions: an ability that training must not lose.
+
+    Args:
+        source: File or Hub data set.
+        grader: Name of its grader.
+        columns: Its column map.
+    """
+
+    source: Source
+    grader: str
+    columns: Columns = field(default_factory=lambda: Columns(reference="reference"))
+
+
+class _PlannedSet(NamedTuple):
+    """A set that a stage needs: where it is, what it is called, how it is graded."""
+
+    key: str
+    task: str
+    source: Source
+    columns: Columns
+    grader: str | None
+
+
+class DemonstrationDataModule(L.LightningDataModule):
+    """Demonstrations for training, and graded questions for validation and test.
+
+    Args:
+        model_name: Set from model.model_name; its tokenizer is used.
+        revision: Set from model.revision.
+        train: Demonstrations: a .jsonl, .json or .parquet file, a save_to_disk folder,
+            `example:<name>/<file>`, or {repo, split} on the Hub.
+        validation: Questions that are answered and graded during training; as train.
+        test: Questions for the test command; as train.
+        predict: Questions for the predict command; as train, grades and demonstrations not needed.
+        name: Name of the task in logs: val/task/<name>/accuracy.
+        grader: How completions are graded: contains, exact, choice, tool_call_released; nothing is
+            graded without one.
+        held_out: Further graded sets by name, validated and tested beside the task.
+        columns: Which column holds what.
+        prompts: How the teacher is shown the demonstration.
+        lengths: What fits, and what happens to rows that do not.
+        batch_size: Prompts of a micro-batch on one device; times accumulate_grad_batches and
+            devices are the prompts of an optimizer step.
+        eval_batch_size: Prompts of a validation batch.
+        num_workers: Processes that collate batches.
+        seed: Seed of the order of rows; set from seed_everything.
+    """
+
+    def __init__(
+        self,
+        model_name: str = "embedded",
+        revision: str | None = None,
+        train: Source | None = None,
+        validation: Source | None = None,
+        test: Source | None = None,
+        predict: Source | None = None,
+        name: str = "task",
+        grader: str | None = None,
+        held_out: dict[str, HeldOut] | None = None,
+        columns: Columns = Columns(),  # noqa: B008 - frozen
+        prompts: PromptStyle = PromptStyle(),  # noqa: B008 - frozen
+        lengths: Lengths = Lengths(),  # noqa: B008 - frozen
+        batch_size: int = 8,
+        eval_batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 42,
+    ) -> None:
+        super().__init__()
+        self.model_name = model_name
+        self.revision = revision
+        self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
+        self.name = name
+        self.grader: str | None = grader
+        self.held_out = dict(held_out or {})
+        self.columns = columns
+        self.prompts = prompts
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self._sets: dict[str, PromptDataset] = {}
+        self._pad_id = 0
+        self._check_options()
+
+    def _check_options(self) -> None:
+        for option, grader in [
+            ("data.grader", self.grader),
+            *(
+                (f"data.held_out.{name}.grader", held.grader)
+                for name, held in self.held_out.items()
+            ),
+        ]:
+            if grader is not None:
+                check_choice(option, grader, sorted(GRADERS))
+        for name in ("batch_size", "eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"data.{name}: got {getattr(self, name)}, allowed are 1 and more.")
+        if self.name in self.held_out:
+            raise UserError(
+                f"data.held_out: the name {self.name} is the task's own; choose another."
+            )
+
+    def prepare_data(self) -> None:
+        """Fetch the tokenizer into the cache (for the embedded model: the model)."""
+        load_tokenizer(self.model_name, self.revision)
+
+    def setup(self, stage: str) -> None:
+        """Read, check, render and tokenize what a stage needs; report the lengths.
+
+        Args:
+            stage: fit, validate, test or predict.
+
+        Raises:
+            UserError: If a file, a row or an option is wrong.
+        """
+        sets = [planned for planned in self._planned(stage) if planned.key not in self._sets]
+        if not sets:
+            return
+        raw = load_tokenizer(self.model_name, self.revision)
+        self._pad_id = raw.pad_token_id
+        stops = load_stop_ids(self.model_name, raw, self.revision)
+        tokenizer = Tokenizer(raw, self.prompts, self.lengths, stops)
+        for planned in sets:
+            self._sets[planned.key] = self._load(planned, tokenizer)
+
+    def _planned(self, stage: str) -> list[_PlannedSet]:
+        splits = {
+            "fit": ["train", "validation"],
+            "validate": ["validation"],
+            "test": ["test"],
+            "predict": ["predict"],
+        }[stage]
+        if self.sources[splits[0]] is None:
+            raise UserError(
+                f"data.{splits[0]}: `{stage}` needs it and it is not given. Set it to a file, e.g. "
+                f"--data.{splits[0]}=my/{splits[0]}.jsonl."
+            )
+        sets: list[_PlannedSet] = []
+        for split in splits:
+            source = self.sources[split]
+            graded = split in ("validation", "test")
+            if source is not None:
+                grader = self.grader if graded else None
+                sets.append(_PlannedSet(split, self.name, source, self.columns, grader))
+        if stage != "predict":
+            sets.extend(
+                _PlannedSet(f"held_out.{name}", name, held.source, held.columns, held.grader)
+                for name, held in self.held_out.items()
+            )
+        return sets
+
+    def _load(self, planned: _PlannedSet, tokenizer: Tokenizer) -> PromptDataset:
+        found = read_rows(planned.source, f"data.{planned.key}")
+        check = None if planned.grader is None else partial(check_reference, planned.grader)
+        rows = parse_rows(found, planned.columns, planned.key == "train", check)
+        if planned.key.startswith("held_out"):
+            # Never taught from: only the bare question matters.
+            rows = [row._replace(demonstration=[]) for row in rows]
+        taught = next((row for row in rows if row.demonstration), None)
+        if taught is not None:
+            check_same_header(tokenizer.tokenizer, taught, self.prompts)
+        tokenized = tokenize_rows(rows, tokenizer)
+        log.info(length_report(planned.key, tokenized))
+        return PromptDataset(tokenized.rows, self._pad_id, planned.task, planned.grader or "")
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Training micro-batches of an epoch on this rank; known without starting workers."""
+        return len(self._train_sampler())
+
+    def _train_sampler(self) -> WindowSampler:
+        trainer = self.trainer
+        return WindowSampler(
+            len(self._sets["train"]),
+            self.batch_size,
+            trainer.accumulate_grad_batches if trainer else 1,
+            self.seed,
+            trainer.global_rank if trainer else 0,
+            trainer.world_size if trainer else 1,
+        )
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Shuffled micro-batches in accumulation windows."""
+        return ResumableLoader(
+            self._sets["train"],
+            self._train_sampler(),
+            self._position,
+            {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0},
+        )
+
+    def _position(self) -> tuple[int, int]:
+        assert self.trainer is not None
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return self.trainer.current_epoch, progress.processed
+
+    def val_dataloader(self) -> list[DataLoader[PromptBatch]]:
+        """The validation split, then each held-out set."""
+        return self._eval_loaders("validation")
+
+    def test_dataloader(self) -> list[DataLoader[PromptBatch]]:
+        """The test split, then each held-out set."""
+        return self._eval_loaders("test")
+
+    def predict_dataloader(self) -> DataLoader[PromptBatch]:
+        """The questions to answer."""
+        return self._eval_loader(self._sets["predict"])
+
+    def _eval_loaders(self, split: str) -> list[DataLoader[PromptBatch]]:
+        keys = [split, *(f"held_out.{name}" for name in self.held_out)]
+        return [self._eval_loader(self._sets[key]) for key in keys if key in self._sets]
+
+    def _eval_loader(self, rows: PromptDataset) -> DataLoader[PromptBatch]:
+        trainer = self.trainer
+        sampler = EvaluationSampler(
+            len(rows),
+            self.eval_batch_size,
+            trainer.global_rank if trainer else 0,
+            trainer.world_size if trainer else 1,
+        )
+        return DataLoader(rows, batch_size=None, sampler=sampler, num_workers=self.num_workers)

@@ -1,0 +1,167 @@
+"""Order of the training rows: deterministic, in accumulation windows, resumable mid-epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+from sdft_lightning.data.collate import collate
+from sdft_lightning.data.tokenize import TokenizedRow
+from sdft_lightning.errors import UserError
+from sdft_lightning.types import PromptBatch
+
+
+class MicroBatch(NamedTuple):
+    """Indices of one micro-batch, and of the later ones of its window if it is the first."""
+
+    indices: list[int]
+    later: list[list[int]]
+
+
+class PromptDataset(Dataset[PromptBatch]):
+    """Tokenized rows; an index is a `MicroBatch` or a list, an item a collated batch."""
+
+    def __init__(
+        self, rows: Sequence[TokenizedRow], pad_id: int, task: str, grader: str = ""
+    ) -> None:
+        self.rows = rows
+        self.pad_id = pad_id
+        self.task = task
+        self.grader = grader
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.rows)
+
+    def __getitem__(self, index: MicroBatch | list[int]) -> PromptBatch:
+        """Collate the rows of an index."""
+        if isinstance(index, MicroBatch):
+            window = [self._collate(later) for later in index.later]
+            return self._collate(index.indices)._replace(window=window)
+        return self._collate(index)
+
+    def _collate(self, indices: list[int]) -> PromptBatch:
+        return collate([self.rows[i] for i in indices], self.pad_id, self.task, self.grader)
+
+
+class WindowSampler(DistributedSampler[Any]):
+    """Micro-batches of shuffled rows for one rank.
+
+    A `DistributedSampler`, so that Lightning leaves it in place and tells it the epoch. The
+    order depends on (seed, epoch) only; a micro-batch of rank r of W is every W-th row of the
+    global one. Rows that do not fill a global micro-batch are left out of that epoch.
+
+    Args:
+        size: Number of rows.
+        batch_size: Rows of a micro-batch on one rank.
+        window: Micro-batches of an accumulation window.
+        seed: Seed of the order.
+        rank: Index of this process.
+        world_size: Number of processes.
+
+    Raises:
+        UserError: If there are fewer rows than one global micro-batch.
+    """
+
+    def __init__(
+        self, size: int, batch_size: int, window: int, seed: int, rank: int, world_size: int
+    ) -> None:
+        # Not the parent's constructor: it would ask for a process group and a data set.
+        self.size = size
+        self.batch_size = batch_size
+        self.window = window
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.start = 0
+        self.count = size // (batch_size * world_size)
+        if self.count == 0:
+            raise UserError(
+                f"data.batch_size: {batch_size} rows x {world_size} processes are more than the "
+                f"{size} training rows. Set --data.batch_size to at most {size // world_size}."
+            )
+
+    def __len__(self) -> int:
+        """Micro-batches of an epoch, on each rank."""
+        return self.count
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        """Yield the micro-batches of this epoch, from `start` on; the next epoch starts at 0."""
+        start, self.start = self.start, 0
+        state = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1)
+        generator = torch.Generator().manual_seed(int(state[0]))
+        order = torch.randperm(self.size, generator=generator).tolist()
+        total = self.batch_size * self.world_size
+        batches = [
+            order[i * total : (i + 1) * total][self.rank :: self.world_size]
+            for i in range(self.count)
+        ]
+        for i in range(start, self.count):
+            first = i % self.window == 0
+            later = batches[i + 1 : i - i % self.window + self.window] if first else []
+            yield MicroBatch(batches[i], later)
+
+
+class EvaluationSampler(DistributedSampler[Any]):
+    """Batches of rows in order, each row on exactly one rank.
+
+    Args:
+        size: Number of rows.
+        batch_size: Rows of a batch.
+        rank: Index of this process.
+        world_size: Number of processes.
+    """
+
+    def __init__(self, size: int, batch_size: int, rank: int, world_size: int) -> None:
+        # Not the parent's constructor, as in `WindowSampler`.
+        mine = range(rank, size, world_size)
+        self.batches = [list(mine[i : i + batch_size]) for i in range(0, len(mine), batch_size)]
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        """Batches on this rank."""
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield the batches."""
+        return iter(self.batches)
+
+
+class ResumableLoader(DataLoader[PromptBatch]):
+    """A loader that Lightning saves and restores with its place in the epoch.
+
+    Args:
+        dataset: The rows.
+        sampler: Their order.
+        position: Returns (epoch, micro-batches used in it). What workers fetched ahead does not
+            count as used.
+        options: Further arguments of `DataLoader`.
+    """
+
+    def __init__(
+        self,
+        dataset: PromptDataset,
+        sampler: WindowSampler,
+        position: Callable[[], tuple[int, int]],
+        options: dict[str, Any],
+    ) -> None:
+        super().__init__(dataset, batch_size=None, sampler=sampler, **options)
+        self.window_sampler = sampler
+        self.position = position
+
+    def state_dict(self) -> dict[str, int]:
+        """The place at which a resumed run goes on."""
+        epoch, batches = self.position()
+        at_end = batches >= len(self.window_sampler)
+        return {"epoch": epoch, "batches": 0 if at_end else batches}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on at a saved place."""
+        self.window_sampler.epoch = state["epoch"]
+        self.window_sampler.start = state["batches"]

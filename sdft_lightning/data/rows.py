@@ -1,0 +1,193 @@
+"""From a raw row to a `Demonstration`: the column map and all checks of form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sdft_lightning.data.sources import Rows
+from sdft_lightning.errors import UserError
+from sdft_lightning.types import Demonstration, Message
+
+_ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column of the file holds what.
+
+    Args:
+        prompt: The question: a text, or chat messages that end with a user turn.
+        demonstration: The expert's answer: a text, a list of steps (joined with newlines), or
+            chat messages; a whole conversation may start with the prompt's own messages.
+        context: Source text for the teacher.
+        reference: What the grader compares with.
+        id: A unique name of the row; its number in the file where there is none.
+    """
+
+    prompt: str = "prompt"
+    demonstration: str = "demonstration"
+    context: str | None = None
+    reference: str | None = None
+    id: str | None = None
+
+
+def parse_rows(
+    found: Rows,
+    columns: Columns,
+    require_demonstration: bool,
+    check_reference: Callable[[Any, str], None] | None = None,
+) -> list[Demonstration]:
+    """Turn raw rows into demonstrations.
+
+    Args:
+        found: The raw rows.
+        columns: The column map.
+        require_demonstration: Whether the file must have demonstrations.
+        check_reference: Called with each row's reference and place where rows are graded.
+
+    Returns:
+        One demonstration a row, in order.
+
+    Raises:
+        UserError: Names the file, the row and what is wrong with it.
+    """
+    _check_columns(found, columns, require_demonstration, check_reference is not None)
+    parsed = [
+        _parse_row(row, f"{found.name}, {place}", number, columns, require_demonstration)
+        for number, (row, place) in enumerate(zip(found.rows, found.places, strict=True))
+    ]
+    _check_unique(parsed, columns)
+    if check_reference is not None:
+        for row in parsed:
+            check_reference(row.reference, row.origin)
+    return parsed
+
+
+def _check_columns(
+    found: Rows, columns: Columns, require_demonstration: bool, graded: bool
+) -> None:
+    present = sorted({name for row in found.rows for name in row})
+    wanted = {"prompt": columns.prompt, "context": columns.context, "id": columns.id}
+    if require_demonstration:
+        wanted["demonstration"] = columns.demonstration
+    if graded:
+        wanted["reference"] = columns.reference
+        if columns.reference is None:
+            raise UserError(
+                f"data.columns.reference: {found.name} is to be graded and no column holds the "
+                f"reference. Its columns are {', '.join(present)}."
+            )
+    for role, name in wanted.items():
+        if name is not None and name not in present:
+            raise UserError(
+                f"data.columns.{role}: {found.name} has no column {name!r}. Its columns are "
+                f"{', '.join(present)}. Map the right one with --data.columns.{role}."
+            )
+
+
+def _parse_row(
+    row: dict[str, Any], origin: str, number: int, columns: Columns, require_demonstration: bool
+) -> Demonstration:
+    prompt = _parse_prompt(row.get(columns.prompt), origin, columns.prompt)
+    demonstration = _parse_demonstration(
+        row.get(columns.demonstration), prompt, origin, columns.demonstration
+    )
+    if require_demonstration and not demonstration:
+        raise UserError(
+            f"{origin}: the demonstration (column {columns.demonstration!r}) is empty. Fill it or "
+            "remove the row."
+        )
+    context = None if columns.context is None else row.get(columns.context)
+    if context is not None and not isinstance(context, str):
+        raise UserError(
+            f"{origin}: the context (column {columns.context!r}) must be a text, got "
+            f"{type(context).__name__}."
+        )
+    return Demonstration(
+        id=str(number if columns.id is None else row.get(columns.id)),
+        prompt=prompt,
+        demonstration=demonstration,
+        context=context,
+        reference=None if columns.reference is None else row.get(columns.reference),
+        origin=origin,
+    )
+
+
+def _parse_prompt(value: Any, origin: str, column: str) -> list[Message]:
+    if isinstance(value, str):
+        value = [{"role": "user", "content": value}]
+    messages = _parse_messages(value, origin, column)
+    if not any(message["role"] == "user" for message in messages):
+        raise UserError(
+            f"{origin}: the conversation in column {column!r} has no user turn. A prompt must end "
+            "with the user's question."
+        )
+    if messages[-1]["role"] != "user":
+        raise UserError(
+            f"{origin}: the conversation in column {column!r} ends with the role "
+            f"{messages[-1]['role']}. A prompt must end with a user turn; put the answer into the "
+            "demonstration column."
+        )
+    if not messages[-1]["content"].strip():
+        raise UserError(f"{origin}: the prompt (column {column!r}) is empty.")
+    return messages
+
+
+def _parse_demonstration(
+    value: Any, prompt: list[Message], origin: str, column: str
+) -> list[Message]:
+    if value is None:
+        return []
+    if isinstance(value, list) and all(isinstance(step, str) for step in value):
+        value = "\n".join(value)
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": value}] if value.strip() else []
+    messages = _parse_messages(value, origin, column)
+    if messages[: len(prompt)] == prompt:
+        messages = messages[len(prompt) :]
+    if messages and (messages[0]["role"] != "assistant" or messages[-1]["role"] != "assistant"):
+        raise UserError(
+            f"{origin}: the demonstration (column {column!r}) must be assistant turns, or a "
+            f"conversation that starts with the prompt, got the roles "
+            f"{', '.join(message['role'] for message in messages)}."
+        )
+    return messages if any(message["content"].strip() for message in messages) else []
+
+
+def _parse_messages(value: Any, origin: str, column: str) -> list[Message]:
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise UserError(
+            f"{origin}: column {column!r} must be a text or a list of messages "
+            f"{{role, content}}, got {_describe(value)}."
+        )
+    messages = []
+    for message in value:
+        role, content = message.get("role"), message.get("content")
+        if role not in _ROLES or not isinstance(content, str):
+            raise UserError(
+                f"{origin}: a message in column {column!r} must have a role "
+                f"({', '.join(_ROLES)}) and a text as content, got role {role!r} and content of "
+                f"type {type(content).__name__}."
+            )
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, list):
+        kinds = sorted({type(item).__name__ for item in value})
+        return f"a list of {', '.join(kinds)}"
+    return "nothing" if value is None else type(value).__name__
+
+
+def _check_unique(rows: list[Demonstration], columns: Columns) -> None:
+    seen: dict[str, str] = {}
+    for row in rows:
+        if row.id in seen:
+            raise UserError(
+                f"{row.origin}: the id {row.id!r} stands also in {seen[row.id]}. Make the ids "
+                f"unique, or leave data.columns.id ({columns.id!r}) out."
+            )
+        seen[row.id] = row.origin

@@ -1,0 +1,19 @@
+"""One act a file: what is written down, shown and exported while a run goes on."""
+
+from sdft_lightning.callbacks.completion_log import CompletionLog
+from sdft_lightning.callbacks.drift import DriftMonitor
+from sdft_lightning.callbacks.export import ExportModel
+from sdft_lightning.callbacks.kl_strip import KLStrip
+from sdft_lightning.callbacks.metrics_log import MetricsLog
+from sdft_lightning.callbacks.predictions import PredictionWriter
+from sdft_lightning.callbacks.progress import RunProgressBar
+
+__all__ = [
+    "CompletionLog",
+    "DriftMonitor",
+    "ExportModel",
+    "KLStrip",
+    "MetricsLog",
+    "PredictionWriter",
+    "RunProgressBar",
+]

@@ -1,0 +1,127 @@
+"""How far the student has moved from the base model where nothing should have changed."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from sdft_lightning.bounded import bounded_divergence
+from sdft_lightning.divergence import Divergence
+from sdft_lightning.errors import UserError
+from sdft_lightning.hidden import completion_hidden_states, output_head
+from sdft_lightning.masking import sequence_weights
+from sdft_lightning.policy import load_policy
+from sdft_lightning.types import OutputHead, Rollout
+
+
+class _BaseAnswers(NamedTuple):
+    """What the base model answered to a batch of questions, and what it thought meanwhile."""
+
+    rollout: Rollout
+    hidden: Tensor  # (N, D)
+
+
+class DriftMonitor(L.Callback):
+    """Logs val/drift/<set>: KL(base ‖ student) in nats a token, on the base model's own answers.
+
+    The mean is over the tokens of each answer, then over answers. The base model is loaded by
+    the name of the policy at the first validation, also in a resumed run, and only its answers
+    and output head are kept.
+
+    Args:
+        held_out: Names of the sets in data.held_out.
+    """
+
+    def __init__(self, held_out: list[str]) -> None:
+        self.held_out = held_out
+        self._base: Any = None
+        self._head: OutputHead | None = None
+        self._answers: dict[tuple[str, int], _BaseAnswers] = {}
+        self._sums: dict[str, Tensor] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check the names.
+
+        Raises:
+            UserError: If the data module has no such set.
+        """
+        known = list(getattr(trainer.datamodule, "held_out", {}))  # type: ignore[attr-defined]
+        for name in self.held_out:
+            if name not in known:
+                raise UserError(
+                    f"DriftMonitor.held_out: there is no set {name!r} in data.held_out, which has "
+                    f"{', '.join(known) or 'none'}."
+                )
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Compare the student with the base model on the base model's answers."""
+        if batch.task not in self.held_out:
+            return
+        key = (batch.task, batch_idx)
+        if key not in self._answers:
+            self._answers[key] = self._answer(module, batch)
+        answers = self._answers[key]
+        mask = answers.rollout.completion_mask  # (B, T)
+        hidden = completion_hidden_states(
+            module.student,
+            batch.prompt_ids,
+            batch.prompt_mask,
+            answers.rollout.completion_ids,
+            mask,
+            mask,
+        )  # (N, D)
+        assert self._head is not None
+        mean, _ = bounded_divergence(
+            answers.hidden,
+            self._head,
+            hidden,
+            module.student_head,
+            answers.rollout.completion_ids[mask],
+            sequence_weights(mask)[mask],
+            Divergence("forward_kl"),
+        )
+        rows = len(batch.rows)
+        sums = torch.stack([mean.detach() * rows, torch.full_like(mean, rows)])  # (2,)
+        self._sums[batch.task] = self._sums.get(batch.task, torch.zeros_like(sums)) + sums
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
+        """Log the mean of each set over all ranks."""
+        for name, sums in self._sums.items():
+            total, rows = trainer.strategy.reduce(sums, reduce_op="sum")
+            module.log(f"val/drift/{name}", total / rows, rank_zero_only=False)
+        self._sums = {}
+        self._base = None  # its answers are kept; they take a few megabytes
+
+    @torch.no_grad()
+    def _answer(self, module: Any, batch: Any) -> _BaseAnswers:
+        if self._base is None:
+            policy = load_policy(
+                module.model_name,
+                module.revision,
+                module.weights_dtype,
+                module.attn_implementation,
+            )
+            self._base = policy.model.to(module.device).eval().requires_grad_(False)
+            head = output_head(self._base)
+            self._head = head._replace(weight=head.weight.clone())
+        rollout = module.greedy_completions(self._base, batch.prompt_ids, batch.prompt_mask)
+        hidden = completion_hidden_states(
+            self._base,
+            batch.prompt_ids,
+            batch.prompt_mask,
+            rollout.completion_ids,
+            rollout.completion_mask,
+            rollout.completion_mask,
+        )  # (N, D)
+        return _BaseAnswers(rollout, hidden)

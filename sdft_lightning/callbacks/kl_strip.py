@@ -1,0 +1,86 @@
+"""Draws one completion token by token, coloured by how much the teacher disagrees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import numpy as np
+
+from sdft_lightning.callbacks.run_files import tensorboard
+
+_TOKENS_A_LINE = 12
+_MOST_TOKENS = 120
+
+
+class KLStrip(L.Callback):
+    """Adds a picture of per-token divergence to TensorBoard.
+
+    Args:
+        every_n_steps: Optimizer steps between two pictures.
+        rows: Completions in a picture.
+    """
+
+    def __init__(self, every_n_steps: int = 10, rows: int = 3) -> None:
+        self.every_n_steps = every_n_steps
+        self.rows = rows
+        self._drawn_at = -1
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Draw the first completions of this step, if its turn has come."""
+        step = trainer.global_step
+        due = step % self.every_n_steps == 0 or step == 1
+        writer = tensorboard(trainer) if trainer.is_global_zero else None
+        if not due or step == self._drawn_at or writer is None or "rollout" not in (outputs or {}):
+            return
+        self._drawn_at = step
+        rollout, keep = outputs["rollout"], outputs["keep"]
+        divergences = outputs["divergence"].float().cpu().split(keep.sum(dim=1).tolist())
+        strips = []
+        for i in range(min(self.rows, len(divergences))):
+            ids = rollout.completion_ids[i][keep[i]].tolist()
+            tokens = [module.tokenizer.decode([token]) for token in ids]
+            strips.append((tokens, divergences[i].numpy()))
+        writer.add_figure("divergence/tokens", draw_strips(strips), step)
+
+
+def draw_strips(strips: list[tuple[list[str], np.ndarray]]) -> Any:
+    """A figure in which each token stands on a field coloured by its divergence.
+
+    Args:
+        strips: Tokens of each completion, and their divergences in nats.
+
+    Returns:
+        A matplotlib figure.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    strips = [(tokens[:_MOST_TOKENS], values[:_MOST_TOKENS]) for tokens, values in strips]
+    lines = sum(-(-max(1, len(tokens)) // _TOKENS_A_LINE) + 1 for tokens, _ in strips)
+    highest = max((float(values.max()) for _, values in strips if len(values)), default=1.0)
+    colours = ScalarMappable(Normalize(0, max(highest, 1e-6)), "YlOrRd")
+    figure = Figure(figsize=(12, 0.5 * lines + 1), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set(xlim=(0, _TOKENS_A_LINE), ylim=(lines, 0), xticks=[], yticks=[])
+    axes.set_title("divergence of each completion token from the teacher, in nats")
+    line = 0
+    for tokens, values in strips:
+        for place, (token, value) in enumerate(zip(tokens, values, strict=True)):
+            row, column = line + place // _TOKENS_A_LINE, place % _TOKENS_A_LINE
+            axes.fill_between([column, column + 1], row, row + 0.92, color=colours.to_rgba(value))
+            dark = value > 0.6 * max(highest, 1e-6)
+            # `$` would start mathematical typesetting.
+            label = repr(token)[1:-1][:12].replace("$", r"\$")
+            axes.text(
+                column + 0.5, row + 0.48, label, ha="center", va="center", fontsize=9,
+                color="white" if dark else "black",
+            )  # fmt: skip
+        line += -(-max(1, len(tokens)) // _TOKENS_A_LINE) + 1
+    figure.colorbar(colours, ax=axes, fraction=0.03)
+    return figure

@@ -1,0 +1,48 @@
+"""Writes all logged numbers to metrics.jsonl, for scripts that do not read TensorBoard files."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning as L
+
+from sdft_lightning.callbacks.run_files import append_lines, run_folder
+
+
+class MetricsLog(L.Callback):
+    """Appends a line for each logged training step, validation and test."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._logged_at = 0
+
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write the training metrics of a logged step."""
+        step = trainer.global_step
+        if step != self._logged_at and step % trainer.log_every_n_steps == 0:
+            self._logged_at = step
+            self._write(trainer, "train", ("train/", "perf/"))
+
+    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
+        """Write the validation metrics."""
+        if not trainer.sanity_checking:
+            self._write(trainer, "validation", ("val/",))
+
+    def on_test_end(self, trainer: L.Trainer, module: Any) -> None:
+        """Write the test metrics."""
+        self._write(trainer, "test", ("test/",))
+
+    def _write(self, trainer: L.Trainer, stage: str, prefixes: tuple[str, ...]) -> None:
+        if not trainer.is_global_zero:
+            return
+        values = {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith(prefixes)
+        }
+        seconds = round(time.monotonic() - self._start, 1)
+        record = {"stage": stage, "step": trainer.global_step, "seconds": seconds, **values}
+        append_lines(run_folder(trainer) / "metrics.jsonl", [record])

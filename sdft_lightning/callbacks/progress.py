@@ -1,0 +1,78 @@
+"""Progress of a run: loss, KL, tokens per second and the time that is left."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+
+class RunProgressBar(TQDMProgressBar):
+    """A bar on a terminal; a line every few steps where the output is a file.
+
+    Args:
+        every_n_steps: Optimizer steps between two lines in a file.
+    """
+
+    def __init__(self, every_n_steps: int = 10) -> None:
+        super().__init__()
+        self.every_n_steps = every_n_steps
+        self._terminal = sys.stderr.isatty()
+        self._start: tuple[int, float] | None = None
+        self._printed_at = 0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Keep the bars for terminals."""
+        super().setup(trainer, pl_module, stage)
+        if not self._terminal:
+            self.disable()
+
+    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
+        """Start the clock."""
+        super().on_train_start(trainer, *args)
+        self._start = (trainer.global_step, time.monotonic())
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
+        """The logged metrics without the version number, and the seconds left."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        short = {
+            name.removeprefix("train/").removeprefix("perf/"): value
+            for name, value in metrics.items()
+        }
+        left = self._seconds_left(trainer, pl_module)
+        return short if left is None else {**short, "left": format_seconds(left)}
+
+    def _seconds_left(self, trainer: L.Trainer, module: Any) -> float | None:
+        if self._start is None or trainer.global_step <= self._start[0]:
+            return None
+        done = trainer.global_step - self._start[0]
+        a_step = (time.monotonic() - self._start[1]) / done
+        left: int = max(0, module.total_steps() - trainer.global_step)
+        return a_step * left
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        """Move the bar, or print a line."""
+        super().on_train_batch_end(trainer, pl_module, *args)
+        step = trainer.global_step
+        due = step % self.every_n_steps == 0 or step == 1
+        if self._terminal or not due or step == self._printed_at or not trainer.is_global_zero:
+            return
+        self._printed_at = step
+        metrics = {
+            name: f"{value:.3g}" if isinstance(value, float) else str(value)
+            for name, value in self.get_metrics(trainer, pl_module).items()
+        }
+        shown = "  ".join(f"{name} {value}" for name, value in metrics.items())
+        print(f"step {step}/{pl_module.total_steps()}  {shown}", flush=True)
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds as `1h02m`, `3m05s` or `42s`."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"

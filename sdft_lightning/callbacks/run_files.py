@@ -1,0 +1,39 @@
+"""Where callbacks write: below the run's own folder, on rank zero, never over older files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+
+
+def run_folder(trainer: L.Trainer) -> Path:
+    """The folder of the run; the command line sets it to runs/<name>."""
+    return Path(trainer.default_root_dir)
+
+
+def append_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    """Append records to a JSON Lines file, made if absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def unused_path(path: Path) -> Path:
+    """`path`, or with -1, -2, … before its suffix if there is such a file or folder already."""
+    candidate, number = path, 0
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return candidate
+
+
+def tensorboard(trainer: L.Trainer) -> Any | None:
+    """The TensorBoard writer of the run, if it has one."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            return logger.experiment
+    return None

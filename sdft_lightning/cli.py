@@ -1,0 +1,156 @@
+"""The command line: LightningCLI's commands, and `export`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from jsonargparse import ArgumentError
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from sdft_lightning.callbacks import MetricsLog, PredictionWriter, RunProgressBar
+from sdft_lightning.callbacks.export import export_model
+from sdft_lightning.data import DemonstrationDataModule
+from sdft_lightning.errors import UserError
+from sdft_lightning.modules import PolicyModule
+from sdft_lightning.quiet import quieten
+from sdft_lightning.run_folder import (
+    SaveRunConfig,
+    check_run_folder,
+    command_folder,
+    resolve_checkpoint,
+)
+
+
+class RunTrainer(L.Trainer):
+    """Lightning's Trainer with the command `export`."""
+
+    def export(
+        self,
+        model: PolicyModule,
+        datamodule: L.LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        output_dir: str | None = None,
+    ) -> Path:
+        """Write a checkpoint as a folder that transformers and vLLM load.
+
+        Args:
+            model: Set from the model options.
+            datamodule: Not used.
+            ckpt_path: The checkpoint, or `last` for the newest of this run.
+            output_dir: Where to write; <run>/exported/<checkpoint> without it. Must not exist.
+
+        Returns:
+            The folder.
+
+        Raises:
+            UserError: If there is no such checkpoint, or the folder exists.
+        """
+        if ckpt_path is None:
+            raise UserError(
+                "ckpt_path: export needs a checkpoint. Give --ckpt_path=last or the path of one."
+            )
+        path = Path(ckpt_path)
+        default = Path(self.default_root_dir) / "exported" / path.stem
+        folder = default if output_dir is None else Path(output_dir)
+        if folder.exists():
+            raise UserError(
+                f"output_dir: {folder} exists already and is not overwritten. Name another with "
+                "--output_dir."
+            )
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        model.configure_model()
+        model.on_load_checkpoint(checkpoint)
+        model.load_state_dict(checkpoint["state_dict"])
+        export_model(model, folder)
+        print(f"Exported {path} to {folder}")
+        return folder
+
+
+class SDFTCLI(LightningCLI):
+    """LightningCLI with one folder a run, and the model's name given once."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's commands and `export`, with the arguments that the CLI itself sets."""
+        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the run's name and its checkpoints, and link what is given once."""
+        parser.add_argument(
+            "--run.name", type=str, default="default", help="Name of the run and of its folder."
+        )
+        parser.add_argument("--run.root", type=str, default="runs", help="Folder of all runs.")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.filename": "step-{step}",
+                "checkpoint.auto_insert_metric_name": False,
+                "checkpoint.save_last": True,
+            }
+        )
+        for name in ("model_name", "revision"):
+            parser.link_arguments(f"model.init_args.{name}", f"data.{name}")
+        for target in ("model.init_args.seed", "data.seed"):
+            parser.link_arguments("seed_everything", target, compute_fn=_seed)
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse a folder in use and a missing checkpoint before anything is loaded."""
+        command = self.config["subcommand"]
+        config = self.config[command]
+        self.run_folder = Path(config["run"]["root"]) / config["run"]["name"]
+        config["ckpt_path"] = resolve_checkpoint(config.get("ckpt_path"), self.run_folder)
+        if command == "fit":
+            check_run_folder(self.run_folder, config["ckpt_path"])
+        self.folder = command_folder(self.run_folder, command)
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """A trainer that writes below the run's folder only."""
+        logger = self._get(self.config_init, "trainer").get("logger")
+        if logger is None or logger is True:
+            kwargs["logger"] = TensorBoardLogger(str(self.folder), name="", version="")
+        kwargs["default_root_dir"] = str(self.folder)
+        return super().instantiate_trainer(**kwargs)
+
+    def _parse_ckpt_path(self) -> None:
+        """Checkpoints hold no options: the config of the run does."""
+
+
+def _seed(value: Any) -> int:
+    """The seed as a number; `true` and `false` leave the default."""
+    return 42 if isinstance(value, bool) else int(value)
+
+
+def main(args: ArgsType = None) -> None:
+    """Run a command.
+
+    Args:
+        args: The command line as a list; that of the process without it.
+
+    Exits with code 2 and a message where the user gave something wrong.
+    """
+    quieten()
+    try:
+        SDFTCLI(
+            PolicyModule,
+            DemonstrationDataModule,
+            subclass_mode_model=True,
+            trainer_class=RunTrainer,
+            trainer_defaults={"callbacks": [MetricsLog(), PredictionWriter(), RunProgressBar()]},
+            save_config_callback=SaveRunConfig,
+            seed_everything_default=42,
+            auto_configure_optimizers=False,
+            args=args,
+        )
+    except (UserError, ArgumentError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()

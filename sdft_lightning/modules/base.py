@@ -1,0 +1,295 @@
+"""What all methods share: the policy, its optimizer, evaluation by graded completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torchmetrics import SumMetric
+
+from sdft_lightning.errors import UserError
+from sdft_lightning.graders import get_grader, wilson_interval
+from sdft_lightning.hidden import output_head
+from sdft_lightning.modules.identity import check_same_model, model_identity
+from sdft_lightning.modules.schedule import Schedule
+from sdft_lightning.policy import WeightsDtype, load_policy
+from sdft_lightning.rollout import SamplingWeights, greedy_rollout
+from sdft_lightning.rollout.weights import SamplingDtype
+from sdft_lightning.types import OutputHead, PromptBatch, Rollout
+
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+IDENTITY_KEY = "sdft_lightning"
+
+
+class Graded(NamedTuple):
+    """Completions of a validation batch and their scores; `scores` is empty where ungraded."""
+
+    task: str
+    completions: list[str]
+    scores: list[float]
+    truncated: list[bool]
+
+
+class PolicyModule(L.LightningModule):
+    """Loads the policy, configures its optimizer, and evaluates it; methods add the step.
+
+    Args:
+        model_name: `embedded`, a folder written by save_pretrained, or a Hub id.
+        revision: Branch, tag or commit on the Hub.
+        weights_dtype: Dtype of the trained weights; bfloat16 starves small updates.
+        attn_implementation: Passed to transformers, e.g. sdpa or flash_attention_2.
+        gradient_checkpointing: Recompute activations in the backward pass, to save memory.
+        optimizer: Called with the student's trainable parameters only.
+        schedule: How the learning rate moves.
+        sampling_dtype: Weights to sample with: same, a bfloat16 copy, or auto (the copy where
+            the hardware multiplies bfloat16).
+        eval_max_new_tokens: Longest completion in validation, test and predict; these are greedy.
+        seed: Seed of the sampled completions; set from seed_everything.
+    """
+
+    def __init__(
+        self,
+        model_name: str = "embedded",
+        revision: str | None = None,
+        weights_dtype: WeightsDtype = "float32",
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        optimizer: OptimizerFactory = lambda p: torch.optim.AdamW(p, lr=2e-5, weight_decay=0.0),
+        schedule: Schedule = Schedule(),  # noqa: B008 - frozen
+        sampling_dtype: SamplingDtype = "auto",
+        eval_max_new_tokens: int = 1024,
+        seed: int = 42,
+    ) -> None:
+        super().__init__()
+        self.model_name = model_name
+        self.revision = revision
+        self.weights_dtype: WeightsDtype = weights_dtype
+        self.attn_implementation = attn_implementation
+        self.gradient_checkpointing = gradient_checkpointing
+        self.optimizer_factory = optimizer
+        self.schedule = schedule
+        self.eval_max_new_tokens = eval_max_new_tokens
+        self.seed = seed
+        if eval_max_new_tokens < 1:
+            raise UserError(
+                f"model.eval_max_new_tokens: got {eval_max_new_tokens}, allowed are 1 and more."
+            )
+        self.student: Any = None
+        self.tokenizer: Any = None
+        self.stop_ids: list[int] = []
+        self.sampling_weights = SamplingWeights(sampling_dtype)
+        self.seconds: dict[str, float] = {}
+        self.completion_tokens = 0
+        self._step_start = 0.0
+        self._backward_start = 0.0
+        self._scores: dict[str, tuple[SumMetric, SumMetric]] = {}
+
+    # --- the policy -------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Load the policy once, on whatever stage comes first."""
+        if self.student is not None:
+            return
+        policy = load_policy(
+            self.model_name,
+            self.revision,
+            self.weights_dtype,
+            self.attn_implementation,
+            self.gradient_checkpointing,
+        )
+        self.student, self.tokenizer, self.stop_ids = policy
+
+    @property
+    def student_head(self) -> OutputHead:
+        """The student's output head."""
+        return output_head(self.student)
+
+    def on_fit_start(self) -> None:
+        """Put the student into train mode: `from_pretrained` and Lightning leave it in eval."""
+        self.student.train()
+        self.sampling_weights.forget()
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over the student's trainable parameters, and its schedule."""
+        trainable = [p for p in self.student.parameters() if p.requires_grad]
+        optimizer = self.optimizer_factory(trainable)
+        scheduler = self.schedule.build(optimizer, self.total_steps())
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        trainer = self.trainer
+        batches = getattr(getattr(trainer, "datamodule", None), "batches_per_epoch", None)
+        if batches is None:
+            return int(trainer.estimated_stepping_batches)
+        # Not estimated_stepping_batches: it starts the loaders, which then forget their place
+        # when a run is resumed (Lightning #20550).
+        if isinstance(trainer.limit_train_batches, int):
+            batches = min(batches, trainer.limit_train_batches)
+        else:
+            batches = int(batches * trainer.limit_train_batches)
+        per_epoch = max(1, -(-batches // trainer.accumulate_grad_batches))
+        epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else None
+        limits = [trainer.max_steps] if trainer.max_steps > 0 else []
+        limits += [per_epoch * epochs] if epochs is not None else []
+        return min(limits) if limits else per_epoch
+
+    # --- checkpoints ------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write down which model this is."""
+        checkpoint[IDENTITY_KEY] = model_identity(self.student, self.model_name, type(self))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another model.
+
+        Raises:
+            UserError: If it is one.
+        """
+        check_same_model(
+            checkpoint.get(IDENTITY_KEY), model_identity(self.student, self.model_name, type(self))
+        )
+        self.sampling_weights.forget()
+
+    # --- evaluation -------------------------------------------------------------------------
+
+    def greedy_completions(self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor) -> Rollout:
+        """The likeliest completions under `model`, with sampling weights where they are faster.
+
+        Args:
+            model: The student, or another model of its kind.
+            prompt_ids: `(B, P)`, padded on the left.
+            prompt_mask: `(B, P)`.
+        """
+        if model is self.student:
+            model = self.sampling_weights.model(model, self.trainer.global_step)
+        return greedy_rollout(
+            model,
+            prompt_ids,
+            prompt_mask,
+            self.eval_max_new_tokens,
+            self.stop_ids,
+            self.tokenizer.pad_token_id,
+        )
+
+    def decode(self, rollout: Rollout) -> list[str]:
+        """Texts of the R completions, without special tokens."""
+        return [
+            self.tokenizer.decode(ids[mask], skip_special_tokens=True)
+            for ids, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)
+        ]
+
+    def graded_completions(
+        self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor, batch: PromptBatch, metric: str
+    ) -> Graded:
+        """Complete, grade and count a batch under the name `metric`."""
+        rollout = self.greedy_completions(model, prompt_ids, prompt_mask)
+        completions = self.decode(rollout)
+        scores: list[float] = []
+        if batch.grader:
+            grade = get_grader(batch.grader)
+            scores = [
+                grade(text, row.reference)
+                for text, row in zip(completions, batch.rows, strict=True)
+            ]
+            self._count(f"{batch.task}/{metric}", scores)
+        return Graded(batch.task, completions, scores, rollout.truncated.tolist())
+
+    def _count(self, name: str, scores: list[float]) -> None:
+        if name not in self._scores:
+            metrics = (SumMetric().to(self.device), SumMetric().to(self.device))
+            self._scores[name] = metrics
+        total, count = self._scores[name]
+        total.update(torch.tensor(scores, device=self.device))
+        count.update(torch.tensor(float(len(scores)), device=self.device))
+
+    def validation_step(
+        self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Any]:
+        """Answer the questions of a batch greedily and grade the answers."""
+        graded = self.graded_completions(
+            self.student, batch.prompt_ids, batch.prompt_mask, batch, "accuracy"
+        )
+        return {"graded": graded}
+
+    def test_step(
+        self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Any]:
+        """As `validation_step`."""
+        return self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the accuracy of each task with its 95 % interval."""
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        """As `on_validation_epoch_end`."""
+        self._log_scores("test")
+
+    def _log_scores(self, stage: str) -> None:
+        for name, (total, count) in self._scores.items():
+            number = int(count.compute())
+            if number:
+                accuracy = float(total.compute()) / number
+                low, high = wilson_interval(accuracy * number, number)
+                values = {"": accuracy, "_low": low, "_high": high}
+                for suffix, value in values.items():
+                    self.log(f"{stage}/task/{name}{suffix}", value, rank_zero_only=False)
+            total.reset()
+            count.reset()
+
+    def predict_step(
+        self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> list[dict[str, Any]]:
+        """Answer the questions of a batch greedily."""
+        rollout = self.greedy_completions(self.student, batch.prompt_ids, batch.prompt_mask)
+        return [
+            {"id": row.id, "prompt": row.prompt, "completion": text, "truncated": truncated}
+            for row, text, truncated in zip(
+                batch.rows, self.decode(rollout), rollout.truncated.tolist(), strict=True
+            )
+        ]
+
+    # --- timing -----------------------------------------------------------------------------
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Measure the seconds of a phase of the step, for perf/<phase>_seconds."""
+        start = self._now()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self._now() - start
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Start the clock of the backward pass."""
+        self._backward_start = self._now()
+
+    def on_after_backward(self) -> None:
+        """Stop it."""
+        self.seconds["backward"] = self._now() - self._backward_start
+
+    def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Start the clock of the step."""
+        self._step_start = self._now()
+
+    def on_train_batch_end(self, outputs: Any, batch: PromptBatch, batch_idx: int) -> None:
+        """Log the seconds of each phase, and completion tokens per second of the whole step."""
+        for phase, seconds in self.seconds.items():
+            self.log(f"perf/{phase}_seconds", seconds)
+        elapsed = self._now() - self._step_start
+        self.log("perf/tokens_per_second", self.completion_tokens / elapsed, prog_bar=True)

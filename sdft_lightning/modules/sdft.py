@@ -1,0 +1,249 @@
+"""Self-Distillation Fine-Tuning (METHOD §1, arXiv 2601.19897)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import lightning as L
+import torch
+from jsonargparse import lazy_instance  # type: ignore[attr-defined]
+from torch import Tensor
+
+from sdft_lightning.bounded import bounded_divergence
+from sdft_lightning.divergence import Divergence
+from sdft_lightning.hidden import completion_hidden_states
+from sdft_lightning.masking import loss_mask, sequence_weights
+from sdft_lightning.modules.base import OptimizerFactory, PolicyModule
+from sdft_lightning.modules.schedule import Schedule
+from sdft_lightning.modules.teacher_update import TeacherUpdate
+from sdft_lightning.modules.window import SampledWindow, join_prompts, split_rollout
+from sdft_lightning.policy import WeightsDtype
+from sdft_lightning.rollout import Sampling, generate_rollout
+from sdft_lightning.rollout.weights import SamplingDtype
+from sdft_lightning.teacher import EMATeacher, Teacher
+from sdft_lightning.tokenization import think_end_id
+from sdft_lightning.types import PromptBatch, Rollout, TokenStatistics
+from sdft_lightning.uniforms import row_uniforms
+
+# Enough of a prompt's end to hold the assistant header.
+_HEADER_TOKENS = 8
+
+# Shown by --print_config as a class with its arguments; each module makes its own from it.
+_DEFAULT_TEACHER = lazy_instance(EMATeacher, update_rate=0.01)
+
+
+class SDFTModule(PolicyModule):
+    """The student answers the bare question and is pulled toward what its teacher would say.
+
+    Args:
+        model_name: `embedded`, a folder written by save_pretrained, or a Hub id.
+        revision: Branch, tag or commit on the Hub.
+        weights_dtype: Dtype of the trained weights; bfloat16 starves small updates.
+        attn_implementation: Passed to transformers, e.g. sdpa or flash_attention_2.
+        gradient_checkpointing: Recompute activations in the backward pass, to save memory.
+        optimizer: Called with the student's trainable parameters only.
+        schedule: How the learning rate moves.
+        sampling: How completions are sampled; its temperature is also that of the loss.
+        sampling_dtype: Weights to sample with: same, a bfloat16 copy, or auto (the copy where
+            the hardware multiplies bfloat16).
+        teacher: EMATeacher (default), FrozenTeacher or LiveTeacher.
+        divergence: What is minimised at each token.
+        num_loss_tokens_to_skip: Tokens at the start of each answer that the loss leaves out.
+        generate_from_teacher: Sample the completions from the teacher instead; not on-policy.
+        teacher_accuracy_in_fit: Grade also the teacher in the validations of a fit; the commands
+            validate and test always do.
+        eval_max_new_tokens: Longest completion in validation, test and predict; these are greedy.
+        seed: Seed of the sampled completions; set from seed_everything.
+    """
+
+    def __init__(
+        self,
+        model_name: str = "embedded",
+        revision: str | None = None,
+        weights_dtype: WeightsDtype = "float32",
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        optimizer: OptimizerFactory = lambda p: torch.optim.AdamW(p, lr=2e-5, weight_decay=0.0),
+        schedule: Schedule = Schedule(),  # noqa: B008 - frozen
+        sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+        sampling_dtype: SamplingDtype = "auto",
+        teacher: Teacher = _DEFAULT_TEACHER,
+        divergence: Divergence = Divergence(),  # noqa: B008 - frozen
+        num_loss_tokens_to_skip: int = 0,
+        generate_from_teacher: bool = False,
+        teacher_accuracy_in_fit: bool = False,
+        eval_max_new_tokens: int = 1024,
+        seed: int = 42,
+    ) -> None:
+        super().__init__(
+            model_name,
+            revision,
+            weights_dtype,
+            attn_implementation,
+            gradient_checkpointing,
+            optimizer,
+            schedule,
+            sampling_dtype,
+            eval_max_new_tokens,
+            seed,
+        )
+        self.sampling = sampling
+        self.teacher = EMATeacher(0.01) if teacher is _DEFAULT_TEACHER else teacher
+        self.divergence = divergence
+        self.num_loss_tokens_to_skip = num_loss_tokens_to_skip
+        self.generate_from_teacher = generate_from_teacher
+        self.teacher_accuracy_in_fit = teacher_accuracy_in_fit
+        self._window = SampledWindow()
+
+    def configure_model(self) -> None:
+        """Load the policy, and make the teacher from it."""
+        if self.student is None:
+            super().configure_model()
+            student: Any = self.student
+            self.teacher.copy_from(student)
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """The teacher moves after each optimizer step, before any checkpoint is written."""
+        return [TeacherUpdate()]
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """One step of METHOD §1: sample, score under both roles, compare, average."""
+        rollout = self.rollout(batch)
+        keep = self.loss_mask(batch, rollout)  # (R, T)
+        student = self.student_hidden(batch, rollout, keep)  # (N, D)
+        teacher = self.teacher_hidden(batch, rollout, keep)  # (N, D), no gradient
+        loss, tokens = self.token_divergence(student, teacher, rollout, keep)
+        self._log_step(loss, tokens, rollout)
+        return {"loss": loss, "rollout": rollout, "keep": keep, "divergence": tokens.divergence}
+
+    def rollout(self, batch: PromptBatch) -> Rollout:
+        """Completions of a micro-batch, sampled together with its whole accumulation window."""
+        with self.timed("rollout"):
+            return self._window.take(batch, self.trainer.global_step, self._sample)
+
+    def _sample(self, batches: list[PromptBatch], step: int) -> list[Rollout]:
+        samples = self.sampling.completions_per_prompt
+        if self.generate_from_teacher:
+            model = self.teacher.network
+            prompts = [(b.teacher_prompt_ids, b.teacher_prompt_mask) for b in batches]
+        else:
+            model = self.sampling_weights.model(self.student, step)
+            prompts = [(b.prompt_ids, b.prompt_mask) for b in batches]
+        ids, mask = join_prompts(prompts)  # (ΣB, P)
+        row_ids = [row.id for batch in batches for row in batch.rows]
+        length = self.sampling.max_new_tokens
+        uniforms = row_uniforms(self.seed, step, row_ids, samples, length)  # (R, T)
+        rollout = generate_rollout(
+            model,
+            ids,
+            mask,
+            self.sampling,
+            uniforms,
+            self.stop_ids,
+            self.tokenizer.pad_token_id,
+        )
+        return split_rollout(rollout, [len(batch.rows) * samples for batch in batches])
+
+    def loss_mask(self, batch: PromptBatch, rollout: Rollout) -> Tensor:
+        """`(R, T)` the completion tokens that count, see `masking.loss_mask`."""
+        header = self.tokenizer.decode(batch.prompt_ids[0, -_HEADER_TOKENS:])
+        opens_thinking = "<think>" in header and "</think>" not in header
+        return loss_mask(
+            rollout.completion_ids,
+            rollout.completion_mask,
+            self.num_loss_tokens_to_skip,
+            think_end_id(self.tokenizer),
+            opens_thinking,
+        )
+
+    def student_hidden(self, batch: PromptBatch, rollout: Rollout, keep: Tensor) -> Tensor:
+        """The student's hidden states `(N, D)` at the kept tokens."""
+        samples = self.sampling.completions_per_prompt
+        with self.timed("student"):
+            return completion_hidden_states(
+                self.student,
+                batch.prompt_ids.repeat_interleave(samples, dim=0),
+                batch.prompt_mask.repeat_interleave(samples, dim=0),
+                rollout.completion_ids,
+                rollout.completion_mask,
+                keep,
+            )
+
+    def teacher_hidden(self, batch: PromptBatch, rollout: Rollout, keep: Tensor) -> Tensor:
+        """The teacher's hidden states `(N, D)` at the same tokens after its own prompt."""
+        samples = self.sampling.completions_per_prompt
+        with self.timed("teacher"):
+            hidden: Tensor = self.teacher(
+                batch.teacher_prompt_ids.repeat_interleave(samples, dim=0),
+                batch.teacher_prompt_mask.repeat_interleave(samples, dim=0),
+                rollout.completion_ids,
+                rollout.completion_mask,
+                keep,
+            )
+            return hidden
+
+    def token_divergence(
+        self, student: Tensor, teacher: Tensor, rollout: Rollout, keep: Tensor
+    ) -> tuple[Tensor, TokenStatistics]:
+        """Mean over the tokens of each completion, then over completions, of the divergence."""
+        with self.timed("divergence"):
+            return bounded_divergence(
+                teacher,
+                self.teacher.head,
+                student,
+                self.student_head,
+                rollout.completion_ids[keep],  # (N,)
+                sequence_weights(keep)[keep],  # (N,)
+                self.divergence,
+                self.sampling.temperature,
+            )
+
+    def validation_step(
+        self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Any]:
+        """Grade the student's answers; in validate and test also the teacher's."""
+        outputs = super().validation_step(batch, batch_idx, dataloader_idx)
+        in_fit = self.trainer.state.fn == "fit"
+        taught = batch.teacher_prompt_ids.shape[1] > 0
+        if batch.grader and taught and (self.teacher_accuracy_in_fit or not in_fit):
+            outputs["teacher"] = self.graded_completions(
+                self.teacher.network,
+                batch.teacher_prompt_ids,
+                batch.teacher_prompt_mask,
+                batch,
+                "teacher_accuracy",
+            )
+        return outputs
+
+    def _log_step(self, loss: Tensor, tokens: TokenStatistics, rollout: Rollout) -> None:
+        mask = rollout.completion_mask  # (R, T)
+        self.log("train/loss", loss, prog_bar=True)
+        values: dict[str, Tensor | float] = {
+            "kl": tokens.kl.mean(),
+            "student_entropy": tokens.student_entropy.mean(),
+            "teacher_entropy": tokens.teacher_entropy.mean(),
+            "top1_agreement": tokens.top1_agreement.mean(),
+            "completion_length": mask.sum(dim=1).float().mean(),
+            "truncated_fraction": rollout.truncated.float().mean(),
+            "distinct_2": distinct_bigrams(rollout.completion_ids, mask),
+        }
+        for name, value in values.items():
+            self.log(f"train/{name}", value, prog_bar=name == "kl")
+        self.completion_tokens = int(mask.sum())
+
+
+def distinct_bigrams(completion_ids: Tensor, completion_mask: Tensor) -> float:
+    """Distinct pairs of neighbouring tokens over all pairs, in a batch of completions.
+
+    Near 0 where a policy repeats itself, 1 where no pair occurs twice.
+
+    Args:
+        completion_ids: `(R, T)`.
+        completion_mask: `(R, T)`.
+    """
+    pairs: list[tuple[int, int]] = []
+    for ids, mask in zip(completion_ids.tolist(), completion_mask.tolist(), strict=True):
+        tokens = [token for token, kept in zip(ids, mask, strict=True) if kept]
+        pairs.extend(pairwise(tokens))
+    return len(set(pairs)) / len(pairs) if pairs else 1.0

@@ -1,0 +1,46 @@
+"""Keeps known and harmless notices of the libraries off the user's screen."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+_WARNINGS = (
+    ".*does not have many workers.*",
+    ".*module\\(s\\) in eval mode at the start of training.*",  # the teacher is meant to be
+    ".*isinstance\\(treespec, LeafSpec\\).*",
+    ".*number of training batches.*is smaller than the logging interval.*",
+    ".*Checkpoint directory.*exists and is not empty.*",  # the run's own, on resume
+)
+_NOTICES = (
+    "litlogger",
+    "litmodels",
+    "override existing callbacks passed to Trainer: TeacherUpdate",
+)
+
+
+class _Drop(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Drop a record that contains one of the notices."""
+        text = record.getMessage()
+        return not any(notice in text for notice in _NOTICES)
+
+
+def quieten() -> None:
+    """Drop these notices; show the package's own messages."""
+    for pattern in _WARNINGS:
+        warnings.filterwarnings("ignore", message=pattern)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(_Drop())
+    ours = logging.getLogger("sdft_lightning")
+    if not ours.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        ours.addHandler(handler)
+        ours.setLevel(logging.INFO)
+        ours.propagate = False
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()

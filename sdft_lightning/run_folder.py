@@ -1,0 +1,96 @@
+"""The folder of a run: whose it is, what may be written there, and its config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.cli import SaveConfigCallback
+
+from sdft_lightning.errors import UserError
+
+
+def resolve_checkpoint(ckpt_path: str | None, folder: Path) -> str | None:
+    """The path of the checkpoint that a command names.
+
+    Args:
+        ckpt_path: A path, `last` for the newest of the run, or None.
+        folder: The run's folder.
+
+    Returns:
+        The path of an existing file, or None.
+
+    Raises:
+        UserError: If there is none.
+    """
+    if ckpt_path is None:
+        return None
+    path = folder / "checkpoints" / "last.ckpt" if ckpt_path == "last" else Path(ckpt_path)
+    if not path.exists():
+        known = sorted(str(found) for found in (folder / "checkpoints").glob("*.ckpt"))
+        raise UserError(
+            f"ckpt_path: there is no checkpoint {path}. This run has "
+            f"{', '.join(known) or 'none yet'}."
+        )
+    return str(path)
+
+
+def check_run_folder(folder: Path, ckpt_path: str | None) -> None:
+    """Refuse to train into the folder of another run.
+
+    Args:
+        folder: The run's folder.
+        ckpt_path: The checkpoint that the run goes on from, if any.
+
+    Raises:
+        UserError: If the folder holds a run and `ckpt_path` is not one of its checkpoints.
+    """
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if ckpt_path is None:
+        raise UserError(
+            f"run.name: the folder {folder} already holds a run, and nothing is overwritten. "
+            "Choose another name with --run.name, or go on with that run with --ckpt_path=last."
+        )
+    if folder.resolve() not in Path(ckpt_path).resolve().parents:
+        raise UserError(
+            f"run.name: the folder {folder} already holds a run, and {ckpt_path} is not one of "
+            "its checkpoints. Choose another name with --run.name."
+        )
+
+
+def command_folder(folder: Path, command: str) -> Path:
+    """Where a command writes: fit into the run's folder, the others into one of their own in it.
+
+    Args:
+        folder: The run's folder.
+        command: fit, validate, test, predict or export.
+
+    Returns:
+        The run's folder, or a new one `<command>-<n>` below it.
+    """
+    if command in ("fit", "export"):
+        return folder
+    number = 0
+    while (folder / f"{command}-{number}").exists():
+        number += 1
+    return folder / f"{command}-{number}"
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes config.yaml once; a resumed run adds config-1.yaml and so on."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write the whole config of this command."""
+        folder = Path(trainer.default_root_dir)
+        if not trainer.is_global_zero or self.already_saved:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        path, number = folder / "config.yaml", 0
+        while path.exists():
+            number += 1
+            path = folder / f"config-{number}.yaml"
+        self.parser.save(
+            self.config, path, skip_none=False, overwrite=False, multifile=self.multifile
+        )
+        self.already_saved = True

@@ -9,28 +9,45 @@ from torch import Tensor, nn
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.masking import position_ids
+from sdft_lightning.prefix import (
+    SHORTEST,
+    SplitPrompts,
+    can_share,
+    encode_prefix,
+    split_prompts,
+)
 from sdft_lightning.types import OutputHead
 
 # Greatest relative difference between the model's own logits and those of `output_head`.
 _HEAD_TOLERANCE = 2e-2
 
 
-def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def hidden_states(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, prefix_ids: Tensor | None = None
+) -> Tensor:
     """Last hidden states, after the final norm: what the output head is applied to.
 
     Args:
         model: A causal language model of transformers.
         input_ids: `(B, L)`, padded on either side.
         attention_mask: `(B, L)` boolean.
+        prefix_ids: `(K,)` tokens that stand before each row, without padding between.
 
     Returns:
-        `(B, L, D)`.
+        `(B, L, D)`, without the states of the prefix.
     """
+    rows, shared = input_ids.shape[0], 0 if prefix_ids is None else prefix_ids.numel()
+    cache = None
+    if prefix_ids is not None and shared:
+        cache = encode_prefix(model, prefix_ids, rows)
+        ones = attention_mask.new_ones(rows, shared)  # (B, K)
+        attention_mask = torch.cat([ones, attention_mask], dim=1)  # (B, K + L)
     output = model.base_model(
         input_ids=input_ids,
         attention_mask=attention_mask.long(),
-        position_ids=position_ids(attention_mask),
-        use_cache=False,
+        position_ids=position_ids(attention_mask)[:, shared:],
+        past_key_values=cache,
+        use_cache=cache is not None,
     )
     hidden: Tensor = output.last_hidden_state  # (B, L, D)
     return hidden
@@ -43,6 +60,7 @@ def completion_hidden_states(
     completion_ids: Tensor,
     completion_mask: Tensor,
     keep: Tensor,
+    share_prefix: bool = True,
 ) -> Tensor:
     """Hidden states that predict the kept completion tokens.
 
@@ -56,14 +74,19 @@ def completion_hidden_states(
         completion_ids: `(B, T)`, padded on the right.
         completion_mask: `(B, T)`.
         keep: `(B, T)` tokens of which the state is wanted.
+        share_prefix: Compute what all prompts begin with only once, see `prefix`.
 
     Returns:
         `(N, D)` with N = keep.sum(), row by row.
     """
-    input_ids = torch.cat([prompt_ids, completion_ids], dim=1)  # (B, P + T)
-    attention_mask = torch.cat([prompt_mask, completion_mask], dim=1)  # (B, P + T)
-    hidden = hidden_states(model, input_ids, attention_mask)  # (B, P + T, D)
-    predicting = hidden[:, prompt_ids.shape[1] - 1 : -1]  # (B, T, D)
+    split = SplitPrompts(prompt_ids[0, :0], prompt_ids, prompt_mask)
+    if share_prefix and can_share(model) and prompt_ids.shape[0] > 1:
+        found = split_prompts(prompt_ids, prompt_mask)
+        split = found if found.prefix_ids.numel() >= SHORTEST else split
+    input_ids = torch.cat([split.rest_ids, completion_ids], dim=1)  # (B, R + T)
+    attention_mask = torch.cat([split.rest_mask, completion_mask], dim=1)  # (B, R + T)
+    hidden = hidden_states(model, input_ids, attention_mask, split.prefix_ids)  # (B, R + T, D)
+    predicting = hidden[:, split.rest_ids.shape[1] - 1 : -1]  # (B, T, D)
     return predicting[keep]  # (N, D)
 
 

@@ -57,7 +57,9 @@ def load_policy(
     disable_dropout_(model)
     check_output_head(model)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Renamed in the course of transformers 5.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)()
     model.train()
     return Policy(model, tokenizer, stop_ids(tokenizer, model.generation_config))
 

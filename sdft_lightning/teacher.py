@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.hidden import completion_hidden_states, output_head
+from sdft_lightning.prompt_cache import PromptCache
 from sdft_lightning.types import OutputHead
 
 
@@ -106,7 +107,45 @@ class Teacher(nn.Module):
 
 
 class FrozenTeacher(Teacher):
-    """The model as it was before training."""
+    """The model as it was before training.
+
+    Args:
+        cache_prompts: Keep the keys and values of every teacher prompt in memory, so that after
+            the first epoch only completions are computed. Costs layers · 2 · key-value heads ·
+            head size · 4 bytes for each token of all teacher prompts.
+    """
+
+    def __init__(self, cache_prompts: bool = False) -> None:
+        super().__init__()
+        self._cache = PromptCache() if cache_prompts else None
+        self.register_load_state_dict_post_hook(_forget)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        completion_ids: Tensor,
+        completion_mask: Tensor,
+        keep: Tensor,
+    ) -> Tensor:
+        """As `Teacher.forward`, with prompts from the cache."""
+        if self._cache is None:
+            return super().forward(prompt_ids, prompt_mask, completion_ids, completion_mask, keep)
+        return self._cache.completion_hidden_states(
+            self.network, prompt_ids, prompt_mask, completion_ids, completion_mask, keep
+        )
+
+    def forget(self) -> None:
+        """Empty the cache, after the weights were changed from outside."""
+        if self._cache is not None:
+            self._cache = PromptCache()
+
+
+def _forget(module: nn.Module, _: object) -> None:
+    """After weights were loaded, what the former ones computed is void."""
+    assert isinstance(module, FrozenTeacher)
+    module.forget()
 
 
 class EMATeacher(Teacher):

@@ -101,7 +101,7 @@ class DemonstrationDataModule(L.LightningDataModule):
         self.model_name = model_name
         self.revision = revision
         self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
-        self.name = name
+        self.task = name
         self.grader: str | None = grader
         self.held_out = dict(held_out or {})
         self.columns = columns
@@ -128,9 +128,9 @@ class DemonstrationDataModule(L.LightningDataModule):
         for name in ("batch_size", "eval_batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name}: got {getattr(self, name)}, allowed are 1 and more.")
-        if self.name in self.held_out:
+        if self.task in self.held_out:
             raise UserError(
-                f"data.held_out: the name {self.name} is the task's own; choose another."
+                f"data.held_out: the name {self.task} is the task's own; choose another."
             )
 
     def prepare_data(self) -> None:
@@ -174,7 +174,7 @@ class DemonstrationDataModule(L.LightningDataModule):
             graded = split in ("validation", "test")
             if source is not None:
                 grader = self.grader if graded else None
-                sets.append(_PlannedSet(split, self.name, source, self.columns, grader))
+                sets.append(_PlannedSet(split, self.task, source, self.columns, grader))
         if stage != "predict":
             sets.extend(
                 _PlannedSet(f"held_out.{name}", name, held.source, held.columns, held.grader)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.masking import position_ids
+from sdft_lightning.prefix import SHORTEST, can_share, encode_prefix, split_prompts
 from sdft_lightning.rollout.sampling import Sampling, choose_tokens
 from sdft_lightning.types import Rollout
 
@@ -102,10 +103,19 @@ class _Decoder:
 
     def prefill(self) -> Tensor:
         """Read the prompts once for all samples of each; logits `(B · n, V)`."""
+        shared, ids = 0, self.prompt_ids
+        if can_share(self.model) and ids.shape[0] > 1:
+            split = split_prompts(ids, self.mask)
+            if split.prefix_ids.numel() >= SHORTEST:
+                shared, ids = split.prefix_ids.numel(), split.rest_ids
+                self.cache = encode_prefix(self.model, split.prefix_ids, ids.shape[0])
+                ones = split.rest_mask.new_ones(ids.shape[0], shared)  # (B, K)
+                self.mask = torch.cat([ones, split.rest_mask], dim=1)  # (B, K + R)
         output = self.model(
-            input_ids=self.prompt_ids,
+            input_ids=ids,
             attention_mask=self.mask.long(),
-            position_ids=position_ids(self.mask),
+            position_ids=position_ids(self.mask)[:, shared:],
+            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
         )

@@ -1,0 +1,87 @@
+"""Tokens that all prompts of a batch begin with are computed once, not once a row.
+
+Chat templates open every prompt with the same system turn. Its keys and values are formed at batch
+size 1 and repeated; gradients flow through the repetition. Results equal the plain path up to
+rounding; `SHORTEST` and `can_share` say where the plain path is taken.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Below this many shared tokens an extra forward pass is not worth its overhead.
+SHORTEST = 8
+
+
+class SplitPrompts(NamedTuple):
+    """Prompts as a prefix that all rows share, and the rest of each.
+
+    Attributes:
+        prefix_ids: `(K,)`.
+        rest_ids: `(B, R)`, padded on the left; every row has at least one token.
+        rest_mask: `(B, R)`.
+    """
+
+    prefix_ids: Tensor
+    rest_ids: Tensor
+    rest_mask: Tensor
+
+
+def can_share(model: Any) -> bool:
+    """Whether keys and values can be computed apart for this model.
+
+    Not with gradient checkpointing (it does without a cache), with a sliding window (its cache
+    drops keys), or with attention kernels that want unbroken rows.
+    """
+    config = model.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return (
+        not (model.training and _checkpoints_activations(model))
+        and getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
+        and getattr(config, "sliding_window", None) is None
+        and kinds == {"full_attention"}
+    )
+
+
+def _checkpoints_activations(model: Any) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def split_prompts(prompt_ids: Tensor, prompt_mask: Tensor) -> SplitPrompts:
+    """Cut off the longest prefix that all rows share, leaving each row one token at least.
+
+    Args:
+        prompt_ids: `(B, P)`, padded on the left.
+        prompt_mask: `(B, P)`.
+    """
+    width = prompt_ids.shape[1]
+    lengths = prompt_mask.sum(dim=1)  # (B,)
+    shift = (width - lengths).unsqueeze(1)  # (B, 1)
+    columns = torch.arange(width, device=prompt_ids.device)  # (P,)
+    aligned = prompt_ids.gather(1, (columns + shift).clamp(max=width - 1))  # (B, P) from column 0
+    same = (aligned == aligned[:1]).all(dim=0)  # (P,)
+    same &= columns < lengths.min() - 1
+    prefix = int(same.long().cumprod(dim=0).sum())
+    longest = int(lengths.max()) - prefix
+    kept = columns[-longest:] >= shift + prefix  # (B, R) the right end, less the prefix
+    return SplitPrompts(aligned[0, :prefix], prompt_ids[:, -longest:], kept)
+
+
+def encode_prefix(model: Any, prefix_ids: Tensor, rows: int) -> Any:
+    """Keys and values of the prefix for so many rows.
+
+    Args:
+        model: A causal language model of transformers.
+        prefix_ids: `(K,)`.
+        rows: B.
+
+    Returns:
+        A cache of transformers with K positions of B rows.
+    """
+    cache = model.base_model(input_ids=prefix_ids.unsqueeze(0), use_cache=True).past_key_values
+    if rows > 1:
+        cache.batch_repeat_interleave(rows)
+    return cache

@@ -1,0 +1,117 @@
+"""Keys and values of prompts that come back every epoch, for a model that never changes."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sdft_lightning.errors import UserError
+from sdft_lightning.masking import position_ids
+from sdft_lightning.prefix import can_share
+
+
+class _Prompt(NamedTuple):
+    """What one prompt leaves behind.
+
+    Attributes:
+        states: `(layers, 2, H, L, d)` keys and values.
+        last_hidden: `(D,)` the state that predicts the first completion token.
+    """
+
+    states: Tensor
+    last_hidden: Tensor
+
+
+class PromptCache:
+    """Remembers the keys and values of each prompt that it has seen.
+
+    Memory is layers · 2 · key-value heads · head size · bytes for each prompt token. Only for a
+    model whose weights do not change.
+    """
+
+    def __init__(self) -> None:
+        self._prompts: dict[tuple[int, ...], _Prompt] = {}
+
+    @torch.no_grad()
+    def completion_hidden_states(
+        self,
+        model: Any,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        completion_ids: Tensor,
+        completion_mask: Tensor,
+        keep: Tensor,
+    ) -> Tensor:
+        """As `hidden.completion_hidden_states`, without gradient.
+
+        Raises:
+            UserError: If the model's keys and values cannot be computed apart.
+        """
+        if not can_share(model):
+            raise UserError(
+                "teacher.cache_prompts: the keys and values of this model cannot be kept (sliding "
+                "window, or an attention kernel without masks). Set it to false."
+            )
+        keys = [
+            tuple(ids[mask].tolist()) for ids, mask in zip(prompt_ids, prompt_mask, strict=True)
+        ]
+        missing = [row for row, key in enumerate(keys) if key not in self._prompts]
+        if missing:
+            self._encode(
+                model, prompt_ids[missing], prompt_mask[missing], [keys[r] for r in missing]
+            )
+        prompts = [self._prompts[key] for key in keys]
+        first = torch.stack([prompt.last_hidden for prompt in prompts]).unsqueeze(1)  # (B, 1, D)
+        if completion_ids.shape[1] == 1:
+            return first[keep]  # (N, D)
+        cache, mask = _assemble(prompts)
+        mask = torch.cat([mask, completion_mask[:, :-1]], dim=1)  # (B, L + T - 1)
+        output = model.base_model(
+            input_ids=completion_ids[:, :-1],
+            attention_mask=mask.long(),
+            position_ids=position_ids(mask)[:, 1 - completion_ids.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        predicting = torch.cat([first, output.last_hidden_state], dim=1)  # (B, T, D)
+        return predicting[keep]  # (N, D)
+
+    def _encode(self, model: Any, ids: Tensor, mask: Tensor, keys: list[tuple[int, ...]]) -> None:
+        output = model.base_model(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            position_ids=position_ids(mask),
+            use_cache=True,
+        )
+        layers = output.past_key_values.layers
+        for row, key in enumerate(keys):
+            states = torch.stack(
+                [
+                    torch.stack(
+                        [layer.keys[row, :, -len(key) :], layer.values[row, :, -len(key) :]]
+                    )
+                    for layer in layers
+                ]
+            )  # (layers, 2, H, L, d)
+            self._prompts[key] = _Prompt(states, output.last_hidden_state[row, -1].clone())
+
+
+def _assemble(prompts: list[_Prompt]) -> tuple[Any, Tensor]:
+    """One cache of all prompts, padded on the left, and its mask `(B, L)`."""
+    from transformers import DynamicCache
+
+    layers, _, heads, _, size = prompts[0].states.shape
+    width = max(prompt.states.shape[3] for prompt in prompts)
+    shape = (layers, 2, len(prompts), heads, width, size)
+    states = prompts[0].states.new_zeros(shape)  # (layers, 2, B, H, L, d)
+    mask = torch.zeros(len(prompts), width, dtype=torch.bool, device=states.device)  # (B, L)
+    for row, prompt in enumerate(prompts):
+        length = prompt.states.shape[3]
+        states[:, :, row, :, width - length :] = prompt.states
+        mask[row, width - length :] = True
+    cache = DynamicCache()
+    for layer in range(layers):
+        cache.update(states[layer, 0], states[layer, 1], layer)
+    return cache, mask

@@ -59,9 +59,8 @@ class PromptCache:
         ]
         missing = [row for row, key in enumerate(keys) if key not in self._prompts]
         if missing:
-            self._encode(
-                model, prompt_ids[missing], prompt_mask[missing], [keys[r] for r in missing]
-            )
+            new = [keys[row] for row in missing]
+            self._encode(model, prompt_ids[missing], prompt_mask[missing], new)
         prompts = [self._prompts[key] for key in keys]
         first = torch.stack([prompt.last_hidden for prompt in prompts]).unsqueeze(1)  # (B, 1, D)
         if completion_ids.shape[1] == 1:
@@ -87,14 +86,12 @@ class PromptCache:
         )
         layers = output.past_key_values.layers
         for row, key in enumerate(keys):
-            states = torch.stack(
-                [
-                    torch.stack(
-                        [layer.keys[row, :, -len(key) :], layer.values[row, :, -len(key) :]]
-                    )
-                    for layer in layers
-                ]
-            )  # (layers, 2, H, L, d)
+            kept = slice(ids.shape[1] - len(key), None)
+            pairs = [
+                torch.stack([layer.keys[row, :, kept], layer.values[row, :, kept]])
+                for layer in layers
+            ]
+            states = torch.stack(pairs)  # (layers, 2, H, L, d)
             self._prompts[key] = _Prompt(states, output.last_hidden_state[row, -1].clone())
 
 

@@ -118,7 +118,7 @@ class FrozenTeacher(Teacher):
     def __init__(self, cache_prompts: bool = False) -> None:
         super().__init__()
         self._cache = PromptCache() if cache_prompts else None
-        self.register_load_state_dict_post_hook(_forget)
+        self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def forward(

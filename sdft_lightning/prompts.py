@@ -36,7 +36,7 @@ STYLES: dict[str, list[dict[str, str]]] = {
     "context": [
         {"role": "user", "content": "$context\n\n$prompt"},
         {"role": "assistant", "content": "$demonstration"},
-        {"role": "user", "content": "$prompt"},
+        {"role": "user", "content": "$context\n\n$prompt"},
     ],
 }
 
@@ -51,7 +51,7 @@ class PromptStyle:
 
     Args:
         style: paper (one turn, METHOD §2), turns (the demonstration as an earlier chat turn; what
-            small models need), context (source text, then the demonstration as an earlier turn),
+            small models need), context (the same, each question after its source text),
             or template (your own).
         template: For style template: the text of the last user turn, or a list of turns
             `{role, content}`, with $prompt, $demonstration and $context; only there.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +130,70 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set SDFT_SHARED_DATA to its folder")
     return folder
+
+
+@pytest.fixture
+def make_model(tokenizer: Any) -> Callable[..., Any]:
+    """Build a tiny model, with changes to its config (`seed=` for other weights)."""
+
+    def make(**changes: Any) -> Any:
+        return build_model(tokenizer, **changes)
+
+    return make
+
+
+@pytest.fixture
+def make_tokenizer() -> Callable[..., Any]:
+    """Build a tiny tokenizer with another chat template, or with none."""
+    return build_tokenizer
+
+
+@pytest.fixture
+def pad_left() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Pad rows of token ids on the left; ids `(B, P)` and mask `(B, P)`."""
+
+    def pad(rows: list[list[int]], pad_id: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        width = max(len(row) for row in rows)
+        ids = [[pad_id] * (width - len(row)) + row for row in rows]
+        mask = [[False] * (width - len(row)) + [True] * len(row) for row in rows]
+        return torch.tensor(ids), torch.tensor(mask)
+
+    return pad
+
+
+@pytest.fixture(scope="session")
+def make_rows() -> Callable[[int], list[dict[str, Any]]]:
+    """The function that makes short rows."""
+    return example_rows
+
+
+@pytest.fixture
+def fit_args(model_folder: Path, train_file: Path) -> list[str]:
+    """A fit of two steps on the tiny model; later options win over these."""
+    options = {
+        "model": "SDFTModule",
+        "model.model_name": model_folder,
+        "model.sampling.max_new_tokens": 8,
+        "model.eval_max_new_tokens": 8,
+        "data.train": train_file,
+        "data.prompts.style": "turns",
+        "data.batch_size": 2,
+        "trainer.max_steps": 2,
+        "trainer.accelerator": "cpu",
+        "run.name": "a",
+    }
+    return ["fit", *(f"--{name}={value}" for name, value in options.items())]
+
+
+@pytest.fixture
+def run_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Run the command line in this process, in `tmp_path`, with Lightning's and our logs as found."""
+    from sdft_lightning.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["sdft"])
+    ours = logging.getLogger("sdft_lightning")
+    found = ours.handlers[:], ours.level, ours.propagate
+    with warnings.catch_warnings():
+        yield lambda *args: main([str(arg) for arg in args])
+    ours.handlers[:], ours.level, ours.propagate = found

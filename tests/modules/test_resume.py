@@ -1,0 +1,191 @@
+"""A run that is killed and resumed ends as the uninterrupted one, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# Forks a process for each list of arguments that it reads, and answers with its wait status.
+LAUNCHER = """
+import json, os, sys, torch
+torch.set_num_threads(1)
+from sdft_lightning.cli import main
+for line in sys.stdin:
+    folder, args = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.chdir(folder)
+        os.dup2(2, 1)
+        main(args)
+        os._exit(0)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+KILLER = """
+import os, signal
+import lightning as L
+
+class KillAt(L.Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer, *args) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+Launcher = Callable[[Path, list[str]], int]
+
+VARIANTS: dict[str, tuple[int, list[str]]] = {
+    "mid_epoch": (30, []),
+    "checkpoint_at_the_end_of_an_epoch": (12, []),
+    "epoch_boundary_before_the_kill": (10, []),
+    "validation_between_epochs": (10, ["--data.validation=rows.jsonl", "--data.grader=contains"]),
+    "accumulate_2": (30, ["--trainer.accumulate_grad_batches=2"]),
+    "accumulate_2_with_odd_windows": (10, ["--trainer.accumulate_grad_batches=2"]),
+    "worker": (10, ["--data.num_workers=1"]),
+    "frozen": (30, ["--model.teacher=FrozenTeacher"]),
+    "frozen_cached": (
+        10,
+        ["--model.teacher=FrozenTeacher", "--model.teacher.cache_prompts=true"],
+    ),
+    "ema_every_3": (
+        30,
+        ["--model.teacher=EMATeacher", "--model.teacher.every=3", "--model.teacher.update_rate=.2"],
+    ),
+    "live": (30, ["--model.teacher=LiveTeacher"]),
+    "two_completions": (30, ["--model.sampling.completions_per_prompt=2"]),
+    "sft": (30, ["--model=SFTModule"]),
+}
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    """Run the command line in a process of its own; the imports are paid for once."""
+    folder = tmp_path_factory.mktemp("killer")
+    (folder / "killer.py").write_text(KILLER)
+    repository = Path(__file__).resolve().parents[2]
+    path = os.pathsep.join([str(folder), str(repository)])
+    process = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    send, answers = process.stdin, process.stdout
+
+    def run(where: Path, args: list[str]) -> int:
+        send.write(json.dumps([str(where), args]) + "\n")
+        send.flush()
+        return int(answers.readline())
+
+    yield run
+    send.close()
+    process.wait(timeout=30)
+
+
+def run_args(model_folder: Path, name: str, extra: list[str]) -> list[str]:
+    """Twelve steps; a checkpoint at every second, the completions of all."""
+    is_sft = "--model=SFTModule" in extra
+    return [
+        "fit",
+        "--model=SDFTModule",
+        *extra,
+        f"--model.model_name={model_folder}",
+        *([] if is_sft else ["--model.sampling.max_new_tokens=8"]),
+        "--model.eval_max_new_tokens=8",
+        "--model.optimizer=AdamW",
+        "--model.optimizer.lr=0.01",
+        "--model.schedule.warmup_steps=3",
+        "--data.train=rows.jsonl",
+        "--data.columns.reference=reference",
+        "--data.prompts.style=turns",
+        "--data.batch_size=2",
+        "--trainer.max_steps=12",
+        "--trainer.accelerator=cpu",
+        "--trainer.logger=false",
+        "--checkpoint.every_n_train_steps=2",
+        "--checkpoint.save_top_k=-1",
+        "--trainer.callbacks+=CompletionLog",
+        "--trainer.callbacks.every_n_steps=1",
+        f"--run.name={name}",
+    ]
+
+
+KILL = ["--trainer.callbacks+=killer.KillAt", "--trainer.callbacks.step=7"]
+
+
+def training_lines(run: Path) -> list[dict[str, Any]]:
+    lines = (run / "completions.jsonl").read_text(encoding="utf-8").splitlines()
+    return [line for line in map(json.loads, lines) if line["stage"] == "train"]
+
+
+def assert_same(found: Any, expected: Any, where: str) -> None:
+    """Equal tensors, bit for bit, and equal everything else."""
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected), where
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key in expected:
+            assert_same(found[key], expected[key], f"{where}.{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), where
+        for place, item in enumerate(expected):
+            assert_same(found[place], item, f"{where}[{place}]")
+    else:
+        assert found == expected, where
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_killed_and_resumed_equals_uninterrupted(
+    variant: str,
+    launch: Launcher,
+    run_cli: Callable[..., None],
+    model_folder: Path,
+    tmp_path: Path,
+    write_rows: Callable[..., Path],
+    make_rows: Callable[[int], list[dict[str, Any]]],
+) -> None:
+    count, extra = VARIANTS[variant]
+    write_rows(make_rows(count))
+    whole, parts = tmp_path / "runs" / "whole", tmp_path / "runs" / "parts"
+    run_cli(*run_args(model_folder, "whole", extra))
+
+    killed = launch(tmp_path, [*run_args(model_folder, "parts", extra), *KILL])
+    assert os.WIFSIGNALED(killed)
+    assert os.WTERMSIG(killed) == 9
+    assert not (parts / "checkpoints" / "step-8.ckpt").exists()
+    last = torch.load(parts / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 6
+    run_cli(*run_args(model_folder, "parts", extra), "--ckpt_path=last")
+
+    for step in (8, 10, 12):
+        found, expected = (
+            torch.load(run / "checkpoints" / f"step-{step}.ckpt", weights_only=True)
+            for run in (parts, whole)
+        )
+        for key in ("state_dict", "optimizer_states", "lr_schedulers"):
+            assert_same(found[key], expected[key], f"step {step}: {key}")
+    first = torch.load(whole / "checkpoints" / "step-2.ckpt", weights_only=True)["state_dict"]
+    assert any(not torch.equal(first[name], expected["state_dict"][name]) for name in first)
+    if "sft" not in variant:
+        expected_lines = training_lines(whole)
+        assert {line["step"] for line in expected_lines} >= set(range(1, 13))
+        # Step 7 was sampled twice, before the kill and after the resume: to the same completions.
+        before = [line for line in expected_lines if line["step"] <= 6]
+        after = [line for line in expected_lines if line["step"] >= 7]
+        assert training_lines(parts)[: len(before)] == before
+        assert training_lines(parts)[-len(after) :] == after
+        again = training_lines(parts)[len(before) : -len(after)]
+        assert again == [line for line in after if line["step"] == 7]

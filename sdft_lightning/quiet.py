@@ -11,6 +11,7 @@ _WARNINGS = (
     ".*module\\(s\\) in eval mode at the start of training.*",  # the teacher is meant to be
     ".*isinstance\\(treespec, LeafSpec\\).*",
     ".*number of training batches.*is smaller than the logging interval.*",
+    ".*Total length of .* across ranks is zero.*",  # no validation split was given
     ".*Checkpoint directory.*exists and is not empty.*",  # the run's own, on resume
 )
 _NOTICES = (

@@ -90,7 +90,5 @@ class SaveRunConfig(SaveConfigCallback):
         while path.exists():
             number += 1
             path = folder / f"config-{number}.yaml"
-        self.parser.save(
-            self.config, path, skip_none=False, overwrite=False, multifile=self.multifile
-        )
+        self.parser.save(self.config, path, overwrite=False, multifile=self.multifile)
         self.already_saved = True

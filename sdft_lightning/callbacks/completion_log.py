@@ -22,7 +22,11 @@ class CompletionLog(L.Callback):
     def __init__(self, every_n_steps: int = 10, rows: int = 4) -> None:
         self.every_n_steps = every_n_steps
         self.rows = rows
-        self._logged_at = -1
+        self._logged_at = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Nothing is due before the next optimizer step, also in a resumed run."""
+        self._logged_at = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int

@@ -24,6 +24,10 @@ class ExportModel(L.Callback):
         self.every_n_steps = every_n_steps
         self._exported_at = 0
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Nothing is due before the next optimizer step, also in a resumed run."""
+        self._exported_at = trainer.global_step
+
     def on_train_batch_end(
         self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -24,7 +24,11 @@ class KLStrip(L.Callback):
     def __init__(self, every_n_steps: int = 10, rows: int = 3) -> None:
         self.every_n_steps = every_n_steps
         self.rows = rows
-        self._drawn_at = -1
+        self._drawn_at = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Nothing is due before the next optimizer step, also in a resumed run."""
+        self._drawn_at = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int

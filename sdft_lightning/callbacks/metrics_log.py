@@ -17,6 +17,10 @@ class MetricsLog(L.Callback):
         self._start = time.monotonic()
         self._logged_at = 0
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Nothing is due before the next optimizer step, also in a resumed run."""
+        self._logged_at = trainer.global_step
+
     def on_train_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

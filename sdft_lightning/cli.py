@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from sdft_lightning.callbacks import MetricsLog, PredictionWriter, RunProgressBar
+from sdft_lightning.callbacks import MetricsLog, PredictionWriter, ResultTable, RunProgressBar
 from sdft_lightning.callbacks.export import export_model
 from sdft_lightning.data import DemonstrationDataModule
 from sdft_lightning.errors import UserError
@@ -25,6 +25,15 @@ from sdft_lightning.run_folder import (
     command_folder,
     resolve_checkpoint,
 )
+
+
+_DESCRIPTIONS = {
+    "fit": "Train: see configs/ for whole runs, e.g. --config configs/quickstart.yaml.",
+    "validate": "Accuracy of student and teacher on the validation split, and on held-out sets.",
+    "test": "Accuracy of student and teacher on the test split, and on held-out sets.",
+    "predict": "Answer the questions of data.predict greedily, into predictions.jsonl.",
+    "export": "Write a checkpoint as a save_pretrained folder for transformers and vLLM.",
+}
 
 
 class RunTrainer(L.Trainer):
@@ -99,6 +108,15 @@ class SDFTCLI(LightningCLI):
         for target in ("model.init_args.seed", "data.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=_seed)
 
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if "verbose" in self._subcommand_method_arguments[subcommand]:
+            # `ResultTable` prints one table; Lightning would print one for each loader.
+            parser.set_defaults({"verbose": False})
+        return parser
+
     def before_instantiate_classes(self) -> None:
         """Refuse a folder in use and a missing checkpoint before anything is loaded."""
         command = self.config["subcommand"]
@@ -141,8 +159,14 @@ def main(args: ArgsType = None) -> None:
             DemonstrationDataModule,
             subclass_mode_model=True,
             trainer_class=RunTrainer,
-            trainer_defaults={"callbacks": [MetricsLog(), PredictionWriter(), RunProgressBar()]},
+            trainer_defaults={
+                "callbacks": [MetricsLog(), PredictionWriter(), ResultTable(), RunProgressBar()]
+            },
             save_config_callback=SaveRunConfig,
+            parser_kwargs={
+                "description": "Self-distillation fine-tuning: a new skill, old ones kept.",
+                **{name: {"description": text} for name, text in _DESCRIPTIONS.items()},
+            },
             seed_everything_default=42,
             auto_configure_optimizers=False,
             args=args,

@@ -7,6 +7,7 @@ from sdft_lightning.callbacks.kl_strip import KLStrip
 from sdft_lightning.callbacks.metrics_log import MetricsLog
 from sdft_lightning.callbacks.predictions import PredictionWriter
 from sdft_lightning.callbacks.progress import RunProgressBar
+from sdft_lightning.callbacks.result_table import ResultTable
 
 __all__ = [
     "CompletionLog",
@@ -15,5 +16,6 @@ __all__ = [
     "KLStrip",
     "MetricsLog",
     "PredictionWriter",
+    "ResultTable",
     "RunProgressBar",
 ]

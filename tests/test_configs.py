@@ -1,0 +1,109 @@
+"""Every YAML parses; run configs open with their command; the paper's arguments map to ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+RUNS = sorted(CONFIGS.glob("*.yaml"))
+FRAGMENTS = sorted(CONFIGS.glob("*/*.yaml"))
+
+
+@pytest.fixture
+def parse(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], dict[str, Any]]:
+    """Parse a command line and return the whole config as `--print_config` shows it."""
+    from sdft_lightning.cli import main
+
+    def run(arguments: list[str]) -> dict[str, Any]:
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", *arguments, "--print_config"])
+        assert stop.value.code == 0
+        config: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
+        return config
+
+    return run
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_run_config_opens_with_its_command_and_parses(
+    path: Path, parse: Callable[[list[str]], dict[str, Any]]
+) -> None:
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    assert first == f"# python cli.py fit --config configs/{path.name}"
+    assert parse([f"--config={path}"])["run"]["name"] == path.stem
+
+
+@pytest.mark.parametrize("path", FRAGMENTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_fragment_parses_beside_a_model(
+    path: Path, parse: Callable[[list[str]], dict[str, Any]]
+) -> None:
+    config = parse([f"--config={CONFIGS / 'model' / 'sdft.yaml'}", f"--config={path}"])
+    for section, values in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+        assert values.keys() <= config[section].keys()
+
+
+def test_later_config_wins(parse: Callable[[list[str]], dict[str, Any]]) -> None:
+    sft = parse(
+        [f"--config={CONFIGS / 'quickstart.yaml'}", f"--config={CONFIGS / 'model' / 'sft.yaml'}"]
+    )
+    assert sft["model"]["class_path"].endswith("SFTModule")
+
+
+# Arguments of the paper's public main.py, their defaults, and where they stand here.
+PAPER_ARGUMENTS = [
+    ("model_name", "Qwen/Qwen2.5-7B-Instruct", "--model.model_name", "other/model"),
+    ("learning_rate", 2e-5, "--model.optimizer.init_args.lr", 1e-6),
+    ("num_train_epochs", 1, "--trainer.max_epochs", 3),
+    ("ref_model_mixup_alpha", 0.01, "--model.teacher.init_args.update_rate", 0.05),
+    ("seed", 42, "--seed_everything", 7),
+]
+
+
+def look_up(config: dict[str, Any], option: str) -> Any:
+    """The value that an option has in a config; `init_args` may be left out in options."""
+    node: Any = config
+    for part in option.removeprefix("--").split("."):
+        if isinstance(node, dict) and part not in node and "init_args" in node:
+            node = node["init_args"]
+        node = node[part]
+    return node
+
+
+@pytest.mark.parametrize(("argument", "default", "option", "other"), PAPER_ARGUMENTS)
+def test_argument_of_the_papers_main_has_its_default_and_reaches_the_run(
+    argument: str,
+    default: object,
+    option: str,
+    other: object,
+    parse: Callable[[list[str]], dict[str, Any]],
+) -> None:
+    path = CONFIGS / "paper_tooluse.yaml"
+    assert look_up(parse([f"--config={path}"]), option) == default
+    assert look_up(parse([f"--config={path}", f"{option}={other}"]), option) == other
+    assert f"`--{argument}` | `{option}" in (CONFIGS.parent / "README.md").read_text()
+
+
+def test_paper_batch_is_32_prompts_and_its_other_settings_stand(
+    parse: Callable[[list[str]], dict[str, Any]],
+) -> None:
+    config = parse([f"--config={CONFIGS / 'paper_tooluse.yaml'}"])
+    model = config["model"]["init_args"]
+    assert config["data"]["batch_size"] * config["trainer"]["accumulate_grad_batches"] == 32
+    assert config["trainer"]["gradient_clip_val"] == 1
+    assert model["schedule"] == {"name": "cosine", "warmup_ratio": 0.1, "warmup_steps": None}
+    assert model["sampling"]["max_new_tokens"] == 1024
+    assert (model["sampling"]["temperature"], model["sampling"]["top_p"]) == (1.0, 1.0)
+    assert model["sampling"]["completions_per_prompt"] == 1
+    assert model["num_loss_tokens_to_skip"] == 3
+    assert model["divergence"]["name"] == "forward_kl"
+    assert model["divergence"]["estimator"] == "full_vocabulary"
+    assert model["optimizer"]["init_args"]["weight_decay"] == 0
+    assert config["data"]["prompts"]["style"] == "paper"
+    readme = (CONFIGS.parent / "README.md").read_text()
+    assert "`--num_prompts_per_batch` | `--data.batch_size`" in readme
+    assert "`--output_dir` | `--run.root`" in readme

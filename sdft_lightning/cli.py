@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -23,9 +22,9 @@ from sdft_lightning.run_folder import (
     SaveRunConfig,
     check_run_folder,
     command_folder,
+    load_checkpoint,
     resolve_checkpoint,
 )
-
 
 _DESCRIPTIONS = {
     "fit": "Train: see configs/ for whole runs, e.g. --config configs/quickstart.yaml.",
@@ -72,7 +71,7 @@ class RunTrainer(L.Trainer):
                 f"output_dir: {folder} exists already and is not overwritten. Name another with "
                 "--output_dir."
             )
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = load_checkpoint(path)
         model.configure_model()
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
@@ -127,12 +126,40 @@ class SDFTCLI(LightningCLI):
             check_run_folder(self.run_folder, config["ckpt_path"])
         self.folder = command_folder(self.run_folder, command)
 
+    def before_fit(self) -> None:
+        """Check all data and the checkpoint before Lightning writes its first file."""
+        self._check("fit")
+
+    def before_validate(self) -> None:
+        """As `before_fit`."""
+        self._check("validate")
+
+    def before_test(self) -> None:
+        """As `before_fit`."""
+        self._check("test")
+
+    def before_predict(self) -> None:
+        """As `before_fit`."""
+        self._check("predict")
+
+    def _check(self, command: str) -> None:
+        self.datamodule.trainer = self.trainer
+        self.datamodule.prepare_data()
+        self.datamodule.setup(command)
+        path = self._get(self.config, "ckpt_path")
+        if path is not None:
+            self.model.configure_model()
+            self.model.on_load_checkpoint(load_checkpoint(path))
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """A trainer that writes below the run's folder only."""
         logger = self._get(self.config_init, "trainer").get("logger")
         if logger is None or logger is True:
             kwargs["logger"] = TensorBoardLogger(str(self.folder), name="", version="")
         kwargs["default_root_dir"] = str(self.folder)
+        options = self._get(self.config_init, "trainer")
+        if options["max_epochs"] is None and options["max_steps"] == -1:
+            kwargs["max_epochs"] = 1  # as in the paper; Lightning would take 1000
         return super().instantiate_trainer(**kwargs)
 
     def _parse_ckpt_path(self) -> None:
@@ -171,9 +198,22 @@ def main(args: ArgsType = None) -> None:
             auto_configure_optimizers=False,
             args=args,
         )
-    except (UserError, ArgumentError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ArgumentError, ValueError) as error:
+        found = _user_error(error)
+        if found is None:
+            raise
+        print(f"error: {found}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def _user_error(error: BaseException) -> BaseException | None:
+    """The error that the user can mend, also where jsonargparse has wrapped it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return error if isinstance(error, ArgumentError) else None
 
 
 if __name__ == "__main__":

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
+import re
 from pathlib import Path
+from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.cli import SaveConfigCallback
 
 from sdft_lightning.errors import UserError
@@ -35,6 +39,28 @@ def resolve_checkpoint(ckpt_path: str | None, folder: Path) -> str | None:
     return str(path)
 
 
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint: tensors and plain values only, and lazily.
+
+    Args:
+        path: An existing file.
+
+    Returns:
+        Its content, on the CPU.
+
+    Raises:
+        UserError: If it cannot be read as a checkpoint.
+    """
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"ckpt_path: {path} cannot be read as a checkpoint ({type(error).__name__}); it may "
+            "have been cut short. Name an older one of the run's checkpoints/ folder."
+        ) from error
+    return content
+
+
 def check_run_folder(folder: Path, ckpt_path: str | None) -> None:
     """Refuse to train into the folder of another run.
 
@@ -45,7 +71,7 @@ def check_run_folder(folder: Path, ckpt_path: str | None) -> None:
     Raises:
         UserError: If the folder holds a run and `ckpt_path` is not one of its checkpoints.
     """
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or all(_is_command_folder(path) for path in folder.iterdir()):
         return
     if ckpt_path is None:
         raise UserError(
@@ -57,6 +83,11 @@ def check_run_folder(folder: Path, ckpt_path: str | None) -> None:
             f"run.name: the folder {folder} already holds a run, and {ckpt_path} is not one of "
             "its checkpoints. Choose another name with --run.name."
         )
+
+
+def _is_command_folder(path: Path) -> bool:
+    """Whether a folder is one that `command_folder` made: measured before training, say."""
+    return re.fullmatch(r"(validate|test|predict)-\d+", path.name) is not None
 
 
 def command_folder(folder: Path, command: str) -> Path:

@@ -9,7 +9,7 @@ import numpy as np
 
 from sdft_lightning.callbacks.run_files import tensorboard
 
-_TOKENS_A_LINE = 12
+_TOKENS_A_LINE = 7
 _MOST_TOKENS = 120
 
 
@@ -68,11 +68,11 @@ def draw_strips(strips: list[tuple[list[str], np.ndarray]]) -> Any:
     lines = sum(-(-max(1, len(tokens)) // _TOKENS_A_LINE) + 1 for tokens, _ in strips)
     highest = max((float(values.max()) for _, values in strips if len(values)), default=1.0)
     colours = ScalarMappable(Normalize(0, max(highest, 1e-6)), "YlOrRd")
-    figure = Figure(figsize=(12, 0.5 * lines + 1), layout="constrained")
+    figure = Figure(figsize=(7, 0.42 * lines + 0.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set(xlim=(0, _TOKENS_A_LINE), ylim=(lines, 0), xticks=[], yticks=[])
-    axes.set_title("divergence of each completion token from the teacher, in nats")
+    axes.set_title("divergence from the teacher, nats a token", fontsize=11)
     line = 0
     for tokens, values in strips:
         for place, (token, value) in enumerate(zip(tokens, values, strict=True)):
@@ -80,9 +80,9 @@ def draw_strips(strips: list[tuple[list[str], np.ndarray]]) -> Any:
             axes.fill_between([column, column + 1], row, row + 0.92, color=colours.to_rgba(value))
             dark = value > 0.6 * max(highest, 1e-6)
             # `$` would start mathematical typesetting.
-            label = repr(token)[1:-1][:12].replace("$", r"\$")
+            label = repr(token)[1:-1][:11].replace("$", r"\$")
             axes.text(
-                column + 0.5, row + 0.48, label, ha="center", va="center", fontsize=9,
+                column + 0.5, row + 0.48, label, ha="center", va="center", fontsize=10,
                 color="white" if dark else "black",
             )  # fmt: skip
         line += -(-max(1, len(tokens)) // _TOKENS_A_LINE) + 1

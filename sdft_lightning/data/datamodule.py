@@ -146,6 +146,7 @@ class DemonstrationDataModule(L.LightningDataModule):
         Raises:
             UserError: If a file, a row or an option is wrong.
         """
+        stage = getattr(stage, "value", stage)  # Lightning passes an enum
         sets = [planned for planned in self._planned(stage) if planned.key not in self._sets]
         if not sets:
             return
@@ -155,6 +156,8 @@ class DemonstrationDataModule(L.LightningDataModule):
         tokenizer = Tokenizer(raw, self.prompts, self.lengths, stops)
         for planned in sets:
             self._sets[planned.key] = self._load(planned, tokenizer)
+        if stage == "fit":
+            self._train_sampler()  # refuses fewer rows than one batch
 
     def _planned(self, stage: str) -> list[_PlannedSet]:
         splits = {

@@ -105,8 +105,14 @@ def _parse_row(
             f"{origin}: the context (column {columns.context!r}) must be a text, got "
             f"{type(context).__name__}."
         )
+    row_id = number if columns.id is None else row.get(columns.id)
+    if row_id is None or row_id == "":
+        raise UserError(
+            f"{origin}: the id (column {columns.id!r}) is missing. Fill it, or leave "
+            "data.columns.id out to number the rows."
+        )
     return Demonstration(
-        id=str(number if columns.id is None else row.get(columns.id)),
+        id=str(row_id),
         prompt=prompt,
         demonstration=demonstration,
         context=context,

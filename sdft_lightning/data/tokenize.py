@@ -177,11 +177,13 @@ def _truncate(tokens: TokenizedRow, tokenizer: Tokenizer) -> TokenizedRow:
 
 
 def _shorten(row: Demonstration, over: int, tokenizer: Tokenizer) -> Demonstration:
-    """Cut `over` tokens from the end of the context, or of the demonstration when that is short."""
+    """Cut `over` tokens from the end of the context, then of the demonstration."""
     if tokenizer.style.needs_context and row.context:
+        shown = sum(turn["content"].count("$context") for turn in tokenizer.style.turns)
         ids = tokenizer.encode(row.context)
-        if len(ids) > over:
-            return row._replace(context=tokenizer.tokenizer.decode(ids[:-over]))
+        keep = max(1, len(ids) - -(-over // max(1, shown)))
+        if keep < len(ids):
+            return row._replace(context=tokenizer.tokenizer.decode(ids[:keep]))
     last: Message = row.demonstration[-1]
     ids = tokenizer.encode(last["content"])
     shorter = tokenizer.tokenizer.decode(ids[: max(1, len(ids) - over)])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sdft_lightning.bounded import bounded_divergence
 from sdft_lightning.divergence import Divergence
+from sdft_lightning.errors import UserError
 from sdft_lightning.hidden import completion_hidden_states
 from sdft_lightning.masking import loss_mask, sequence_weights
 from sdft_lightning.modules.base import OptimizerFactory, PolicyModule
@@ -88,6 +89,11 @@ class SDFTModule(PolicyModule):
             eval_max_new_tokens,
             seed,
         )
+        if num_loss_tokens_to_skip < 0:
+            raise UserError(
+                f"model.num_loss_tokens_to_skip: got {num_loss_tokens_to_skip}, allowed are 0 and "
+                "more."
+            )
         self.sampling = sampling
         self.teacher = EMATeacher(0.01) if teacher is _DEFAULT_TEACHER else teacher
         self.divergence = divergence

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sdft_lightning.divergence import Divergence, log_probs
 from sdft_lightning.types import OutputHead, TokenStatistics
@@ -168,7 +169,7 @@ class _BoundedLoss(torch.autograd.Function):
         """Return the loss, and the statistics `(7, N)`."""
         size = weight.shape[0] if teacher is None else teacher.weight.shape[0]
         student = _cast(hidden, head, size)
-        gradients = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
+        gradients = _Gradients(hidden, weight, bias, token_weights, ctx.needs_input_grad)
         tokens = hidden.shape[0]
         statistics = torch.zeros(7, tokens, device=hidden.device)  # (7, N)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -179,7 +180,7 @@ class _BoundedLoss(torch.autograd.Function):
                     teacher,
                     part,
                     token_ids[part],
-                    token_weights[part] if gradients.needed else None,
+                    gradients.weights[part] if gradients.needed else None,
                     token_loss,
                     temperature,
                 )
@@ -190,6 +191,7 @@ class _BoundedLoss(torch.autograd.Function):
         return (statistics[0] * token_weights).sum(), statistics
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the gradients that the forward pass formed."""
         hidden, weight, bias = ctx.gradients.scaled_(grad_outputs[0])
@@ -228,9 +230,20 @@ class _Gradients:
     """Gradients of the loss, in float32, filled chunk by chunk."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, ...]
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        token_weights: Tensor,
+        needs: tuple[bool, ...],
     ) -> None:
         self.needed = any(needs[:3])
+        self.spent = False
+        # Weights of 1 at most while the chunks are in float16, where 1e-4 times a small
+        # gradient would be 0; the gradients are scaled back in float32.
+        peak = token_weights.abs().max() if token_weights.numel() else token_weights.new_ones(())
+        self.peak = peak.clamp(min=torch.finfo(torch.float32).tiny)
+        self.weights = token_weights / self.peak
         self.dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
         sources = (hidden, weight, bias)
         self.hidden, self.weight, self.bias = (
@@ -254,9 +267,15 @@ class _Gradients:
 
     def scaled_(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients times `factor`, in the dtypes of what they belong to."""
+        if self.spent:
+            raise RuntimeError(
+                "The gradients of this loss were already taken; call the loss again for a second "
+                "backward pass."
+            )
+        self.spent = True
         filled = (self.hidden, self.weight, self.bias)
         hidden, weight, bias = (
-            None if grad is None else grad.mul_(factor).to(dtype)
+            None if grad is None else grad.mul_(factor * self.peak).to(dtype)
             for grad, dtype in zip(filled, self.dtypes, strict=True)
         )
         self.hidden = self.weight = self.bias = None
@@ -271,7 +290,7 @@ def _statistics(losses: Tensor, teacher: Tensor, student: Tensor, token_ids: Ten
     return torch.stack(
         [
             losses,
-            cross_entropy - teacher_entropy,
+            (cross_entropy - teacher_entropy).clamp(min=0.0),  # rounding may leave -1e-6
             -(student.exp() * student).sum(dim=-1),
             teacher_entropy,
             (teacher.argmax(dim=-1) == student.argmax(dim=-1)).float(),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.eval_mode import eval_mode
 from sdft_lightning.masking import position_ids
 from sdft_lightning.prefix import (
     SHORTEST,
@@ -135,11 +136,9 @@ def check_output_head(model: Any) -> None:
     device = next(model.parameters()).device
     ids = torch.tensor([[0, 1, 2]], device=device)  # (1, 3)
     mask = torch.ones_like(ids, dtype=torch.bool)  # (1, 3)
-    was_training = model.training
-    model.eval()
-    own = model(input_ids=ids, attention_mask=mask.long()).logits.float()  # (1, 3, V)
-    ours = apply_head(output_head(model), hidden_states(model, ids, mask)).float()  # (1, 3, V)
-    model.train(was_training)
+    with eval_mode(model):
+        own = model(input_ids=ids, attention_mask=mask.long()).logits.float()  # (1, 3, V)
+        ours = apply_head(output_head(model), hidden_states(model, ids, mask)).float()
     difference = float((own - ours).abs().max() / own.abs().max().clamp(min=1e-6))
     if difference > _HEAD_TOLERANCE:
         raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from sdft_lightning.errors import UserError
@@ -76,20 +77,29 @@ def _load_model(
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             resolve_model(model_name),
             revision=revision,
             dtype=getattr(torch, weights_dtype),
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(
             f"model_name: no model could be loaded from {model_name}: {error} Allowed are "
             f"`{EMBEDDED}`, a folder written by save_pretrained with safetensors, or a Hub id "
             "that this machine can reach."
         ) from error
+    model, report = loaded
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise UserError(
+            f"model_name: the weights of {model_name} lack {len(missing)} tensors, e.g. "
+            f"{missing[0]}, which would be drawn at random. Use a complete folder."
+        )
+    return model
 
 
 def check_vocabulary(model: Any, tokenizer: Any, model_name: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from itertools import takewhile
 from string import Template
 from typing import Any, Literal, get_args
 
@@ -85,6 +86,17 @@ class PromptStyle:
         turns = self.turns
         if not turns or any(set(turn) != {"role", "content"} for turn in turns):
             raise UserError("prompts.template: each turn needs `role` and `content`, nothing else.")
+        for turn in turns:
+            content, role = turn["content"], turn["role"]
+            if not isinstance(content, str) or role not in ("system", "user", "assistant"):
+                raise UserError(
+                    "prompts.template: each turn needs a role (system, user, assistant) and a text "
+                    f"as content, got {turn!r}."
+                )
+            if any(match["invalid"] is not None for match in Template.pattern.finditer(content)):
+                raise UserError(
+                    f"prompts.template: a lone $ in {content!r}. Write $$ for a dollar sign."
+                )
         if turns[-1]["role"] != "user":
             raise UserError("prompts.template: the last turn must have the role user.")
         names = {name for turn in turns for name in _placeholders(turn["content"])}
@@ -233,7 +245,9 @@ def assistant_header(tokenizer: Any, messages: list[Message], args: dict[str, An
     """What the chat template adds to open the assistant's turn."""
     with_header = _apply_template(tokenizer, messages, args, generation_prompt=True)
     without = _apply_template(tokenizer, messages, args, generation_prompt=False)
-    return with_header.removeprefix(without)
+    pairs = zip(with_header, without, strict=False)
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return with_header[same:]
 
 
 def check_same_header(tokenizer: Any, row: Demonstration, style: PromptStyle) -> str:

@@ -12,6 +12,7 @@ _WARNINGS = (
     ".*isinstance\\(treespec, LeafSpec\\).*",
     ".*number of training batches.*is smaller than the logging interval.*",
     ".*Total length of .* across ranks is zero.*",  # no validation split was given
+    ".*The dirpath has changed from.*",  # each command has its own folder
     ".*Checkpoint directory.*exists and is not empty.*",  # the run's own, on resume
 )
 _NOTICES = (

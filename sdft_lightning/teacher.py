@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.eval_mode import eval_mode
 from sdft_lightning.hidden import completion_hidden_states, output_head
 from sdft_lightning.prompt_cache import PromptCache
 from sdft_lightning.types import OutputHead
@@ -120,6 +121,16 @@ class FrozenTeacher(Teacher):
         self._cache = PromptCache() if cache_prompts else None
         self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
 
+    def copy_from(self, student: nn.Module) -> None:
+        """Become a copy of the student, and forget what the former model had computed."""
+        super().copy_from(student)
+        self.forget()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:
+        """A move to another device leaves the cache behind."""
+        self.forget()
+        return super()._apply(fn, recurse)
+
     @torch.no_grad()
     def forward(
         self,
@@ -211,12 +222,8 @@ class LiveTeacher(Teacher):
         keep: Tensor,
     ) -> Tensor:
         """As `Teacher.forward`, with the student put into eval mode meanwhile."""
-        was_training = self.network.training
-        self.network.eval()
-        try:
+        with eval_mode(self.network):
             return super().forward(prompt_ids, prompt_mask, completion_ids, completion_mask, keep)
-        finally:
-            self.network.train(was_training)
 
 
 @torch.no_grad()

@@ -168,6 +168,19 @@ def make_rows() -> Callable[[int], list[dict[str, Any]]]:
 
 
 @pytest.fixture
+def make_model_folder(tmp_path: Path, tokenizer: Any) -> Callable[..., Path]:
+    """Save a tiny model with other config values."""
+
+    def make(name: str = "other", **changes: Any) -> Path:
+        folder = tmp_path / name
+        build_model(tokenizer, **changes).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
 def fit_args(model_folder: Path, train_file: Path) -> list[str]:
     """A fit of two steps on the tiny model; later options win over these."""
     options = {
@@ -180,6 +193,7 @@ def fit_args(model_folder: Path, train_file: Path) -> list[str]:
         "data.batch_size": 2,
         "trainer.max_steps": 2,
         "trainer.accelerator": "cpu",
+        "trainer.enable_model_summary": "false",
         "run.name": "a",
     }
     return ["fit", *(f"--{name}={value}" for name, value in options.items())]
@@ -187,7 +201,7 @@ def fit_args(model_folder: Path, train_file: Path) -> list[str]:
 
 @pytest.fixture
 def run_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Run the command line in this process, in `tmp_path`, with Lightning's and our logs as found."""
+    """Run the command line in this process and in `tmp_path`; put the logs back."""
     from sdft_lightning.cli import main
 
     monkeypatch.chdir(tmp_path)
@@ -197,3 +211,54 @@ def run_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     with warnings.catch_warnings():
         yield lambda *args: main([str(arg) for arg in args])
     ours.handlers[:], ours.level, ours.propagate = found
+
+
+@pytest.fixture
+def fit_module(model_folder: Path, train_file: Path, tmp_path: Path) -> Callable[..., Any]:
+    """Fit a module on the twelve rows for one step, without the command line; returns it."""
+    import lightning as L
+
+    from sdft_lightning.data import Columns, DemonstrationDataModule
+    from sdft_lightning.modules import SDFTModule
+    from sdft_lightning.prompts import PromptStyle
+    from sdft_lightning.rollout import Sampling
+
+    def fit(
+        method: Any = SDFTModule,
+        model: dict[str, Any] | None = None,
+        data: dict[str, Any] | None = None,
+        callbacks: Any = (),
+        **trainer: Any,
+    ) -> Any:
+        sampling = (
+            {"sampling": Sampling(max_new_tokens=8)} if issubclass(method, SDFTModule) else {}
+        )
+        module = method(
+            **{
+                "model_name": str(model_folder),
+                "eval_max_new_tokens": 8,
+                **sampling,
+                **(model or {}),
+            }
+        )
+        defaults: dict[str, Any] = {
+            "train": str(train_file),
+            "prompts": PromptStyle("turns"),
+            "batch_size": 2,
+            "columns": Columns(reference="reference", id="id"),
+        }
+        rows = DemonstrationDataModule(str(model_folder), **{**defaults, **(data or {})})
+        options: dict[str, Any] = {
+            "max_steps": 1,
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "default_root_dir": tmp_path,
+        }
+        L.Trainer(**{**options, **trainer}, callbacks=list(callbacks)).fit(module, rows)
+        return module
+
+    return fit

@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "sdft_lightning"
 FLOORS: dict[str, float] = {
     "__init__": 0,  # the version alone; imports nothing of the project
     "errors": 0,
+    "eval_mode": 0,
     "quiet": 0,
     "types": 0,
     "uniforms": 0,

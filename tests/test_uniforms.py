@@ -6,6 +6,10 @@ import torch
 
 from sdft_lightning.uniforms import row_key, row_uniforms
 
+# Of ("row-1") and (seed 42, step 3, "row-1", sample 0): a change makes old runs irreproducible.
+KNOWN_KEY = 3330157096919822957
+KNOWN_NUMBERS = [0.2833674847619396, 0.09682662323034286, 0.7640262963471272]
+
 
 def one(
     seed: int = 42, step: int = 3, row: str = "row-1", sample: int = 0, length: int = 6
@@ -68,7 +72,3 @@ def test_numbers_are_float64_in_the_half_open_unit_interval_and_uniform() -> Non
     assert float(((counts - 2000) ** 2 / 2000).sum()) < 34
     # The first position alone is uniform over rows, too.
     assert abs(float(numbers[:, 0].mean()) - 0.5) < 4 * 0.289 / 200**0.5
-
-
-KNOWN_KEY = 0
-KNOWN_NUMBERS = [0.0, 0.0, 0.0]

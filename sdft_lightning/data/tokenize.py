@@ -92,7 +92,11 @@ class Tokenizer(NamedTuple):
         for place, token in enumerate(ids):
             if token in self.stop_ids:
                 return ids[: place + 1]
-        return ids
+        # A template that closes turns without a stop token: the student must still learn to stop.
+        end = len(ids)
+        while end and not self.tokenizer.decode(ids[end - 1 : end]).strip():
+            end -= 1
+        return [*ids[:end], self.tokenizer.eos_token_id]
 
 
 def tokenize_rows(rows: list[Demonstration], tokenizer: Tokenizer) -> TokenizedRows:

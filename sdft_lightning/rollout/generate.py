@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sdft_lightning.eval_mode import eval_mode
 from sdft_lightning.masking import position_ids
 from sdft_lightning.prefix import SHORTEST, can_share, encode_prefix, split_prompts
 from sdft_lightning.rollout.sampling import Sampling, choose_tokens
@@ -159,15 +158,3 @@ class _Decoder:
         )
         logits: Tensor = output.logits[slots, -1]  # (A, V)
         return logits
-
-
-@contextmanager
-def eval_mode(model: Any) -> Iterator[None]:
-    """Put a model into eval mode, and each of its parts back into the mode that it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

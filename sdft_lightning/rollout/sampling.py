@@ -17,7 +17,7 @@ class Sampling:
     Args:
         max_new_tokens: Longest completion, in tokens.
         temperature: Logits are divided by it, also in the loss. 1 is on-policy.
-        top_k: Keep the k likeliest tokens; 0 keeps all.
+        top_k: Keep the k likeliest tokens, with all that tie with the last; 0 keeps all.
         top_p: Keep the likeliest tokens that together reach this probability; 1 keeps all.
         min_p: Keep tokens with at least this fraction of the likeliest one's probability; 0
             keeps all.

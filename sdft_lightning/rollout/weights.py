@@ -41,7 +41,10 @@ class SamplingWeights:
         if self._copy is None or _device(self._copy) != _device(student):
             # Never as inference tensors, or the copy could not be refreshed later.
             with torch.inference_mode(False), torch.no_grad():
-                self._copy = copy.deepcopy(student).to(torch.bfloat16).eval().requires_grad_(False)
+                self._copy = copy.deepcopy(student).eval().requires_grad_(False)
+                # Parameters only: rounded rotary frequencies would turn far positions astray.
+                for parameter in self._copy.parameters():
+                    parameter.data = parameter.data.to(torch.bfloat16)
             self._version = version
         elif version != self._version:
             with torch.inference_mode(False), torch.no_grad():

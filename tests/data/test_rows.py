@@ -1,0 +1,180 @@
+"""From raw rows to demonstrations: the column map, and the checks of form."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+
+from sdft_lightning.data.rows import Columns, parse_rows
+from sdft_lightning.data.sources import Rows
+from sdft_lightning.errors import UserError
+from sdft_lightning.graders import check_reference
+from sdft_lightning.types import Demonstration
+
+ASK = {"role": "user", "content": "Q?"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+ANSWER = {"role": "assistant", "content": "It is so."}
+
+
+def parse(
+    *rows: dict[str, Any], require: bool = True, grader: str | None = None, **columns: Any
+) -> list[Demonstration]:
+    found = Rows("rows.jsonl", list(rows), [f"line {n}" for n in range(1, len(rows) + 1)])
+    check = None if grader is None else partial(check_reference, grader)
+    return parse_rows(found, Columns(**columns), require, check)
+
+
+@pytest.mark.parametrize(
+    "demonstration",
+    [
+        "It is so.",
+        ["It is so."],
+        [ANSWER],
+        [ASK, ANSWER],
+        [{**ANSWER, "name": "expert"}],
+    ],
+)
+def test_demonstration_may_be_text_steps_messages_or_a_whole_conversation(
+    demonstration: Any,
+) -> None:
+    (row,) = parse({"prompt": "Q?", "demonstration": demonstration})
+    assert row.prompt == [ASK]
+    assert row.demonstration == [ANSWER]
+
+
+def test_steps_are_joined_with_newlines() -> None:
+    (row,) = parse({"prompt": "Q?", "demonstration": ["Action: a", "Action: b"]})
+    assert row.demonstration == [{"role": "assistant", "content": "Action: a\nAction: b"}]
+
+
+def test_conversation_keeps_its_system_turn_in_the_prompt_and_several_answers_apart() -> None:
+    more = [ANSWER, {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes."}]
+    (row,) = parse({"prompt": [SYSTEM, ASK], "demonstration": [SYSTEM, ASK, *more]})
+    assert row.prompt == [SYSTEM, ASK]
+    assert row.demonstration == more
+
+
+def test_columns_map_all_roles_and_ids_default_to_the_number_of_the_row() -> None:
+    raw = {"q": "Q?", "a": "It is so.", "text": "Source.", "gold": "so", "key": 7}
+    names = {"prompt": "q", "demonstration": "a", "context": "text", "reference": "gold"}
+    (row,) = parse(raw, **names, id="key")
+    assert row == Demonstration("7", [ASK], [ANSWER], "Source.", "so", "rows.jsonl, line 1")
+    first, second = parse(raw, raw, **names)
+    assert (first.id, second.id) == ("0", "1")
+
+
+def test_rows_without_demonstration_are_let_through_where_only_a_grade_is_wanted() -> None:
+    rows = parse({"prompt": "Q?"}, {"prompt": "R?", "demonstration": ""}, require=False)
+    assert [row.demonstration for row in rows] == [[], []]
+
+
+def test_references_are_checked_only_where_rows_are_graded() -> None:
+    raw = {"prompt": "Q?", "demonstration": "A", "gold": "perhaps"}
+    (row,) = parse(raw, reference="gold")
+    assert row.reference == "perhaps"
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 1: grader 'choice'.*'perhaps'"):
+        parse(raw, reference="gold", grader="choice")
+
+
+PROMPT = {"demonstration": "A"}
+ERRORS: dict[str, tuple[list[dict[str, Any]], dict[str, Any], list[str]]] = {
+    "missing_prompt_column": (
+        [{"question": "Q?", "demonstration": "A"}],
+        {},
+        ["data.columns.prompt", "'prompt'", "demonstration, question", "--data.columns.prompt"],
+    ),
+    "missing_demonstration_column": (
+        [{"prompt": "Q?", "answer": "A"}],
+        {},
+        ["data.columns.demonstration", "'demonstration'", "answer, prompt"],
+    ),
+    "missing_context_column": (
+        [{"prompt": "Q?", **PROMPT}],
+        {"context": "text"},
+        ["data.columns.context", "'text'", "demonstration, prompt"],
+    ),
+    "no_reference_column": (
+        [{"prompt": "Q?", **PROMPT}],
+        {"grader": "contains"},
+        ["data.columns.reference", "graded", "demonstration, prompt"],
+    ),
+    "row_without_reference": (
+        [{"prompt": "Q?", **PROMPT, "gold": "a"}, {"prompt": "Q?", **PROMPT}],
+        {"grader": "contains", "reference": "gold"},
+        ["rows.jsonl, line 2", "'contains'", "None"],
+    ),
+    "empty_demonstration": (
+        [{"prompt": "Q?", "demonstration": "A"}, {"prompt": "Q?", "demonstration": " \n"}],
+        {},
+        ["rows.jsonl, line 2", "'demonstration'", "is empty", "remove the row"],
+    ),
+    "no_steps": ([{"prompt": "Q?", "demonstration": []}], {}, ["line 1", "is empty"]),
+    "empty_steps": ([{"prompt": "Q?", "demonstration": ["", " "]}], {}, ["line 1", "is empty"]),
+    "empty_message": (
+        [{"prompt": "Q?", "demonstration": [{**ANSWER, "content": ""}]}],
+        {},
+        ["line 1", "is empty"],
+    ),
+    "conversation_without_answer": (
+        [{"prompt": [ASK], "demonstration": [ASK]}],
+        {},
+        ["line 1", "is empty"],
+    ),
+    "conversation_of_another_prompt": (
+        [{"prompt": "Q?", "demonstration": [{**ASK, "content": "R?"}, ANSWER]}],
+        {},
+        ["line 1", "starts with the prompt", "user, assistant"],
+    ),
+    "no_user_turn": ([{"prompt": [SYSTEM], **PROMPT}], {}, ["line 1", "no user turn"]),
+    "no_turn": ([{"prompt": [], **PROMPT}], {}, ["line 1", "no user turn"]),
+    "last_turn_not_user": (
+        [{"prompt": [ASK, ANSWER], **PROMPT}],
+        {},
+        ["line 1", "ends with the role assistant", "demonstration column"],
+    ),
+    "empty_prompt": ([{"prompt": " ", **PROMPT}], {}, ["line 1", "prompt", "is empty"]),
+    "no_prompt": ([{"prompt": None, **PROMPT}], {}, ["line 1", "'prompt'", "got nothing"]),
+    "number_as_prompt": ([{"prompt": 3, **PROMPT}], {}, ["line 1", "'prompt'", "got int"]),
+    "texts_as_prompt": ([{"prompt": ["a"], **PROMPT}], {}, ["line 1", "a list of str"]),
+    "picture_as_content": (
+        [{"prompt": [{"role": "user", "content": [{"type": "image"}]}], **PROMPT}],
+        {},
+        ["line 1", "text as content", "type list"],
+    ),
+    "unknown_role": (
+        [{"prompt": [{"role": "human", "content": "Q?"}], **PROMPT}],
+        {},
+        ["line 1", "'human'", "system, user, assistant, tool"],
+    ),
+    "number_as_demonstration": (
+        [{"prompt": "Q?", "demonstration": 3}],
+        {},
+        ["line 1", "'demonstration'", "got int"],
+    ),
+    "context_not_text": (
+        [{"prompt": "Q?", **PROMPT, "text": ["a"]}],
+        {"context": "text"},
+        ["line 1", "'text'", "must be a text", "got list"],
+    ),
+    "same_id_twice": (
+        [{"prompt": "Q?", **PROMPT, "key": 1}, {"prompt": "R?", **PROMPT, "key": "1"}],
+        {"id": "key"},
+        ["rows.jsonl, line 2", "'1'", "rows.jsonl, line 1", "data.columns.id"],
+    ),
+    "row_without_id": (
+        [{"prompt": "Q?", **PROMPT, "key": "a"}, {"prompt": "R?", **PROMPT, "key": None}],
+        {"id": "key"},
+        ["rows.jsonl, line 2", "id", "'key'"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_wrong_row_is_named_with_its_fault_and_the_remedy(name: str) -> None:
+    rows, options, words = ERRORS[name]
+    with pytest.raises(UserError) as error:
+        parse(*rows, **options)
+    for word in words:
+        assert word in str(error.value)

@@ -1,0 +1,119 @@
+"""The bfloat16 copy that completions are sampled from follows the student, and only when told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sdft_lightning.rollout import Sampling, SamplingWeights, generate_rollout
+from sdft_lightning.rollout import weights as weights_module
+
+
+@torch.no_grad()
+def move_(model: nn.Module, by: float = 0.5) -> None:
+    for parameter in model.parameters():
+        parameter.add_(by)
+
+
+def equals_student(copied: Any, student: nn.Module) -> bool:
+    pairs = zip(copied.parameters(), student.parameters(), strict=True)
+    return all(torch.equal(mine, theirs.to(torch.bfloat16)) for mine, theirs in pairs)
+
+
+def test_the_copy_is_bfloat16_in_eval_mode_and_the_student_stays_as_it_is(model: Any) -> None:
+    model.train()
+    copied = SamplingWeights("bfloat16").model(model, 0)
+    assert copied is not model
+    assert {p.dtype for p in copied.parameters()} == {torch.bfloat16}
+    assert not any(module.training for module in copied.modules())
+    assert not any(p.requires_grad for p in copied.parameters())
+    assert equals_student(copied, model)
+    assert model.training
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_the_copy_is_refreshed_when_the_version_changes_and_only_then(model: Any) -> None:
+    weights = SamplingWeights("bfloat16")
+    first = weights.model(model, 0)
+    move_(model)
+    assert weights.model(model, 0) is first
+    assert not equals_student(first, model)
+    assert weights.model(model, 1) is first
+    assert equals_student(first, model)
+
+
+def test_a_forgotten_copy_is_made_anew(model: Any) -> None:
+    weights = SamplingWeights("bfloat16")
+    weights.model(model, 0)
+    move_(model)  # as when a checkpoint of the same step is loaded
+    weights.forget()
+    assert equals_student(weights.model(model, 0), model)
+
+
+def test_the_copy_is_no_part_of_the_module_that_holds_it(model: Any) -> None:
+    parent = nn.Module()
+    parent.student = model
+    parent.weights = SamplingWeights("bfloat16")
+    names = list(parent.state_dict())
+    copied = parent.weights.model(model, 0)
+    assert all(module is not copied for module in parent.modules())
+    assert list(parent.state_dict()) == names
+    parent.train()
+    assert not copied.training
+
+
+@pytest.mark.parametrize("first_inside", [True, False])
+def test_a_copy_made_in_inference_mode_can_be_refreshed_outside(
+    model: Any, first_inside: bool
+) -> None:
+    weights = SamplingWeights("bfloat16")
+    for step in range(3):  # validation before, between and after training steps
+        with torch.inference_mode((step % 2 == 0) == first_inside):
+            copied = weights.model(model, step)
+            assert equals_student(copied, model)
+        move_(model)
+    assert not any(p.is_inference() for p in copied.parameters())
+
+
+def test_tied_weights_stay_tied_after_a_refresh(model: Any) -> None:
+    weights = SamplingWeights("bfloat16")
+    weights.model(model, 0)
+    move_(model)
+    copied = weights.model(model, 1)
+    assert copied.get_input_embeddings().weight is copied.get_output_embeddings().weight
+
+
+def test_rotary_frequencies_are_not_rounded(model: Any) -> None:
+    # In bfloat16 they are off by up to 0.2 %: more than a radian at position 1000.
+    copied = SamplingWeights("bfloat16").model(model, 0)
+    exact = dict(model.named_buffers())
+    assert exact
+    for name, buffer in copied.named_buffers():
+        assert torch.equal(buffer.float(), exact[name].float()), name
+
+
+def test_same_takes_the_student_itself(model: Any) -> None:
+    assert SamplingWeights("same").model(model, 0) is model
+    low = model.to(torch.bfloat16)
+    assert SamplingWeights("bfloat16").model(low, 0) is low
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_takes_the_copy_where_the_hardware_has_bfloat16(
+    model: Any, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights_module, "has_native_bfloat16", lambda device: native)
+    assert (SamplingWeights("auto").model(model, 0) is not model) == native
+
+
+def test_completions_are_sampled_from_the_copy(model: Any) -> None:
+    copied = SamplingWeights("bfloat16").model(model, 0)
+    ids = torch.tensor([[5, 6, 7]])
+    mask = torch.ones_like(ids).bool()
+    numbers = torch.rand(1, 4, dtype=torch.float64)
+    rollout = generate_rollout(copied, ids, mask, Sampling(max_new_tokens=4), numbers, [2], 2)
+    assert rollout.completion_ids.shape[1] <= 4
+    assert rollout.sampled_log_probs.dtype == torch.float32

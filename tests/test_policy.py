@@ -1,0 +1,171 @@
+"""A loaded policy is ready to be trained, and folders that cannot be one are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sdft_lightning.errors import UserError
+from sdft_lightning.hidden import completion_hidden_states
+from sdft_lightning.policy import check_vocabulary, disable_dropout_, load_policy
+
+
+@pytest.fixture
+def folder(model_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model that a test may spoil."""
+    return Path(shutil.copytree(model_folder, tmp_path / "copy"))
+
+
+def change_json(path: Path, **values: Any) -> None:
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**known, **values}))
+
+
+def test_a_policy_is_float32_and_in_train_mode_although_transformers_loads_in_eval(
+    model_folder: Path,
+) -> None:
+    policy = load_policy(str(model_folder))
+    assert all(module.training for module in policy.model.modules())
+    assert {p.dtype for p in policy.model.parameters()} == {torch.float32}
+    assert all(p.requires_grad for p in policy.model.parameters())
+
+
+def test_weights_are_those_of_the_folder(model_folder: Path, model: Any) -> None:
+    policy = load_policy(str(model_folder))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(policy.model.state_dict()[name], tensor)
+
+
+def test_a_folder_saved_in_bfloat16_is_trained_in_float32(model: Any, folder: Path) -> None:
+    model.to(torch.bfloat16).save_pretrained(folder)
+    assert next(load_policy(str(folder)).model.parameters()).dtype == torch.float32
+    low = load_policy(str(folder), weights_dtype="bfloat16")
+    assert next(low.model.parameters()).dtype == torch.bfloat16
+
+
+def test_dropout_of_the_config_is_off_in_train_mode(folder: Path) -> None:
+    change_json(folder / "config.json", attention_dropout=0.5)
+    model = load_policy(str(folder)).model
+    assert model.config.attention_dropout == 0.0
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_dropout_in_modules_and_in_rates_read_at_run_time_is_off() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.5
+    model = GPT2LMHeadModel(config).train()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    disable_dropout_(model)
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {0.0}
+    assert model.config.attn_pdrop == model.config.resid_pdrop == model.config.embd_pdrop == 0.0
+
+
+def test_stop_ids_hold_the_tokenizers_and_all_of_the_generation_config(
+    folder: Path, tokenizer: Any
+) -> None:
+    assert load_policy(str(folder)).stop_ids == [tokenizer.eos_token_id]
+    change_json(folder / "generation_config.json", eos_token_id=[9, 0])
+    assert load_policy(str(folder)).stop_ids == [0, tokenizer.eos_token_id, 9]
+    change_json(folder / "generation_config.json", eos_token_id=7)
+    assert load_policy(str(folder)).stop_ids == [tokenizer.eos_token_id, 7]
+
+
+def test_gradient_checkpointing_gives_the_same_loss_and_gradients(model_folder: Path) -> None:
+    prompt = torch.tensor([[5, 6, 7]])
+    completion = torch.tensor([[8, 9]])
+    kept = torch.ones_like(completion).bool()
+    results = []
+    for checkpointing in (False, True):
+        model = load_policy(str(model_folder), gradient_checkpointing=checkpointing).model
+        found = [getattr(module, "gradient_checkpointing", False) for module in model.modules()]
+        assert any(found) == checkpointing
+        hidden = completion_hidden_states(
+            model, prompt, torch.ones_like(prompt).bool(), completion, kept, kept
+        )
+        loss = hidden.square().sum()
+        loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append((loss.detach(), gradients))
+    assert results[0][0] == results[1][0]
+    assert len(results[0][1]) == len(results[1][1]) > 10
+    for plain, recomputed in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", ["/nowhere/model", "./nowhere", "a/b/c", "runs/last.ckpt", "model.safetensors"]
+)
+def test_a_folder_that_does_not_exist_is_not_looked_up_on_the_hub(name: str) -> None:
+    with pytest.raises(UserError, match=r"model_name: there is no folder"):
+        load_policy(name)
+
+
+def test_a_folder_without_config_is_refused(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r"model_name.*no config\.json"):
+        load_policy(str(folder))
+
+
+def test_a_folder_with_pickled_weights_only_is_refused(folder: Path, model: Any) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"model_name.*safetensors"):
+        load_policy(str(folder))
+
+
+def test_a_damaged_weights_file_is_refused(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])  # as after a broken copy
+    with pytest.raises(UserError, match="model_name"):
+        load_policy(str(folder))
+
+
+def test_weights_that_lack_a_layer_are_refused_and_not_drawn_at_random(folder: Path) -> None:
+    change_json(folder / "config.json", num_hidden_layers=3)
+    with pytest.raises(UserError, match="model_name"):
+        load_policy(str(folder))
+
+
+def test_a_folder_without_tokenizer_is_refused(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    with pytest.raises(UserError, match=r"model_name.*no tokenizer"):
+        load_policy(str(folder))
+
+
+def test_a_tokenizer_bigger_than_the_embeddings_is_refused(
+    folder: Path, make_model: Callable[..., Any], tokenizer: Any
+) -> None:
+    make_model(vocab_size=256).save_pretrained(folder)
+    with pytest.raises(UserError, match=r"model_name.*261 tokens.*256 embeddings"):
+        load_policy(str(folder))
+    check_vocabulary(make_model(vocab_size=len(tokenizer)), tokenizer, "tiny")
+
+
+def test_a_model_whose_logits_are_not_known_is_refused_at_loading(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    forward = LlamaForCausalLM.forward
+
+    def doubled(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        output.logits = output.logits * 2
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", doubled)
+    with pytest.raises(UserError, match=r"model_name.*LlamaForCausalLM"):
+        load_policy(str(model_folder))

@@ -166,6 +166,9 @@ class Modes(L.Callback):
         self.teacher: set[bool] = set()
         self.validated: list[set[bool]] = []
 
+    def on_fit_start(self, trainer: Any, module: Any) -> None:
+        module.student.eval()  # as `from_pretrained` leaves it, and Lightning keeps it
+
     def on_train_start(self, trainer: Any, module: Any) -> None:
         module.student.model.norm.eval()  # as someone may do who freezes a part
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torchmetrics import SumMetric
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.graders import get_grader, wilson_interval
+from sdft_lightning.graders import get_grader
 from sdft_lightning.hidden import output_head
+from sdft_lightning.modules.accuracy import TaskAccuracies
 from sdft_lightning.modules.identity import check_same_model, model_identity
 from sdft_lightning.modules.schedule import Schedule
+from sdft_lightning.modules.timing import PhaseTimer
 from sdft_lightning.policy import WeightsDtype, load_policy
 from sdft_lightning.rollout import SamplingWeights, greedy_rollout
 from sdft_lightning.rollout.weights import SamplingDtype
@@ -84,11 +84,9 @@ class PolicyModule(L.LightningModule):
         self.tokenizer: Any = None
         self.stop_ids: list[int] = []
         self.sampling_weights = SamplingWeights(sampling_dtype)
-        self.seconds: dict[str, float] = {}
+        self.timer = PhaseTimer()
+        self.accuracies = TaskAccuracies()
         self.completion_tokens = 0
-        self._step_start = 0.0
-        self._backward_start = 0.0
-        self._scores: dict[str, tuple[SumMetric, SumMetric]] = {}
 
     # --- the policy -------------------------------------------------------------------------
 
@@ -201,16 +199,8 @@ class PolicyModule(L.LightningModule):
                 grade(text, row.reference)
                 for text, row in zip(completions, batch.rows, strict=True)
             ]
-            self._count(f"{batch.task}/{metric}", scores)
+            self.accuracies.count(f"{batch.task}/{metric}", scores, self.device)
         return Graded(batch.task, completions, scores, rollout.truncated.tolist())
-
-    def _count(self, name: str, scores: list[float]) -> None:
-        if name not in self._scores:
-            metrics = (SumMetric().to(self.device), SumMetric().to(self.device))
-            self._scores[name] = metrics
-        total, count = self._scores[name]
-        total.update(torch.tensor(scores, device=self.device))
-        count.update(torch.tensor(float(len(scores)), device=self.device))
 
     def validation_step(
         self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0
@@ -236,16 +226,9 @@ class PolicyModule(L.LightningModule):
         self._log_scores("test")
 
     def _log_scores(self, stage: str) -> None:
-        for name, (total, count) in self._scores.items():
-            number = int(count.compute())
-            if number:
-                accuracy = float(total.compute()) / number
-                low, high = wilson_interval(accuracy * number, number)
-                values = {"": accuracy, "_low": low, "_high": high}
-                for suffix, value in values.items():
-                    self.log(f"{stage}/task/{name}{suffix}", value, rank_zero_only=False)
-            total.reset()
-            count.reset()
+        for name, accuracy in self.accuracies.take().items():
+            for suffix, value in zip(("", "_low", "_high"), accuracy, strict=True):
+                self.log(f"{stage}/task/{name}{suffix}", value, rank_zero_only=False)
 
     def predict_step(
         self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0
@@ -261,35 +244,25 @@ class PolicyModule(L.LightningModule):
 
     # --- timing -----------------------------------------------------------------------------
 
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
+    def timed(self, phase: str) -> AbstractContextManager[None]:
         """Measure the seconds of a phase of the step, for perf/<phase>_seconds."""
-        start = self._now()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self._now() - start
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def on_before_backward(self, loss: Tensor) -> None:
-        """Start the clock of the backward pass."""
-        self._backward_start = self._now()
-
-    def on_after_backward(self) -> None:
-        """Stop it."""
-        self.seconds["backward"] = self._now() - self._backward_start
+        return self.timer.timed(phase, self.device)
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
         """Start the clock of the step."""
-        self._step_start = self._now()
+        self.timer.start("step", self.device)
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Start the clock of the backward pass."""
+        self.timer.start("backward", self.device)
+
+    def on_after_backward(self) -> None:
+        """Stop it."""
+        self.timer.stop("backward", self.device)
 
     def on_train_batch_end(self, outputs: Any, batch: PromptBatch, batch_idx: int) -> None:
         """Log the seconds of each phase, and completion tokens per second of the whole step."""
-        for phase, seconds in self.seconds.items():
+        step = self.timer.stop("step", self.device)
+        for phase, seconds in self.timer.seconds.items():
             self.log(f"perf/{phase}_seconds", seconds)
-        elapsed = self._now() - self._step_start
-        self.log("perf/tokens_per_second", self.completion_tokens / elapsed, prog_bar=True)
+        self.log("perf/tokens_per_second", self.completion_tokens / step, prog_bar=True)

@@ -1,0 +1,45 @@
+"""Accuracies of named tasks over all batches and ranks, with their intervals."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torchmetrics import SumMetric
+
+from sdft_lightning.graders import wilson_interval
+
+
+class Accuracy(NamedTuple):
+    """Mean score of a task, and its 95 % Wilson interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class TaskAccuracies:
+    """Sums of scores and counts by name; torchmetrics adds them up over ranks."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[SumMetric, SumMetric]] = {}
+
+    def count(self, name: str, scores: list[float], device: torch.device) -> None:
+        """Add the scores of a batch."""
+        if name not in self._sums:
+            self._sums[name] = (SumMetric().to(device), SumMetric().to(device))
+        total, number = self._sums[name]
+        total.update(torch.tensor(scores, device=device))
+        number.update(torch.tensor(float(len(scores)), device=device))
+
+    def take(self) -> dict[str, Accuracy]:
+        """The accuracy of each task that was graded since the last call."""
+        found: dict[str, Accuracy] = {}
+        for name, (total, number) in self._sums.items():
+            graded = int(number.compute())
+            if graded:
+                score = float(total.compute())
+                found[name] = Accuracy(score / graded, *wilson_interval(score, graded))
+            total.reset()
+            number.reset()
+        return found

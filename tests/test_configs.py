@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,3 +109,38 @@ def test_paper_batch_is_32_prompts_and_its_other_settings_stand(
     readme = (CONFIGS.parent / "README.md").read_text()
     assert "`--num_prompts_per_batch` | `--data.batch_size`" in readme
     assert "`--output_dir` | `--run.root`" in readme
+
+
+def test_paper_config_runs_with_a_tiny_model_in_place_of_the_7b_one(
+    model_folder: Path,
+    write_rows: Callable[..., Path],
+    run_cli: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    call = {"Action": "openDoor", "Action_Input": '{"door": "yellow"}'}
+    rows = [
+        {
+            "prompt": f"Open door {i}",
+            "golden_response": ["Thought: open", "Action: openDoor", f"Action Input: {i}"],
+            "golden_answer": [call],
+        }
+        for i in range(32)
+    ]
+    path = write_rows(rows, "tooluse.jsonl")
+    run_cli(
+        "fit",
+        f"--config={CONFIGS / 'paper_tooluse.yaml'}",
+        f"--model.model_name={model_folder}",
+        f"--data.train={path}",
+        f"--data.validation={path}",
+        "--model.sampling.max_new_tokens=8",
+        "--model.eval_max_new_tokens=4",
+        "--trainer.accelerator=cpu",
+    )
+    lines = (tmp_path / "runs" / "paper_tooluse" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    trained = [record for record in records if record["stage"] == "train"]
+    assert [record["step"] for record in trained] == [1]  # 32 prompts are one step of 8 x 4
+    assert math.isfinite(trained[0]["train/loss"])
+    assert "val/task/tooluse/accuracy" in records[-1]
+    assert (tmp_path / "runs" / "paper_tooluse" / "exported" / "final").is_dir()

@@ -50,8 +50,8 @@ install_package() {
   # With the installed torch as a constraint, pip cannot trade it for a CUDA build.
   "$python" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' \
     >"$constraint"
-  say "installing sdft-lightning[dev,lora] with $(cat "$constraint")"
-  install --constraint "$constraint" --editable ".[dev,lora]"
+  say "installing sdft-lightning[dev] with $(cat "$constraint")"
+  install --constraint "$constraint" --editable ".[dev]"
   rm -f "$constraint"
 }
 

@@ -17,10 +17,10 @@ $(STAMP): pyproject.toml scripts/setup.sh
 model: $(STAMP) ## fetch and convert the embedded model into the cache (first time about 1 minute)
 	$(PYTHON_BIN) -m sdft_lightning.embedded
 
-test: model ## run all tests on the CPU (a few minutes)
+test: model ## run all tests on the CPU (5 to 10 minutes)
 	$(PYTHON_BIN) -m pytest -q
 
-demo: model ## teach the embedded model a skill on the CPU (some minutes)
+demo: model ## teach the embedded model facts on the CPU (about 18 minutes)
 	$(PYTHON_BIN) -m sdft_lightning.demo
 
 lint: $(STAMP) ## check style, format and types (about 1 minute)

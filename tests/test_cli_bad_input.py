@@ -65,7 +65,7 @@ CASES = {
     "unknown_grader": Case(
         None,
         ["--data.grader=bleu"],
-        ["data.grader", "'bleu'", "choice, contains, exact, tool_call_released"],
+        ["data.grader", "'bleu'", "choice, contains, exact, tool_call, tool_call_released"],
     ),
     "missing_reference": Case(
         GOOD,

@@ -65,8 +65,8 @@ class DemonstrationDataModule(L.LightningDataModule):
         test: Questions for the test command; as train.
         predict: Questions for the predict command; as train, grades and demonstrations not needed.
         name: Name of the task in logs: val/task/<name>/accuracy.
-        grader: How completions are graded: contains, exact, choice, tool_call_released; nothing is
-            graded without one.
+        grader: How completions are graded: contains, exact, choice, tool_call (strict) or
+            tool_call_released (as the paper's code); nothing is graded without one.
         held_out: Further graded sets by name, validated and tested beside the task.
         columns: Which column holds what.
         prompts: How the teacher is shown the demonstration.

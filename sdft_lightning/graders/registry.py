@@ -8,6 +8,7 @@ from sdft_lightning.graders.accepted import accepted_texts
 from sdft_lightning.graders.choice import choice, reference_letter
 from sdft_lightning.graders.contains import contains
 from sdft_lightning.graders.exact import exact
+from sdft_lightning.graders.tool_call import tool_call
 from sdft_lightning.graders.tool_call_released import reference_calls, tool_call_released
 
 Grader = Callable[[str, Any], float]
@@ -17,6 +18,7 @@ GRADERS: dict[str, Grader] = {
     "contains": contains,
     "exact": exact,
     "choice": choice,
+    "tool_call": tool_call,
     "tool_call_released": tool_call_released,
 }
 
@@ -24,6 +26,7 @@ _REFERENCE_FORMS: dict[str, Callable[[Any], object]] = {
     "contains": accepted_texts,
     "exact": accepted_texts,
     "choice": reference_letter,
+    "tool_call": reference_calls,
     "tool_call_released": reference_calls,
 }
 

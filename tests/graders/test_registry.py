@@ -8,6 +8,7 @@ RIGHT = {
     "contains": ["Paris", "paris, france"],
     "exact": "Paris",
     "choice": "B. water",
+    "tool_call": [{"Action": "a", "Action_Input": "{malformed"}],
     "tool_call_released": [{"Action": "a", "Action_Input": "{malformed"}],
 }
 

@@ -1,0 +1,123 @@
+"""`tool_call`: tool calls graded strictly, where the released grader looks away.
+
+What differs from `tool_call_released`: arguments are read as whole JSON values, so that objects
+within objects count; each call keeps its own arguments; calls are compared in order; a golden
+action that is marked "[Optional]" may be left out; values must have the same type; a call
+without readable arguments is wrong instead of being dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from sdft_lightning.graders.tool_call_released import reference_calls
+
+_OPTIONAL = re.compile(r"\[optional\]\s*", re.IGNORECASE)
+_ACTION = re.compile(
+    r"^[ \t]*Action:[ \t]*(?P<name>[^\n]*?)[ \t]*(?:\n\s*|(?=Action Input:))"
+    r"Action Input:[ \t]*(?P<input>(?:\n[ \t]*(?=[{\[]))?)",
+    re.MULTILINE,
+)
+_ACTION_LINE = re.compile(r"^[ \t]*Action:", re.MULTILINE)
+_UNREADABLE = object()
+
+
+class _Call(NamedTuple):
+    """A call, its arguments as JSON value, or as text where the gold itself is not JSON."""
+
+    name: str
+    arguments: Any
+    text: str
+    optional: bool
+
+
+def tool_call(text: str, reference: object) -> float:
+    """Return 1.0 if the calls in `text` are those of the reference, in order, else 0.0.
+
+    A call is a line `Action: NAME` followed by `Action Input: JSON`; the JSON may go over several
+    lines, what stands behind it is ignored. Text before, between and after calls is free. An
+    `Action:` line without `Action Input:` makes the whole completion wrong. Numbers compare by
+    value (1 equals 1.0), but not with true or "1". Arguments may stand in any order within a call.
+    Where a golden Action_Input is not JSON itself (some published rows), the text of the line must
+    be the same, white space folded.
+
+    Args:
+        text: the completion.
+        reference: a list of {"Action", "Action_Input"}, both str; an Action that begins with
+            "[Optional]" may be missing from `text`.
+
+    Raises:
+        UserError: the reference has another form.
+    """
+    gold = [_gold(call["Action"], call["Action_Input"]) for call in reference_calls(reference)]
+    found = _find_calls(text)
+    return float(found is not None and _matches(found, gold))
+
+
+def _gold(action: str, arguments: str) -> _Call:
+    name = _OPTIONAL.sub("", action).strip()
+    value = _whole_json(arguments)
+    return _Call(name, value, _fold(arguments), name != action.strip())
+
+
+def _find_calls(text: str) -> list[_Call] | None:
+    """The calls in order; None where an action has no input."""
+    calls, end = [], 0
+    for found in _ACTION.finditer(text):
+        if found.start() < end:  # inside the arguments of the call before
+            continue
+        value, end = _json_at(text, found.end())
+        line = text[found.end() :].split("\n", 1)[0]
+        name = _OPTIONAL.sub("", found["name"]).strip()
+        calls.append(_Call(name, value, _fold(line), False))
+    outside = _ACTION_LINE.findall(text)
+    return calls if len(outside) == len(calls) else None
+
+
+def _json_at(text: str, start: int) -> tuple[Any, int]:
+    try:
+        return json.JSONDecoder().raw_decode(text, start)
+    except (ValueError, RecursionError):
+        return _UNREADABLE, start
+
+
+def _whole_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return _UNREADABLE
+
+
+def _fold(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _matches(found: Sequence[_Call], gold: Sequence[_Call]) -> bool:
+    """Whether `found` is `gold` in order, with any of the optional calls left out."""
+    reached = {0}  # how many of `found` the gold calls so far can account for
+    for call in gold:
+        taken = {i + 1 for i in reached if i < len(found) and _same_call(found[i], call)}
+        reached = taken | (reached if call.optional else set())
+    return len(found) in reached
+
+
+def _same_call(found: _Call, gold: _Call) -> bool:
+    if found.name != gold.name:
+        return False
+    if gold.arguments is _UNREADABLE:
+        return found.text == gold.text
+    return found.arguments is not _UNREADABLE and _same_value(found.arguments, gold.arguments)
+
+
+def _same_value(found: Any, gold: Any) -> bool:
+    """Equality without Python's `1 == True`."""
+    if isinstance(found, bool) or isinstance(gold, bool):
+        return found is gold
+    if isinstance(found, dict) and isinstance(gold, dict):
+        return found.keys() == gold.keys() and all(_same_value(found[k], gold[k]) for k in gold)
+    if isinstance(found, list) and isinstance(gold, list):
+        return len(found) == len(gold) and all(map(_same_value, found, gold))
+    return bool(found == gold)

@@ -181,6 +181,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     model.load_state_dict(quantized.state_dict())
     model.generation_config = quantized.generation_config
     model.save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(0o644)  # safetensors writes 0600, which shuts others out of a shared cache
     _convert_tokenizer(gguf, folder)
 
 

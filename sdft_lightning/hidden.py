@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.eval_mode import eval_mode
+from sdft_lightning.kv_cache import cache_argument
 from sdft_lightning.masking import position_ids
 from sdft_lightning.prefix import (
     SHORTEST,
@@ -47,7 +48,7 @@ def hidden_states(
         input_ids=input_ids,
         attention_mask=attention_mask.long(),
         position_ids=position_ids(attention_mask)[:, shared:],
-        past_key_values=cache,
+        **cache_argument(model.base_model, cache),
         use_cache=cache is not None,
     )
     hidden: Tensor = output.last_hidden_state  # (B, L, D)

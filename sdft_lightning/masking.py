@@ -35,6 +35,7 @@ def loss_mask(
     num_loss_tokens_to_skip: int,
     think_end_id: int | None = None,
     opens_thinking: bool = False,
+    think_start_id: int | None = None,
 ) -> Tensor:
     """Leave the first tokens of each completion's answer out of the loss.
 
@@ -48,6 +49,7 @@ def loss_mask(
         num_loss_tokens_to_skip: How many tokens of the answer are left out.
         think_end_id: Id of `</think>`, where the tokenizer has it.
         opens_thinking: Whether the prompt itself ends inside `<think>`.
+        think_start_id: Id of `<think>`, for completions that open it themselves.
 
     Returns:
         `(B, T)` boolean, a part of `completion_mask`.
@@ -66,8 +68,12 @@ def loss_mask(
         is_end = (completion_ids == think_end_id) & completion_mask  # (B, T)
         closes = is_end.any(dim=1, keepdim=True)  # (B, 1)
         first = is_end.long().argmax(dim=1, keepdim=True) + 1  # (B, 1)
-        otherwise = torch.full_like(start, length) if opens_thinking else start
-        start = torch.where(closes, first, otherwise)  # (B, 1)
+        opens = torch.full_like(closes, opens_thinking)  # (B, 1)
+        if think_start_id is not None:
+            is_start = (completion_ids == think_start_id) & completion_mask  # (B, T)
+            opens |= is_start.any(dim=1, keepdim=True)
+        start = start + length * (opens & ~closes)  # (B, 1)
+        start = torch.where(closes, first, start)  # (B, 1)
     skipped = (columns >= start) & (columns < start + num_loss_tokens_to_skip)  # (B, T)
     return completion_mask & ~skipped
 

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sdft_lightning.kv_cache import cache_of
+
 # Below this many shared tokens an extra forward pass is not worth its overhead.
 SHORTEST = 8
 
@@ -81,7 +83,7 @@ def encode_prefix(model: Any, prefix_ids: Tensor, rows: int) -> Any:
     Returns:
         A cache of transformers with K positions of B rows.
     """
-    cache = model.base_model(input_ids=prefix_ids.unsqueeze(0), use_cache=True).past_key_values
+    cache = cache_of(model.base_model(input_ids=prefix_ids.unsqueeze(0), use_cache=True))
     if rows > 1:
         cache.batch_repeat_interleave(rows)
     return cache

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.kv_cache import cache_argument, cache_of
 from sdft_lightning.masking import position_ids
 from sdft_lightning.prefix import can_share
 
@@ -71,7 +72,7 @@ class PromptCache:
             input_ids=completion_ids[:, :-1],
             attention_mask=mask.long(),
             position_ids=position_ids(mask)[:, 1 - completion_ids.shape[1] :],
-            past_key_values=cache,
+            **cache_argument(model.base_model, cache),
             use_cache=True,
         )
         predicting = torch.cat([first, output.last_hidden_state], dim=1)  # (B, T, D)
@@ -84,7 +85,7 @@ class PromptCache:
             position_ids=position_ids(mask),
             use_cache=True,
         )
-        layers = output.past_key_values.layers
+        layers = cache_of(output).layers
         for row, key in enumerate(keys):
             kept = slice(ids.shape[1] - len(key), None)
             pairs = [

@@ -107,7 +107,7 @@ def load_stop_ids(model_name: str, tokenizer: Any, revision: str | None = None) 
     return stop_ids(tokenizer, generation)
 
 
-def think_end_id(tokenizer: Any) -> int | None:
-    """Id of `</think>` where it is one token of the vocabulary, else None."""
-    token = tokenizer.convert_tokens_to_ids("</think>")
+def token_id(tokenizer: Any, text: str) -> int | None:
+    """Id of a text such as `</think>` where it is one token of the vocabulary, else None."""
+    token = tokenizer.convert_tokens_to_ids(text)
     return None if token is None or token == tokenizer.unk_token_id else int(token)

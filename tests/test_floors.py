@@ -22,6 +22,7 @@ FLOORS: dict[str, float] = {
     "uniforms": 0,
     "masking": 0.5,
     "divergence": 1,
+    "kv_cache": 0,
     "prefix": 1,
     "prompts": 1,
     "graders": 1,

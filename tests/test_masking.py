@@ -15,7 +15,7 @@ from sdft_lightning.masking import (
     sequence_weights,
 )
 
-STOP, THINK_END = 2, 4
+STOP, THINK_START, THINK_END = 2, 3, 4
 
 
 def kept(ids: list[list[int]], stop_ids: list[int]) -> list[list[int]]:
@@ -27,7 +27,9 @@ def counted(
 ) -> list[list[int]]:
     completion = torch.tensor(ids)
     mask = completion_mask(completion, [STOP])
-    return loss_mask(completion, mask, skip, think_end_id, opens_thinking).int().tolist()
+    return (
+        loss_mask(completion, mask, skip, think_end_id, opens_thinking, THINK_START).int().tolist()
+    )
 
 
 def test_pad_equal_to_eos_keeps_the_stop_token_in_the_loss() -> None:
@@ -73,6 +75,11 @@ def test_only_the_first_end_of_thinking_counts() -> None:
 
 def test_thinking_opened_but_never_closed_keeps_all() -> None:
     assert counted([[7, 8, 9, 9]], 3, THINK_END, opens_thinking=True) == [[1, 1, 1, 1]]
+
+
+def test_a_completion_that_opens_thinking_itself_and_never_closes_it_keeps_all() -> None:
+    assert counted([[THINK_START, 8, 9, 9]], 3, THINK_END) == [[1, 1, 1, 1]]
+    assert counted([[7, 8, STOP, THINK_START]], 2, THINK_END) == [[0, 0, 1, 0]]  # padding
 
 
 def test_without_any_thinking_the_skip_starts_at_the_completion() -> None:

@@ -23,7 +23,7 @@ from sdft_lightning.policy import WeightsDtype
 from sdft_lightning.rollout import Sampling, generate_rollout
 from sdft_lightning.rollout.weights import SamplingDtype
 from sdft_lightning.teacher import EMATeacher, Teacher
-from sdft_lightning.tokenization import think_end_id
+from sdft_lightning.tokenization import token_id
 from sdft_lightning.types import PromptBatch, Rollout, TokenStatistics
 from sdft_lightning.uniforms import row_uniforms
 
@@ -159,8 +159,9 @@ class SDFTModule(PolicyModule):
             rollout.completion_ids,
             rollout.completion_mask,
             self.num_loss_tokens_to_skip,
-            think_end_id(self.tokenizer),
+            token_id(self.tokenizer, "</think>"),
             opens_thinking,
+            token_id(self.tokenizer, "<think>"),
         )
 
     def student_hidden(self, batch: PromptBatch, rollout: Rollout, keep: Tensor) -> Tensor:

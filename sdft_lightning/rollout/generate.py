@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.eval_mode import eval_mode
+from sdft_lightning.kv_cache import cache_argument, cache_of
 from sdft_lightning.masking import position_ids
 from sdft_lightning.prefix import SHORTEST, can_share, encode_prefix, split_prompts
 from sdft_lightning.rollout.sampling import Sampling, choose_tokens
@@ -114,11 +115,11 @@ class _Decoder:
             input_ids=ids,
             attention_mask=self.mask.long(),
             position_ids=position_ids(self.mask)[:, shared:],
-            past_key_values=self.cache,
+            **cache_argument(self.model, self.cache),
             use_cache=True,
             logits_to_keep=1,
         )
-        self.cache = output.past_key_values
+        self.cache = cache_of(output)
         logits: Tensor = output.logits[:, -1]  # (B, V)
         if self.samples > 1:
             self.cache.batch_repeat_interleave(self.samples)
@@ -153,7 +154,7 @@ class _Decoder:
             input_ids=inputs.unsqueeze(-1),
             attention_mask=self.mask.long(),
             position_ids=position_ids(self.mask)[:, -1:],
-            past_key_values=self.cache,
+            **cache_argument(self.model, self.cache),
             use_cache=True,
         )
         logits: Tensor = output.logits[slots, -1]  # (A, V)

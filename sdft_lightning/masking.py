@@ -49,7 +49,7 @@ def loss_mask(
         num_loss_tokens_to_skip: How many tokens of the answer are left out.
         think_end_id: Id of `</think>`, where the tokenizer has it.
         opens_thinking: Whether the prompt itself ends inside `<think>`.
-        think_start_id: Id of `<think>`, for completions that open it themselves.
+        think_start_id: Id of `<think>`, for completions that begin with it.
 
     Returns:
         `(B, T)` boolean, a part of `completion_mask`.
@@ -70,8 +70,8 @@ def loss_mask(
         first = is_end.long().argmax(dim=1, keepdim=True) + 1  # (B, 1)
         opens = torch.full_like(closes, opens_thinking)  # (B, 1)
         if think_start_id is not None:
-            is_start = (completion_ids == think_start_id) & completion_mask  # (B, T)
-            opens |= is_start.any(dim=1, keepdim=True)
+            # Only where a completion begins with it: elsewhere it is part of an answer.
+            opens |= completion_ids[:, :1] == think_start_id
         start = start + length * (opens & ~closes)  # (B, 1)
         start = torch.where(closes, first, start)  # (B, 1)
     skipped = (columns >= start) & (columns < start + num_loss_tokens_to_skip)  # (B, T)

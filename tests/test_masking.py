@@ -79,7 +79,7 @@ def test_thinking_opened_but_never_closed_keeps_all() -> None:
 
 def test_a_completion_that_opens_thinking_itself_and_never_closes_it_keeps_all() -> None:
     assert counted([[THINK_START, 8, 9, 9]], 3, THINK_END) == [[1, 1, 1, 1]]
-    assert counted([[7, 8, STOP, THINK_START]], 2, THINK_END) == [[0, 0, 1, 0]]  # padding
+    assert counted([[7, THINK_START, 8, STOP]], 2, THINK_END) == [[0, 0, 1, 1]]  # in an answer
 
 
 def test_without_any_thinking_the_skip_starts_at_the_completion() -> None:

@@ -18,7 +18,7 @@ from sdft_lightning.graders.tool_call_released import reference_calls
 _OPTIONAL = re.compile(r"\[optional\]\s*", re.IGNORECASE)
 _ACTION = re.compile(
     r"^[ \t]*Action:[ \t]*(?P<name>[^\n]*?)[ \t]*(?:\n\s*|(?=Action Input:))"
-    r"Action Input:[ \t]*(?P<input>(?:\n[ \t]*(?=[{\[]))?)",
+    r"Action Input:[ \t]*(?:\n[ \t]*(?=[{\[]))?",
     re.MULTILINE,
 )
 _ACTION_LINE = re.compile(r"^[ \t]*Action:", re.MULTILINE)

@@ -11,7 +11,9 @@ from sdft_lightning.eval_mode import eval_mode
 from sdft_lightning.kv_cache import cache_argument, cache_of
 from sdft_lightning.masking import position_ids
 from sdft_lightning.prefix import SHORTEST, can_share, encode_prefix, split_prompts
+from sdft_lightning.rollout.packed import packed_linears
 from sdft_lightning.rollout.sampling import Sampling, choose_tokens
+from sdft_lightning.rollout.stop_texts import StopTexts
 from sdft_lightning.types import Rollout
 
 # Finished rows are dropped from the batch when at least this fraction of it is finished.
@@ -25,10 +27,13 @@ def greedy_rollout(
     max_new_tokens: int,
     stop_ids: list[int],
     pad_id: int,
+    stop_texts: StopTexts | None = None,
 ) -> Rollout:
     """The likeliest completion of each prompt, token by token; see `generate_rollout`."""
     sampling = Sampling(max_new_tokens=max_new_tokens)
-    return generate_rollout(model, prompt_ids, prompt_mask, sampling, None, stop_ids, pad_id)
+    return generate_rollout(
+        model, prompt_ids, prompt_mask, sampling, None, stop_ids, pad_id, stop_texts
+    )
 
 
 @torch.no_grad()
@@ -40,6 +45,7 @@ def generate_rollout(
     uniforms: Tensor | None,
     stop_ids: list[int],
     pad_id: int,
+    stop_texts: StopTexts | None = None,
 ) -> Rollout:
     """Sample completions; the model is in eval mode meanwhile.
 
@@ -55,6 +61,7 @@ def generate_rollout(
             greedily.
         stop_ids: Ids of which any ends a completion; it is part of the completion.
         pad_id: Id that fills the rest of a row.
+        stop_texts: Texts that end a completion besides; the tokens that hold them are kept.
 
     Returns:
         The rollout, as long as its longest completion.
@@ -69,7 +76,7 @@ def generate_rollout(
     stops = torch.tensor(stop_ids, device=device)  # (S,)
     alive = torch.arange(rows, device=device)  # rows that are still sampled
     length = 0
-    with eval_mode(model):
+    with eval_mode(model), packed_linears(model, rows, sampling.max_new_tokens):
         decoder = _Decoder(model, prompt_ids, prompt_mask, samples)
         logits = decoder.prefill()  # (R, V)
         for step in range(sampling.max_new_tokens):
@@ -78,6 +85,8 @@ def generate_rollout(
             ids[alive, step], mask[alive, step], log_probs[alive, step] = tokens, True, chosen
             length = step + 1
             going = ~torch.isin(tokens, stops)  # (A,)
+            if stop_texts is not None:
+                going &= ~stop_texts.found(ids[alive, :length])
             alive, tokens = alive[going], tokens[going]
             if alive.numel() == 0 or length == sampling.max_new_tokens:
                 break

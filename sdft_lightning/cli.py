@@ -12,7 +12,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from sdft_lightning.callbacks import MetricsLog, PredictionWriter, ResultTable, RunProgressBar
+from sdft_lightning.callbacks import (
+    MetricsLog,
+    PredictionWriter,
+    ResultTable,
+    RunProgressBar,
+    ValidateAtEnds,
+)
 from sdft_lightning.callbacks.export import export_model
 from sdft_lightning.data import DemonstrationDataModule
 from sdft_lightning.errors import UserError
@@ -187,7 +193,13 @@ def main(args: ArgsType = None) -> None:
             subclass_mode_model=True,
             trainer_class=RunTrainer,
             trainer_defaults={
-                "callbacks": [MetricsLog(), PredictionWriter(), ResultTable(), RunProgressBar()]
+                "callbacks": [
+                    MetricsLog(),
+                    PredictionWriter(),
+                    ResultTable(),
+                    RunProgressBar(),
+                    ValidateAtEnds(),
+                ]
             },
             save_config_callback=SaveRunConfig,
             parser_kwargs={

@@ -9,6 +9,8 @@ from sdft_lightning.embedded import embedded_model_path
 from sdft_lightning.errors import UserError
 
 EMBEDDED = "embedded"
+# Tokenizers without a limit name an astronomical one.
+_NO_LIMIT = 1 << 40
 
 
 def resolve_model(model_name: str) -> str:
@@ -105,6 +107,30 @@ def load_stop_ids(model_name: str, tokenizer: Any, revision: str | None = None) 
     except OSError:  # many models have no generation_config.json
         generation = None
     return stop_ids(tokenizer, generation)
+
+
+def load_max_length(model_name: str, tokenizer: Any, revision: str | None = None) -> int:
+    """Longest sequence that a model takes, as lm-evaluation-harness reckons it.
+
+    Args:
+        model_name: See `resolve_model`.
+        tokenizer: Its tokenizer, asked where the config does not say.
+        revision: Branch, tag or commit on the Hub.
+
+    Returns:
+        Tokens.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(
+        resolve_model(model_name), revision=revision, trust_remote_code=False
+    )
+    config = getattr(config, "text_config", None) or config
+    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
+        if getattr(config, name, None) is not None:
+            return int(getattr(config, name))
+    length = int(tokenizer.model_max_length)
+    return 2048 if length > _NO_LIMIT else length
 
 
 def token_id(tokenizer: Any, text: str) -> int | None:

@@ -63,6 +63,102 @@ class PromptBatch(NamedTuple):
     window: list[PromptBatch]
 
 
+class ScoringBatch(NamedTuple):
+    """Continuations whose log-likelihood after their contexts is asked for.
+
+    C contexts, R continuations; several continuations may follow one context.
+
+    Attributes:
+        context_ids: `(C, P)`, padded on the left; every context has at least one token.
+        context_mask: `(C, P)`.
+        continuation_ids: `(R, T)`, padded on the right; every one has at least one token.
+        continuation_mask: `(R, T)`.
+        owner: `(R,)` which context each continuation follows.
+        requests: Index of the request that each continuation belongs to; the parts of a long text
+            share one.
+    """
+
+    context_ids: Tensor
+    context_mask: Tensor
+    continuation_ids: Tensor
+    continuation_mask: Tensor
+    owner: Tensor
+    requests: list[int]
+
+
+class GenerationSettings(NamedTuple):
+    """How a benchmark wants its answers sampled.
+
+    Attributes:
+        stop: Texts of which the first that appears ends an answer and is cut off.
+        max_new_tokens: Longest answer.
+        temperature: 0 is greedy.
+        top_p: Keep the likeliest tokens that together reach this probability.
+        top_k: Keep the k likeliest tokens; 0 keeps all.
+    """
+
+    stop: tuple[str, ...]
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+class GenerationBatch(NamedTuple):
+    """Prompts of a benchmark that want an answer.
+
+    Attributes:
+        prompt_ids: `(B, P)`, padded on the left.
+        prompt_mask: `(B, P)`.
+        settings: How the answers are sampled.
+        requests: Index of the request of each row.
+        copies: Which of several answers to the same request each row is.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    settings: GenerationSettings
+    requests: list[int]
+    copies: list[int]
+
+
+class ContinuationScore(NamedTuple):
+    """Log-likelihood of a continuation in nats, and whether greedy sampling would have given it."""
+
+    log_likelihood: float
+    is_greedy: bool
+
+
+class RequestResponse(NamedTuple):
+    """What the policy answered to a request of a benchmark.
+
+    Attributes:
+        request: Index of the request among those of its kind.
+        copy: Which of several answers this is.
+        score: Of a continuation; zero for an answer in words.
+        text: The answer; None for a continuation.
+    """
+
+    request: int
+    copy: int
+    score: ContinuationScore
+    text: str | None
+
+
+class Measurement(NamedTuple):
+    """What a benchmark came to.
+
+    Attributes:
+        value: The metric.
+        stderr: Its standard error; None where the harness gives none.
+        samples: Items that it is the mean of.
+    """
+
+    value: float
+    stderr: float | None
+    samples: int
+
+
 class Rollout(NamedTuple):
     """Completions of R = B · completions_per_prompt rows; row `b · n + j` is sample j of prompt b.
 

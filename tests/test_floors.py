@@ -24,6 +24,7 @@ FLOORS: dict[str, float] = {
     "divergence": 1,
     "kv_cache": 0,
     "prefix": 1,
+    "scoring": 1.5,
     "prompts": 1,
     "graders": 1,
     "embedded": 1,

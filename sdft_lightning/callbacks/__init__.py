@@ -8,6 +8,7 @@ from sdft_lightning.callbacks.metrics_log import MetricsLog
 from sdft_lightning.callbacks.predictions import PredictionWriter
 from sdft_lightning.callbacks.progress import RunProgressBar
 from sdft_lightning.callbacks.result_table import ResultTable
+from sdft_lightning.callbacks.validate_at_ends import ValidateAtEnds
 
 __all__ = [
     "CompletionLog",
@@ -18,4 +19,5 @@ __all__ = [
     "PredictionWriter",
     "ResultTable",
     "RunProgressBar",
+    "ValidateAtEnds",
 ]

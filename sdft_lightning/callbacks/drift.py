@@ -66,7 +66,7 @@ class DriftMonitor(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Compare the student with the base model on the base model's answers."""
-        if batch.task not in self.held_out:
+        if getattr(batch, "task", None) not in self.held_out:  # also the requests of benchmarks
             return
         key = (batch.task, batch_idx)
         if key not in self._answers:

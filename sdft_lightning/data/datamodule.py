@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import lightning as L
 from torch.utils.data import DataLoader
 
+from sdft_lightning.data.benchmarks import Benchmarks, BenchmarkSuite
 from sdft_lightning.data.loader import (
     EvaluationSampler,
     PromptDataset,
@@ -68,6 +69,7 @@ class DemonstrationDataModule(L.LightningDataModule):
         grader: How completions are graded: contains, exact, choice, tool_call (strict) or
             tool_call_released (as the paper's code); nothing is graded without one.
         held_out: Further graded sets by name, validated and tested beside the task.
+        benchmarks: Tasks of lm-evaluation-harness, validated and tested beside them.
         columns: Which column holds what.
         prompts: How the teacher is shown the demonstration.
         lengths: What fits, and what happens to rows that do not.
@@ -89,6 +91,7 @@ class DemonstrationDataModule(L.LightningDataModule):
         name: str = "task",
         grader: str | None = None,
         held_out: dict[str, HeldOut] | None = None,
+        benchmarks: Benchmarks = Benchmarks(),  # noqa: B008 - frozen
         columns: Columns = Columns(),  # noqa: B008 - frozen
         prompts: PromptStyle = PromptStyle(),  # noqa: B008 - frozen
         lengths: Lengths = Lengths(),  # noqa: B008 - frozen
@@ -104,6 +107,8 @@ class DemonstrationDataModule(L.LightningDataModule):
         self.task = name
         self.grader: str | None = grader
         self.held_out = dict(held_out or {})
+        self.benchmarks = benchmarks
+        self.benchmark_suite: BenchmarkSuite | None = None
         self.columns = columns
         self.prompts = prompts
         self.lengths = lengths
@@ -147,6 +152,8 @@ class DemonstrationDataModule(L.LightningDataModule):
             UserError: If a file, a row or an option is wrong.
         """
         stage = getattr(stage, "value", stage)  # Lightning passes an enum
+        if stage != "predict" and self.benchmarks.tasks and self.benchmark_suite is None:
+            self.benchmark_suite = BenchmarkSuite(self.benchmarks, self.model_name, self.revision)
         sets = [planned for planned in self._planned(stage) if planned.key not in self._sets]
         if not sets:
             return
@@ -166,7 +173,8 @@ class DemonstrationDataModule(L.LightningDataModule):
             "test": ["test"],
             "predict": ["predict"],
         }[stage]
-        if self.sources[splits[0]] is None:
+        only_benchmarks = stage in ("validate", "test") and self.benchmarks.tasks
+        if self.sources[splits[0]] is None and not only_benchmarks:
             raise UserError(
                 f"data.{splits[0]}: `{stage}` needs it and it is not given. Set it to a file, e.g. "
                 f"--data.{splits[0]}=my/{splits[0]}.jsonl."
@@ -229,27 +237,30 @@ class DemonstrationDataModule(L.LightningDataModule):
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         return self.trainer.current_epoch, progress.processed
 
-    def val_dataloader(self) -> list[DataLoader[PromptBatch]]:
-        """The validation split, then each held-out set."""
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        """The validation split, each held-out set, then the benchmarks."""
         return self._eval_loaders("validation")
 
-    def test_dataloader(self) -> list[DataLoader[PromptBatch]]:
-        """The test split, then each held-out set."""
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        """The test split, each held-out set, then the benchmarks."""
         return self._eval_loaders("test")
 
     def predict_dataloader(self) -> DataLoader[PromptBatch]:
         """The questions to answer."""
         return self._eval_loader(self._sets["predict"])
 
-    def _eval_loaders(self, split: str) -> list[DataLoader[PromptBatch]]:
+    def _eval_loaders(self, split: str) -> list[DataLoader[Any]]:
         keys = [split, *(f"held_out.{name}" for name in self.held_out)]
-        return [self._eval_loader(self._sets[key]) for key in keys if key in self._sets]
+        loaders = [self._eval_loader(self._sets[key]) for key in keys if key in self._sets]
+        if self.benchmark_suite is not None:
+            loaders.append(self._eval_loader(self.benchmark_suite.dataset, 1))
+        return loaders
 
-    def _eval_loader(self, rows: PromptDataset) -> DataLoader[PromptBatch]:
+    def _eval_loader(self, rows: Any, batch_size: int | None = None) -> DataLoader[Any]:
         trainer = self.trainer
         sampler = EvaluationSampler(
             len(rows),
-            self.eval_batch_size,
+            batch_size or self.eval_batch_size,
             trainer.global_rank if trainer else 0,
             trainer.world_size if trainer else 1,
         )

@@ -15,16 +15,25 @@ from sdft_lightning.errors import UserError
 from sdft_lightning.graders import get_grader
 from sdft_lightning.hidden import output_head
 from sdft_lightning.modules.accuracy import TaskAccuracies
+from sdft_lightning.modules.capability import CapabilityScores, CapabilityTrack
 from sdft_lightning.modules.identity import check_same_model, model_identity
 from sdft_lightning.modules.schedule import Schedule
 from sdft_lightning.modules.timing import PhaseTimer
 from sdft_lightning.policy import WeightsDtype, load_policy
 from sdft_lightning.rollout import SamplingWeights, greedy_rollout
 from sdft_lightning.rollout.weights import SamplingDtype
-from sdft_lightning.types import OutputHead, PromptBatch, Rollout
+from sdft_lightning.types import (
+    GenerationBatch,
+    OutputHead,
+    PromptBatch,
+    Rollout,
+    ScoringBatch,
+)
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 IDENTITY_KEY = "sdft_lightning"
+CAPABILITY_KEY = "sdft_lightning_capability"
+EvaluationBatch = PromptBatch | ScoringBatch | GenerationBatch
 
 
 class Graded(NamedTuple):
@@ -86,6 +95,8 @@ class PolicyModule(L.LightningModule):
         self.sampling_weights = SamplingWeights(sampling_dtype)
         self.timer = PhaseTimer()
         self.accuracies = TaskAccuracies()
+        self.capability = CapabilityTrack()
+        self._capability_scores = CapabilityScores()
         self.completion_tokens = 0
 
     # --- the policy -------------------------------------------------------------------------
@@ -144,7 +155,8 @@ class PolicyModule(L.LightningModule):
     # --- checkpoints ------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write down which model this is."""
+        """Write down which model this is, and what it could do before training."""
+        checkpoint[CAPABILITY_KEY] = self.capability.state()
         checkpoint[IDENTITY_KEY] = model_identity(self.student, self.model_name, type(self))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -156,6 +168,7 @@ class PolicyModule(L.LightningModule):
         check_same_model(
             checkpoint.get(IDENTITY_KEY), model_identity(self.student, self.model_name, type(self))
         )
+        self.capability.load(checkpoint.get(CAPABILITY_KEY))
         self.sampling_weights.forget()
 
     # --- evaluation -------------------------------------------------------------------------
@@ -203,8 +216,16 @@ class PolicyModule(L.LightningModule):
         return Graded(batch.task, completions, scores, rollout.truncated.tolist())
 
     def validation_step(
-        self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0
+        self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> dict[str, Any]:
+        """Grade the answers to questions, and respond to the requests of benchmarks."""
+        if isinstance(batch, PromptBatch):
+            return self.grade(batch)
+        if self.capability.due:
+            self._capability_scores.respond(self, batch)
+        return {}
+
+    def grade(self, batch: PromptBatch) -> dict[str, Any]:
         """Answer the questions of a batch greedily and grade the answers."""
         graded = self.graded_completions(
             self.student, batch.prompt_ids, batch.prompt_mask, batch, "accuracy"
@@ -212,13 +233,21 @@ class PolicyModule(L.LightningModule):
         return {"graded": graded}
 
     def test_step(
-        self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0
+        self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> dict[str, Any]:
         """As `validation_step`."""
         return self.validation_step(batch, batch_idx, dataloader_idx)
 
+    def on_validation_epoch_start(self) -> None:
+        """Decide whether the benchmarks are due."""
+        self.capability.begin(self.trainer)
+
+    def on_test_epoch_start(self) -> None:
+        """As `on_validation_epoch_start`."""
+        self.capability.begin(self.trainer)
+
     def on_validation_epoch_end(self) -> None:
-        """Log the accuracy of each task with its 95 % interval."""
+        """Log the accuracy of each task with its 95 % interval, and the benchmarks."""
         self._log_scores("val")
 
     def on_test_epoch_end(self) -> None:
@@ -229,6 +258,11 @@ class PolicyModule(L.LightningModule):
         for name, accuracy in self.accuracies.take().items():
             for suffix, value in zip(("", "_low", "_high"), accuracy, strict=True):
                 self.log(f"{stage}/task/{name}{suffix}", value, rank_zero_only=False)
+        suite = getattr(getattr(self.trainer, "datamodule", None), "benchmark_suite", None)
+        if suite is not None and self.capability.due:
+            measured = self._capability_scores.take(suite)
+            for name, value in self.capability.record(measured, self.trainer).items():
+                self.log(f"{stage}/capability/{name}", value, rank_zero_only=False)
 
     def predict_step(
         self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0

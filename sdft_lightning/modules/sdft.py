@@ -206,11 +206,9 @@ class SDFTModule(PolicyModule):
                 self.sampling.temperature,
             )
 
-    def validation_step(
-        self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0
-    ) -> dict[str, Any]:
+    def grade(self, batch: PromptBatch) -> dict[str, Any]:
         """Grade the student's answers; in validate and test also the teacher's."""
-        outputs = super().validation_step(batch, batch_idx, dataloader_idx)
+        outputs = super().grade(batch)
         in_fit = self.trainer.state.fn == "fit"
         taught = batch.teacher_prompt_ids.shape[1] > 0
         if batch.grader and taught and (self.teacher_accuracy_in_fit or not in_fit):

@@ -1,0 +1,141 @@
+"""Requests of benchmarks in batches: contexts kept together, the longest first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import Dataset
+
+from sdft_lightning.data.benchmarks.harness_model import Part, Prompt
+from sdft_lightning.data.collate import pad
+from sdft_lightning.types import GenerationBatch, ScoringBatch
+
+# Padded tokens of continuations in a batch, so that long texts come a few at a time.
+_TOKENS = 1 << 14
+# Choices up to this length stay together with a longer one, so that their context is computed once.
+_SHORT = 64
+
+
+class ScoringPlan:
+    """Contexts with the continuations that follow each."""
+
+    def __init__(self) -> None:
+        self.contexts: list[list[int]] = []
+        self.rows: list[tuple[int, list[int], int]] = []  # owner, continuation, request
+
+    def collate(self, pad_id: int) -> ScoringBatch:
+        """Pad contexts on the left and continuations on the right."""
+        context_ids, context_mask = pad(self.contexts, pad_id, "left")  # (C, P)
+        ids, mask = pad([row[1] for row in self.rows], pad_id, "right")  # (R, T)
+        owner = torch.tensor([row[0] for row in self.rows])  # (R,)
+        return ScoringBatch(context_ids, context_mask, ids, mask, owner, [r[2] for r in self.rows])
+
+
+class GenerationPlan:
+    """Prompts with the same settings."""
+
+    def __init__(self, rows: list[tuple[Prompt, int, int]]) -> None:
+        self.rows = rows  # prompt, request, copy
+
+    def collate(self, pad_id: int) -> GenerationBatch:
+        """Pad prompts on the left."""
+        ids, mask = pad([row[0].ids for row in self.rows], pad_id, "left")  # (B, P)
+        settings = self.rows[0][0].settings
+        return GenerationBatch(
+            ids, mask, settings, [row[1] for row in self.rows], [row[2] for row in self.rows]
+        )
+
+
+def scoring_plans(requests: list[list[Part]], batch_size: int) -> Iterator[ScoringPlan]:
+    """Batches of up to `batch_size` continuations, contexts kept together, like with like.
+
+    Args:
+        requests: The parts of each request.
+        batch_size: Continuations of a batch.
+
+    Yields:
+        The longest continuations first, by powers of two; among these the longest contexts.
+    """
+    groups: dict[tuple[int, ...], list[tuple[list[int], int]]] = {}
+    for request, parts in enumerate(requests):
+        for part in parts:
+            groups.setdefault(tuple(part.context), []).append((part.continuation, request))
+    chunks = [
+        _Chunk(context, part)
+        for context, rows in groups.items()
+        for part in _split(rows, batch_size)
+    ]
+    chunks.sort(key=lambda chunk: (chunk.bucket, len(chunk.context)), reverse=True)
+    plan = ScoringPlan()
+    bucket = 0
+    for chunk in chunks:
+        full = len(plan.rows) + len(chunk.rows) > batch_size
+        tokens = (len(plan.rows) + len(chunk.rows)) << chunk.bucket
+        if plan.rows and (full or chunk.bucket != bucket or tokens > _TOKENS):
+            yield plan
+            plan = ScoringPlan()
+        bucket = chunk.bucket
+        owner = len(plan.contexts)
+        plan.rows += [(owner, continuation, request) for continuation, request in chunk.rows]
+        plan.contexts.append(list(chunk.context))
+    if plan.rows:
+        yield plan
+
+
+def _split(
+    rows: list[tuple[list[int], int]], batch_size: int
+) -> Iterator[list[tuple[list[int], int]]]:
+    """Cut the continuations of a context where they are too many, or too unlike in length."""
+    rows = sorted(rows, key=lambda row: len(row[0]), reverse=True)
+    part: list[tuple[list[int], int]] = []
+    for row in rows:
+        if part:
+            longest = len(part[0][0])
+            short = longest > _SHORT and 2 * len(row[0]) < longest
+            if short or len(part) == batch_size or (len(part) + 1) * longest > _TOKENS:
+                yield part
+                part = []
+        part.append(row)
+    yield part
+
+
+class _Chunk(NamedTuple):
+    """A context and continuations of it, each with its request."""
+
+    context: tuple[int, ...]
+    rows: list[tuple[list[int], int]]
+
+    @property
+    def bucket(self) -> int:
+        """Power of two that the longest continuation does not pass."""
+        return (max(len(continuation) for continuation, _ in self.rows) - 1).bit_length()
+
+
+def generation_plans(prompts: list[Prompt], batch_size: int) -> Iterator[GenerationPlan]:
+    """Batches of up to `batch_size` prompts with the same settings, the longest first."""
+    by_settings: dict[Any, list[tuple[Prompt, int, int]]] = {}
+    for request, prompt in enumerate(prompts):
+        rows = by_settings.setdefault(prompt.settings, [])
+        rows += [(prompt, request, copy) for copy in range(prompt.copies)]
+    for rows in by_settings.values():
+        rows.sort(key=lambda row: len(row[0].ids), reverse=True)
+        for i in range(0, len(rows), batch_size):
+            yield GenerationPlan(rows[i : i + batch_size])
+
+
+class RequestDataset(Dataset[ScoringBatch | GenerationBatch]):
+    """Batches of requests; an index is a list of one number, as `EvaluationSampler` gives."""
+
+    def __init__(self, plans: list[ScoringPlan | GenerationPlan], pad_id: int) -> None:
+        self.plans = plans
+        self.pad_id = pad_id
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self.plans)
+
+    def __getitem__(self, index: list[int]) -> ScoringBatch | GenerationBatch:
+        """Pad a batch."""
+        return self.plans[index[0]].collate(self.pad_id)

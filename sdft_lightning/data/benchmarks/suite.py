@@ -1,0 +1,223 @@
+"""The benchmarks of a run: requests of the harness out, metrics of the harness back."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sdft_lightning.data.benchmarks.batches import (
+    GenerationPlan,
+    RequestDataset,
+    ScoringPlan,
+    generation_plans,
+    scoring_plans,
+)
+from sdft_lightning.data.benchmarks.harness_model import (
+    Part,
+    RequestCollector,
+    RequestKey,
+    ResponsePlayer,
+)
+from sdft_lightning.data.benchmarks.options import Benchmarks
+from sdft_lightning.data.benchmarks.tasks import FEWSHOT_SEED, LoadedTask, load_tasks
+from sdft_lightning.errors import UserError
+from sdft_lightning.tokenization import load_max_length, load_tokenizer
+from sdft_lightning.types import (
+    ContinuationScore,
+    Measurement,
+    RequestResponse,
+)
+
+# Bootstrap draws for the standard error of metrics that are no plain mean; the harness's default
+# of 100,000 takes minutes for some.
+_BOOTSTRAP_DRAWS = 1000
+
+log = logging.getLogger(__name__)
+
+
+class BenchmarkSuite:
+    """The tasks of a run with their requests, as a list of batches.
+
+    Args:
+        options: Which tasks, and how.
+        model_name: The policy's.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        UserError: See `load_tasks`; or if metrics that are unlike would be averaged.
+    """
+
+    def __init__(
+        self, options: Benchmarks, model_name: str = "embedded", revision: str | None = None
+    ) -> None:
+        self.options = options
+        self.tokenizer = tokenizer = load_tokenizer(model_name, revision)
+        self.max_length = max_length = load_max_length(model_name, tokenizer, revision)
+        self.tasks = load_tasks(options)
+        self.main_metrics = _main_metrics(self.tasks, options)
+        collector = RequestCollector(tokenizer, max_length)
+        for task in self.tasks:
+            for leaf in task.leaves.values():
+                _collect(leaf, task, collector, options)
+        self.scored: list[RequestKey] = list(collector.parts)
+        self.answered: list[RequestKey] = list(collector.prompts)
+        _check_lengths(collector.parts, max_length)
+        self._plans: list[ScoringPlan | GenerationPlan] = [
+            *scoring_plans(list(collector.parts.values()), options.batch_size),
+            *generation_plans(list(collector.prompts.values()), options.batch_size),
+        ]
+
+    @property
+    def dataset(self) -> RequestDataset:
+        """All batches."""
+        return RequestDataset(self._plans, self.tokenizer.pad_token_id)
+
+    def metrics(self, responses: Iterable[RequestResponse]) -> dict[str, Measurement]:
+        """What the benchmarks came to.
+
+        Args:
+            responses: The policy's, of all batches and ranks, in any order.
+
+        Returns:
+            By `<task>/<metric>`, as the harness names them; and `mean` over the main metrics.
+        """
+        sums = [ContinuationScore(0.0, True) for _ in self.scored]
+        texts: list[dict[int, str]] = [{} for _ in self.answered]
+        for response in responses:
+            if response.text is None:
+                sums[response.request] = _joined(sums[response.request], response.score)
+            else:
+                texts[response.request][response.copy] = response.text
+        player = ResponsePlayer(
+            self.tokenizer,
+            self.max_length,
+            dict(zip(self.scored, sums, strict=True)),
+            {
+                key: [copies[copy] for copy in sorted(copies)]
+                for key, copies in zip(self.answered, texts, strict=True)
+            },
+        )
+        found: dict[str, Measurement] = {}
+        for task in self.tasks:
+            found.update(self._evaluate(task, player))
+        if self.main_metrics:
+            values = [found[name].value for name in self.main_metrics]
+            found["mean"] = Measurement(sum(values) / len(values), None, len(values))
+        return found
+
+    def _evaluate(self, task: LoadedTask, player: ResponsePlayer) -> dict[str, Measurement]:
+        from lm_eval.evaluator import evaluate
+
+        for leaf in task.leaves.values():
+            leaf.set_fewshot_seed(seed=FEWSHOT_SEED)  # the same examples as when it was asked
+        settings = task.settings
+        with quiet_harness():
+            results: Any = evaluate(
+                lm=player,
+                task_dict=task.loaded,
+                limit=self.options.limit_of(settings),
+                cache_requests=self.options.cache_requests,
+                bootstrap_iters=_BOOTSTRAP_DRAWS,
+                log_samples=False,
+                system_instruction=settings.system_instruction,
+                apply_chat_template=settings.apply_chat_template,
+                fewshot_as_multiturn=settings.fewshot_as_multiturn,
+                confirm_run_unsafe_code=self.options.allow_code_execution,
+            )
+        return _measurements(results)
+
+
+def _joined(first: ContinuationScore, second: ContinuationScore) -> ContinuationScore:
+    """The score of two continuations in a row."""
+    return ContinuationScore(
+        first.log_likelihood + second.log_likelihood, first.is_greedy and second.is_greedy
+    )
+
+
+def _collect(leaf: Any, task: LoadedTask, collector: RequestCollector, options: Benchmarks) -> None:
+    from lm_eval.evaluator_utils import get_sample_size
+
+    chat = task.settings.apply_chat_template
+    with quiet_harness():
+        leaf.build_all_requests(
+            limit=get_sample_size(leaf, options.limit_of(task.settings)),
+            cache_requests=options.cache_requests,
+            system_instruction=task.settings.system_instruction,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=task.settings.fewshot_as_multiturn,
+            chat_template=collector.apply_chat_template if chat else None,
+            tokenizer_name=collector.tokenizer_name if chat else "",
+        )
+    by_kind: dict[str, list[Any]] = {}
+    for instance in leaf.instances:
+        by_kind.setdefault(instance.request_type, []).append(instance)
+    for kind, instances in by_kind.items():
+        if kind == "loglikelihood":
+            collector.loglikelihood(instances, disable_tqdm=True)
+        elif kind in ("loglikelihood_rolling", "generate_until"):
+            getattr(collector, kind)(instances)
+        else:
+            raise UserError(
+                f"data.benchmarks.tasks: {leaf.config.task} asks for {kind}; supported are "
+                "loglikelihood, loglikelihood_rolling and generate_until. Leave it out."
+            )
+
+
+def _check_lengths(requests: dict[RequestKey, list[Part]], max_length: int) -> None:
+    for key, parts in requests.items():
+        for part in parts:
+            if not part.context or not part.continuation:
+                raise UserError(
+                    f"data.benchmarks: a request cannot be scored: its continuation has "
+                    f"{len(part.continuation)} tokens, allowed are 1 to {max_length} for this "
+                    f"model: {key[:120]}"
+                )
+
+
+def _main_metrics(tasks: list[LoadedTask], options: Benchmarks) -> list[str]:
+    """Which measurements enter the mean."""
+    chosen = [(task.name, task.settings.metric) for task in tasks if task.settings.metric]
+    if options.mean == "off" or not chosen:
+        return []
+    metrics = {metric for _, metric in chosen}
+    if options.mean == "alike" and len(metrics) > 1:
+        listed = ", ".join(f"{metric} of {name}" for name, metric in chosen)
+        raise UserError(
+            f"data.benchmarks.mean: alike averages metrics of one name only, and these differ: "
+            f"{listed}. Set mean to any if you want their average all the same, or to off."
+        )
+    return [f"{name}/{metric}" for name, metric in chosen]
+
+
+def _measurements(results: dict[str, Any]) -> dict[str, Measurement]:
+    """The harness's results by `<task>/<metric>`; `,none` (no filter) is left off."""
+    found: dict[str, Measurement] = {}
+    for name, metrics in results["results"].items():
+        samples = results.get("n-samples", {}).get(name, {}).get("effective", 0)
+        samples = samples or int(metrics.get("sample_len", metrics.get("sample_count", 0)) or 0)
+        for key, value in metrics.items():
+            metric, comma, kind = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            error = metrics.get(f"{metric}_stderr,{kind}")
+            stderr = float(error) if isinstance(error, (int, float)) else None
+            label = metric if kind == "none" else key
+            found[f"{name}/{label}"] = Measurement(float(value), stderr, samples)
+    return found
+
+
+@contextmanager
+def quiet_harness() -> Iterator[None]:
+    """Keep the harness's progress bars and remarks out of the way of the run's own."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,249 @@
+"""Tasks of lm-evaluation-harness, by name or from a YAML with local files."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import glob
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sdft_lightning.data.benchmarks.options import Benchmarks, BenchmarkTask
+from sdft_lightning.errors import UserError
+
+# The seeds with which `lm_eval.simple_evaluate` loads tasks and draws few-shot examples.
+_PYTHON_SEED, _NUMPY_SEED, FEWSHOT_SEED = 0, 1234, 1234
+_SUFFIXES = {".yaml", ".yml"}
+
+
+class LoadedTask(NamedTuple):
+    """A task or group as the harness holds it.
+
+    Attributes:
+        settings: What was asked for.
+        name: Its name in the results; for a YAML, the one written in it.
+        loaded: What the harness's `evaluate` takes as task dictionary.
+        leaves: The tasks themselves by name; one, or the members of a group.
+    """
+
+    settings: BenchmarkTask
+    name: str
+    loaded: dict[str, Any]
+    leaves: dict[str, Any]
+
+
+def load_tasks(options: Benchmarks) -> list[LoadedTask]:
+    """Load the tasks and their data.
+
+    A task YAML is one of the harness, with two additions: `same_as: hellaswag` takes over all
+    settings of that task of the harness, and relative `dataset_kwargs.data_files` belong to
+    `data_dir` or the YAML's own folder.
+
+    Args:
+        options: Names and settings.
+
+    Returns:
+        The tasks in order.
+
+    Raises:
+        UserError: If there is no such task, file or metric, the data cannot be had, or two tasks
+            have the same name.
+    """
+    found: list[LoadedTask] = []
+    seen: dict[str, str] = {}
+    for settings in options.named():
+        loaded = _load(settings, options)
+        for name in loaded.leaves:
+            if name in seen:
+                raise UserError(
+                    f"data.benchmarks.tasks: {settings.name} and {seen[name]} both measure "
+                    f"{name}. Leave one of them out."
+                )
+            seen[name] = settings.name
+        for name, task in loaded.leaves.items():
+            _check_code(name, task, options)
+            _set_fewshot(name, task, settings)
+        _check_metric(loaded)
+        found.append(loaded)
+    return found
+
+
+def _load(settings: BenchmarkTask, options: Benchmarks) -> LoadedTask:
+    path = Path(settings.name).expanduser()
+    with _seeds():
+        if path.suffix in _SUFFIXES:
+            config = read_task_yaml(path, options.data_dir)
+            name = config["task"]
+            with _explained(settings.name, config.get("dataset_path")):
+                from lm_eval.api.task import ConfigurableTask
+
+                task: Any = ConfigurableTask(config=config)
+            return LoadedTask(settings, name, {"tasks": {name: task}}, {name: task})
+        manager = _task_manager()
+        entry = manager.task_index.get(settings.name)
+        if entry is None:
+            near = difflib.get_close_matches(settings.name, manager.all_tasks, 3, 0.5)
+            hint = f" Near: {', '.join(near)}." if near else ""
+            raise UserError(
+                f"data.benchmarks.tasks: lm-evaluation-harness has no task {settings.name!r}.{hint}"
+                " Allowed are its tasks, groups and tags (`lm-eval ls tasks` lists them), or the "
+                "path of a task YAML."
+            )
+        source = (entry.cfg or {}).get("dataset_path")
+        with _explained(settings.name, source):
+            loaded: Any = manager.load([settings.name])
+    return LoadedTask(settings, settings.name, loaded, dict(loaded["tasks"]))
+
+
+@functools.cache
+def _task_manager() -> Any:
+    """The harness's index of its thousands of task files; it takes several seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def harness_yaml(task: str) -> Path | None:
+    """The file in which the harness defines a task; None where it has no such task."""
+    import lm_eval.tasks
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    root = Path(lm_eval.tasks.__file__).parent
+    # Most are found by their names, without the index.
+    for path in [*root.rglob(f"{glob.escape(task)}.yaml"), *(root / task).glob("*.yaml")]:
+        if load_yaml(path, resolve_func=False).get("task") == task:
+            return path
+    entry = _task_manager().task_index.get(task)
+    found: Path | None = None if entry is None else entry.yaml_path
+    return found
+
+
+def read_task_yaml(path: Path, data_dir: str | None = None) -> dict[str, Any]:
+    """The settings of a task YAML, with `same_as` and local files resolved.
+
+    Args:
+        path: The file.
+        data_dir: Where relative data files are; the YAML's folder without it.
+
+    Returns:
+        What the harness's `ConfigurableTask` takes.
+
+    Raises:
+        UserError: If the file, the task that it names, or one of its data files is missing.
+    """
+    import yaml
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    if not path.is_file():
+        raise UserError(f"data.benchmarks.tasks: there is no file {path}.")
+    try:
+        config: dict[str, Any] = load_yaml(path)
+    except (yaml.YAMLError, ValueError, ImportError, AttributeError) as error:
+        raise UserError(f"data.benchmarks.tasks: {path} cannot be read: {error}") from error
+    base = config.pop("same_as", None)
+    if base is not None:
+        origin = harness_yaml(base)
+        if origin is None:
+            raise UserError(
+                f"{path}: same_as: lm-evaluation-harness has no task {base!r}; `lm-eval ls tasks` "
+                "lists them."
+            )
+        config = {**load_yaml(origin), **config}
+    if not isinstance(config.get("task"), str):
+        raise UserError(f"{path}: it names no task. Add `task: <name>`.")
+    for key in ("tag", "group", "task_list"):
+        config.pop(key, None)
+    options = config.get("dataset_kwargs") or {}
+    if "data_files" in options:
+        folder = path.parent if data_dir is None else Path(data_dir).expanduser()
+        files = _resolve_files(options["data_files"], folder, path)
+        config["dataset_kwargs"] = {**options, "data_files": files}
+    return config
+
+
+def _resolve_files(files: Any, folder: Path, origin: Path) -> Any:
+    if isinstance(files, dict):
+        return {split: _resolve_files(value, folder, origin) for split, value in files.items()}
+    if isinstance(files, list):
+        return [_resolve_files(value, folder, origin) for value in files]
+    if "://" in files:
+        return files
+    found = folder / files  # an absolute path stays as it is
+    if not found.is_file():
+        raise UserError(
+            f"{origin}: data_files: there is no file {found}. Set data.benchmarks.data_dir to the "
+            "folder that it is in."
+        )
+    return str(found.resolve())
+
+
+@contextmanager
+def _explained(name: str, source: object) -> Iterator[None]:
+    """Say what is missing where a data set cannot be had."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        # datasets and huggingface_hub raise all of these without network or data set.
+        raise UserError(
+            f"data.benchmarks.tasks: the data of {name} ({source}) cannot be had: "
+            f"{str(error).strip()[:300]} Remedy: run once with network (the data set then stays "
+            "in the Hugging Face cache), or name a task YAML with local files, as "
+            "configs/benchmarks/hellaswag.yaml does."
+        ) from error
+    except ImportError as error:
+        raise UserError(
+            f"data.benchmarks.tasks: {name} needs a package that is not installed: {error}."
+        ) from error
+
+
+def _check_code(name: str, task: Any, options: Benchmarks) -> None:
+    if task.config.unsafe_code and not options.allow_code_execution:
+        raise UserError(
+            f"data.benchmarks.tasks: {name} runs code that the model wrote. Set "
+            "data.benchmarks.allow_code_execution to true if you want that, or leave it out."
+        )
+
+
+def _set_fewshot(name: str, task: Any, settings: BenchmarkTask) -> None:
+    own = task.config.num_fewshot
+    if settings.num_fewshot is not None and own != 0:  # 0 in a task's YAML means: never any
+        task.set_config(key="num_fewshot", value=settings.num_fewshot)
+    elif own is None:
+        task.set_config(key="num_fewshot", value=0)
+    elif settings.num_fewshot:
+        raise UserError(
+            f"data.benchmarks.tasks: {name} takes no examples (num_fewshot: 0 in its YAML), and "
+            f"num_fewshot is {settings.num_fewshot}. Leave it out."
+        )
+    task.set_fewshot_seed(seed=FEWSHOT_SEED)
+
+
+def _check_metric(loaded: LoadedTask) -> None:
+    metric = loaded.settings.metric
+    if metric is None:
+        return
+    for name, task in loaded.leaves.items():
+        known = sorted(task.aggregation())
+        if metric.partition(",")[0] not in known:
+            raise UserError(
+                f"data.benchmarks.tasks: {name} has no metric {metric!r}. Allowed are "
+                f"{', '.join(known)}."
+            )
+
+
+@contextmanager
+def _seeds() -> Iterator[None]:
+    """Random states as in `simple_evaluate` while tasks load; some shuffle their items then."""
+    python, numpy = random.getstate(), np.random.get_state()
+    random.seed(_PYTHON_SEED)
+    np.random.seed(_NUMPY_SEED)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

@@ -1,0 +1,111 @@
+"""Log-likelihoods of continuations, with each context computed once for all that follow it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdft_lightning.eval_mode import eval_mode
+from sdft_lightning.hidden import apply_head, completion_hidden_states, output_head
+from sdft_lightning.kv_cache import cache_argument, cache_of
+from sdft_lightning.masking import position_ids
+from sdft_lightning.prefix import SHORTEST, can_share, encode_prefix, split_prompts
+from sdft_lightning.types import ContinuationScore, OutputHead, ScoringBatch
+
+# Logits that are formed at a time: 2**24 are 64 MB in float32.
+_LOGITS_AT_A_TIME = 1 << 24
+
+
+@torch.no_grad()
+def score_continuations(
+    model: Any, batch: ScoringBatch, share: bool = True
+) -> list[ContinuationScore]:
+    """Log-likelihood of each continuation after its context; the model is in eval mode meanwhile.
+
+    Args:
+        model: A causal language model of transformers.
+        batch: The C contexts and R continuations.
+        share: Compute a context once for all its continuations, where the model allows it.
+
+    Returns:
+        R scores, float32 sums over the tokens of each continuation.
+    """
+    keep = batch.continuation_mask  # (R, T)
+    with eval_mode(model):
+        if share and can_share(model):
+            hidden = _shared_hidden_states(model, batch)  # (N, D)
+        else:
+            hidden = completion_hidden_states(
+                model,
+                batch.context_ids[batch.owner],
+                batch.context_mask[batch.owner],
+                batch.continuation_ids,
+                keep,
+                keep,
+                share_prefix=False,
+            )  # (N, D)
+        log_probs, greedy = _token_scores(output_head(model), hidden, batch.continuation_ids[keep])
+    rows = keep.nonzero()[:, 0]  # (N,) row of each token
+    sums = torch.zeros(keep.shape[0], dtype=torch.float64, device="cpu")  # (R,)
+    sums.index_add_(0, rows.cpu(), log_probs.double().cpu())
+    misses = torch.zeros(keep.shape[0], dtype=torch.long)  # (R,)
+    misses.index_add_(0, rows.cpu(), (~greedy).long().cpu())
+    return [
+        ContinuationScore(total, missed == 0)
+        for total, missed in zip(sums.tolist(), misses.tolist(), strict=True)
+    ]
+
+
+def _shared_hidden_states(model: Any, batch: ScoringBatch) -> Tensor:
+    """Hidden states `(N, D)` that predict the kept tokens.
+
+    What all contexts begin with is computed once, then the rest of each context, then each
+    continuation on the keys and values of its own context.
+    """
+    cache, ids = None, batch.context_ids
+    mask = batch.context_mask  # (C, P)
+    shared = 0
+    if ids.shape[0] > 1:
+        split = split_prompts(ids, mask)
+        if split.prefix_ids.numel() >= SHORTEST:
+            shared, ids = split.prefix_ids.numel(), split.rest_ids
+            cache = encode_prefix(model, split.prefix_ids, ids.shape[0])
+            ones = split.rest_mask.new_ones(ids.shape[0], shared)  # (C, K)
+            mask = torch.cat([ones, split.rest_mask], dim=1)  # (C, K + R)
+    output = model.base_model(
+        input_ids=ids,
+        attention_mask=mask.long(),
+        position_ids=position_ids(mask)[:, shared:],
+        **cache_argument(model.base_model, cache),
+        use_cache=True,
+    )
+    first = output.last_hidden_state[batch.owner, -1:]  # (R, 1, D)
+    keep = batch.continuation_mask  # (R, T)
+    if keep.shape[1] == 1:
+        only: Tensor = first[keep]  # (N, D)
+        return only
+    cache = cache_of(output)
+    cache.batch_select_indices(batch.owner)
+    mask = torch.cat([mask[batch.owner], keep[:, :-1]], dim=1)  # (R, P + T - 1)
+    output = model.base_model(
+        input_ids=batch.continuation_ids[:, :-1],
+        attention_mask=mask.long(),
+        position_ids=position_ids(mask)[:, 1 - keep.shape[1] :],
+        **cache_argument(model.base_model, cache),
+        use_cache=True,
+    )
+    return torch.cat([first, output.last_hidden_state], dim=1)[keep]  # (N, D)
+
+
+def _token_scores(head: OutputHead, hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Float32 log-probability `(N,)` of each token, and whether it is the likeliest `(N,)`."""
+    at_a_time = max(1, _LOGITS_AT_A_TIME // head.weight.shape[0])
+    log_probs, greedy = [], []
+    for states, ids in zip(hidden.split(at_a_time), token_ids.split(at_a_time), strict=True):
+        logits = apply_head(head, states).float()  # (n, V)
+        chosen = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1)  # (n,)
+        log_probs.append(chosen - logits.logsumexp(dim=-1))
+        greedy.append(logits.argmax(dim=-1) == ids)
+    return torch.cat(log_probs), torch.cat(greedy)

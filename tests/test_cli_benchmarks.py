@@ -96,16 +96,24 @@ def test_validate_alone_needs_no_demonstrations(
     task_file: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run_cli(
+    args = [
         "validate",
         "--model=SDFTModule",
         f"--model.model_name={model_folder}",
         "--trainer.accelerator=cpu",
         *benchmark_args(task_file),
-    )
-    table = capsys.readouterr().out
-    assert "tiny_choice" in table
-    assert "acc" in table
+    ]
+    run_cli(*args)
+    lines = capsys.readouterr().out.splitlines()
+    (row,) = [line.split() for line in lines if line.startswith("tiny_choice")]
+    assert row[1] == "acc"
+    assert row[2].endswith("%")
+    assert row[3] == "±"
+    assert "previous" not in lines[0]
+    run_cli(*args)
+    lines = capsys.readouterr().out.splitlines()
+    (again,) = [line.split() for line in lines if line.startswith("tiny_choice")]
+    assert again == [*row, row[2]], "the second table shows the first one's value beside its own"
 
 
 def test_two_processes_measure_what_one_does(
@@ -152,7 +160,7 @@ def test_two_processes_measure_what_one_does(
     [
         ({"tasks": ["hellaswagg"]}, ["no task 'hellaswagg'", "hellaswag", "lm-eval ls tasks"]),
         ({"tasks": ["missing.yaml"]}, ["there is no file missing.yaml"]),
-        ({"mean": "all"}, ["mean", "alike, any, off"]),
+        ({"mean": "all"}, ["data.benchmarks.mean", "'alike', 'any', 'off'", "all"]),
         ({"limit": 1.5}, ["data.benchmarks.limit", "1.5"]),
     ],
 )

@@ -33,11 +33,11 @@ class MetricsLog(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
         """Write the validation metrics."""
         if not trainer.sanity_checking:
-            self._write(trainer, "validation", ("val/",))
+            self._write(trainer, "validation", measured_prefixes(module, "val"))
 
     def on_test_end(self, trainer: L.Trainer, module: Any) -> None:
         """Write the test metrics."""
-        self._write(trainer, "test", ("test/",))
+        self._write(trainer, "test", measured_prefixes(module, "test"))
 
     def _write(self, trainer: L.Trainer, stage: str, prefixes: tuple[str, ...]) -> None:
         if not trainer.is_global_zero:
@@ -50,3 +50,16 @@ class MetricsLog(L.Callback):
         seconds = round(time.monotonic() - self._start, 1)
         record = {"stage": stage, "step": trainer.global_step, "seconds": seconds, **values}
         append_lines(run_folder(trainer) / "metrics.jsonl", [record])
+
+
+def measured_prefixes(module: Any, stage: str) -> tuple[str, ...]:
+    """What the names of this validation's metrics begin with.
+
+    Lightning keeps the benchmarks of an earlier validation where this one had none.
+
+    Args:
+        module: The module, with its `capability`.
+        stage: val or test.
+    """
+    measured = ("task", "drift", "capability") if module.capability.due else ("task", "drift")
+    return tuple(f"{stage}/{kind}/" for kind in measured)

@@ -2,54 +2,140 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import lightning as L
 
+from sdft_lightning.callbacks.metrics_log import measured_prefixes
+from sdft_lightning.callbacks.run_files import run_folder
+
+# A standard error times this is half of a 95 % interval.
+_NORMAL_95 = 1.96
+_ROLES = {"accuracy": "student", "teacher_accuracy": "teacher"}
+
 
 class ResultTable(L.Callback):
-    """Accuracies with their 95 % intervals, then drift, after the commands validate and test."""
+    """Accuracies and benchmarks with 95 % intervals, and drift, after validate and test.
+
+    Beside them stands what the previous validation (or test) of the same run had.
+    """
 
     def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
         """Print, unless the validation is one of a fit."""
         if trainer.state.fn == "validate":
-            self._print(trainer, "val")
+            self._print(trainer, module, "val")
 
     def on_test_end(self, trainer: L.Trainer, module: Any) -> None:
         """Print."""
-        self._print(trainer, "test")
+        self._print(trainer, module, "test")
 
-    def _print(self, trainer: L.Trainer, stage: str) -> None:
+    def _print(self, trainer: L.Trainer, module: Any, stage: str) -> None:
         if trainer.is_global_zero:
-            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            print(result_table(metrics, stage))
+            prefixes = measured_prefixes(module, stage)
+            metrics = {
+                name: float(value)
+                for name, value in trainer.callback_metrics.items()
+                if name.startswith(prefixes)
+            }
+            print(result_table(metrics, stage, previous_metrics(run_folder(trainer), stage)))
 
 
-def result_table(metrics: dict[str, float], stage: str) -> str:
+class _Row(NamedTuple):
+    """One line of the table."""
+
+    name: str
+    what: str
+    value: str
+    interval: str
+    metric: str
+
+
+def result_table(
+    metrics: dict[str, float], stage: str, previous: dict[str, float] | None = None
+) -> str:
     """The table as text.
 
     Args:
         metrics: What was logged, by name.
         stage: val or test.
+        previous: The same of an earlier validation, by name.
 
     Returns:
-        One line a task and role; a sentence where nothing was graded.
+        One line a task and role, benchmark and metric; a sentence where nothing was measured.
     """
-    rows = []
-    for name, value in metrics.items():
-        prefix, _, metric = name.rpartition("/")
-        low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
-        if name.startswith(f"{stage}/task/") and low is not None and high is not None:
-            task = prefix.removeprefix(f"{stage}/task/")
-            who = {"accuracy": "student", "teacher_accuracy": "teacher"}[metric]
-            rows.append((task, who, f"{value:.1%}", f"{low:.1%} to {high:.1%}"))
-        elif name.startswith(f"{stage}/drift/"):
-            rows.append((metric, "KL from base", f"{value:.3f}", "nats a token"))
+    rows = [row for name in metrics if (row := _row(name, metrics, stage)) is not None]
     if not rows:
-        return "Nothing was graded: set data.grader, or data.held_out, to see accuracies."
-    rows.insert(0, ("task", "who", "accuracy", "95 % interval"))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        return (
+            "Nothing was measured: set data.grader, data.held_out or data.benchmarks.tasks to see "
+            "accuracies."
+        )
+    cells = [("task", "what", "value", "95 % interval", "previous")]
+    for row in rows:
+        before = (previous or {}).get(row.metric)
+        shown = "" if before is None else _shown(row.metric, before)
+        cells.append((row.name, row.what, row.value, row.interval, shown))
+    if not previous:
+        cells = [cell[:4] for cell in cells]  # type: ignore[misc]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
+        for row in cells
     )
+
+
+def _row(name: str, metrics: dict[str, float], stage: str) -> _Row | None:
+    kind, _, rest = name.removeprefix(f"{stage}/").partition("/")
+    task, _, metric = rest.rpartition("/")
+    value = _shown(name, metrics[name])
+    if kind == "task":
+        low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+        if low is None or high is None:
+            return None
+        return _Row(task, _ROLES.get(metric, metric), value, f"{low:.1%} to {high:.1%}", name)
+    if kind == "drift":
+        return _Row(metric, "KL from base", value, "nats a token", name)
+    if kind == "capability" and not name.endswith("_stderr"):
+        error = metrics.get(f"{name}_stderr")
+        interval = "" if error is None else f"± {_shown(name, _NORMAL_95 * error)}"
+        return _Row(task or "all benchmarks", metric, value, interval, name)
+    return None
+
+
+def _shown(name: str, value: float) -> str:
+    """A value with its unit: accuracies in per cent, all else as a number."""
+    kind = name.split("/")[1]
+    fraction = kind == "task" or (kind == "capability" and "perplexity" not in name)
+    if fraction and "bits_per_byte" not in name:
+        return f"{value:.1%}"
+    return f"{value:.3f}"
+
+
+def previous_metrics(folder: Path, stage: str) -> dict[str, float] | None:
+    """The newest earlier record of the same kind in a run.
+
+    Args:
+        folder: Where this command writes: the run's folder, or one below it.
+        stage: val or test.
+
+    Returns:
+        Its metrics by name; None where there is none.
+    """
+    wanted = {"val": "validation", "test": "test"}[stage]
+    if not re.fullmatch(r"(validate|test)-\d+", folder.name):
+        return None  # no run of the command line
+    run = folder.parent
+    files = [run / "metrics.jsonl", *run.glob(f"{folder.name.partition('-')[0]}-*/metrics.jsonl")]
+    files = [file for file in files if file.is_file() and file.parent != folder]
+    for file in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
+        for line in reversed(file.read_text(encoding="utf-8").splitlines()):
+            record: dict[str, Any] = json.loads(line)
+            if record.get("stage") == wanted:
+                return {
+                    name: value
+                    for name, value in record.items()
+                    if isinstance(value, (int, float)) and "/" in name
+                }
+    return None

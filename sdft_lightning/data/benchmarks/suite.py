@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 from sdft_lightning.data.benchmarks.batches import (
@@ -23,6 +19,7 @@ from sdft_lightning.data.benchmarks.harness_model import (
     ResponsePlayer,
 )
 from sdft_lightning.data.benchmarks.options import Benchmarks
+from sdft_lightning.data.benchmarks.quiet_harness import quiet_harness
 from sdft_lightning.data.benchmarks.tasks import FEWSHOT_SEED, LoadedTask, load_tasks
 from sdft_lightning.errors import UserError
 from sdft_lightning.tokenization import load_max_length, load_tokenizer
@@ -35,8 +32,6 @@ from sdft_lightning.types import (
 # Bootstrap draws for the standard error of metrics that are no plain mean; the harness's default
 # of 100,000 takes minutes for some.
 _BOOTSTRAP_DRAWS = 1000
-
-log = logging.getLogger(__name__)
 
 
 class BenchmarkSuite:
@@ -208,16 +203,3 @@ def _measurements(results: dict[str, Any]) -> dict[str, Measurement]:
             label = metric if kind == "none" else key
             found[f"{name}/{label}"] = Measurement(float(value), stderr, samples)
     return found
-
-
-@contextmanager
-def quiet_harness() -> Iterator[None]:
-    """Keep the harness's progress bars and remarks out of the way of the run's own."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)

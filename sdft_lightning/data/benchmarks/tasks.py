@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sdft_lightning.data.benchmarks.options import Benchmarks, BenchmarkTask
+from sdft_lightning.data.benchmarks.quiet_harness import quiet_harness
 from sdft_lightning.errors import UserError
 
 # The seeds with which `lm_eval.simple_evaluate` loads tasks and draws few-shot examples.
@@ -57,7 +58,8 @@ def load_tasks(options: Benchmarks) -> list[LoadedTask]:
     found: list[LoadedTask] = []
     seen: dict[str, str] = {}
     for settings in options.named():
-        loaded = _load(settings, options)
+        with quiet_harness():
+            loaded = _load(settings, options)
         for name in loaded.leaves:
             if name in seen:
                 raise UserError(

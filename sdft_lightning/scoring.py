@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdft_lightning.branches import branch_hidden_states
 from sdft_lightning.eval_mode import eval_mode
 from sdft_lightning.hidden import apply_head, completion_hidden_states, output_head
 from sdft_lightning.kv_cache import cache_argument, cache_of
@@ -16,6 +17,8 @@ from sdft_lightning.types import ContinuationScore, OutputHead, ScoringBatch
 
 # Logits that are formed at a time: 2**24 are 64 MB in float32.
 _LOGITS_AT_A_TIME = 1 << 24
+# Longer continuations go one a row: the mask of a row grows with the square of its length.
+_LONGEST_BRANCH = 128
 
 
 @torch.no_grad()
@@ -35,7 +38,9 @@ def score_continuations(
     keep = batch.continuation_mask  # (R, T)
     with eval_mode(model):
         if share and can_share(model):
-            hidden = _shared_hidden_states(model, batch)  # (N, D)
+            short = keep.shape[1] <= _LONGEST_BRANCH
+            shared = branch_hidden_states if short else _shared_hidden_states
+            hidden = shared(model, batch)  # (N, D)
         else:
             hidden = completion_hidden_states(
                 model,

@@ -28,6 +28,7 @@ FLOORS: dict[str, float] = {
     "prompts": 1,
     "graders": 1,
     "embedded": 1,
+    "branches": 1.25,
     "hidden": 1.25,
     "prompt_cache": 1.25,
     "bounded": 1.5,

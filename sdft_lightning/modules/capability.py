@@ -30,22 +30,26 @@ class Suite(Protocol):
 
 
 class CapabilityScores:
-    """Collects the responses of one validation on this rank."""
+    """Collects the responses of one validation on this rank.
+
+    Attributes:
+        responses: Those since the last `take`.
+    """
 
     def __init__(self) -> None:
-        self._responses: list[RequestResponse] = []
+        self.responses: list[RequestResponse] = []
 
     def respond(self, module: Any, batch: ScoringBatch | GenerationBatch) -> None:
         """Score or answer the requests of a batch with the module's student, in its precision."""
         if isinstance(batch, ScoringBatch):
             scores = score_continuations(module.student, batch)
-            self._responses += [
+            self.responses += [
                 RequestResponse(request, 0, score, None)
                 for request, score in zip(batch.requests, scores, strict=True)
             ]
             return
         texts = answer_requests(module.student, module.tokenizer, batch, module.stop_ids)
-        self._responses += [
+        self.responses += [
             RequestResponse(request, copy, ContinuationScore(0.0, False), text)
             for request, copy, text in zip(batch.requests, batch.copies, texts, strict=True)
         ]
@@ -55,7 +59,7 @@ class CapabilityScores:
 
         Nothing where no rank has responded.
         """
-        mine, self._responses = self._responses, []
+        mine, self.responses = self.responses, []
         parallel = distributed.is_available() and distributed.is_initialized()
         if not parallel:
             return suite.metrics(mine) if mine else {}

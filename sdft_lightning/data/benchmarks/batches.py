@@ -56,7 +56,8 @@ def scoring_plans(requests: list[list[Part]], batch_size: int) -> Iterator[Scori
         batch_size: Continuations of a batch.
 
     Yields:
-        The longest continuations first, by powers of two; among these the longest contexts.
+        Batches with long continuations first, then those of short ones; within both the contexts
+        with most tokens first.
     """
     groups: dict[tuple[int, ...], list[tuple[list[int], int]]] = {}
     for request, parts in enumerate(requests):
@@ -67,16 +68,15 @@ def scoring_plans(requests: list[list[Part]], batch_size: int) -> Iterator[Scori
         for context, rows in groups.items()
         for part in _split(rows, batch_size)
     ]
-    chunks.sort(key=lambda chunk: (chunk.bucket, len(chunk.context)), reverse=True)
+    chunks.sort(key=lambda chunk: (chunk.longest > _SHORT, chunk.tokens), reverse=True)
     plan = ScoringPlan()
-    bucket = 0
     for chunk in chunks:
-        full = len(plan.rows) + len(chunk.rows) > batch_size
-        tokens = (len(plan.rows) + len(chunk.rows)) << chunk.bucket
-        if plan.rows and (full or chunk.bucket != bucket or tokens > _TOKENS):
-            yield plan
-            plan = ScoringPlan()
-        bucket = chunk.bucket
+        if plan.rows:
+            longest = max(len(row[1]) for row in plan.rows)
+            rows = len(plan.rows) + len(chunk.rows)
+            if rows > batch_size or rows * longest > _TOKENS or _unlike(chunk.longest, longest):
+                yield plan
+                plan = ScoringPlan()
         owner = len(plan.contexts)
         plan.rows += [(owner, continuation, request) for continuation, request in chunk.rows]
         plan.contexts.append(list(chunk.context))
@@ -93,8 +93,8 @@ def _split(
     for row in rows:
         if part:
             longest = len(part[0][0])
-            short = longest > _SHORT and 2 * len(row[0]) < longest
-            if short or len(part) == batch_size or (len(part) + 1) * longest > _TOKENS:
+            full = len(part) == batch_size or (len(part) + 1) * longest > _TOKENS
+            if full or _unlike(len(row[0]), longest):
                 yield part
                 part = []
         part.append(row)
@@ -102,15 +102,25 @@ def _split(
 
 
 class _Chunk(NamedTuple):
-    """A context and continuations of it, each with its request."""
+    """A context and continuations of it, the longest first, each with its request."""
 
     context: tuple[int, ...]
     rows: list[tuple[list[int], int]]
 
     @property
-    def bucket(self) -> int:
-        """Power of two that the longest continuation does not pass."""
-        return (max(len(continuation) for continuation, _ in self.rows) - 1).bit_length()
+    def longest(self) -> int:
+        """Tokens of the longest continuation."""
+        return len(self.rows[0][0])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the context and all its continuations."""
+        return len(self.context) + sum(len(continuation) for continuation, _ in self.rows)
+
+
+def _unlike(length: int, longest: int) -> bool:
+    """Whether a continuation would be mostly padding beside the longest."""
+    return longest > _SHORT and 2 * length < longest
 
 
 def generation_plans(prompts: list[Prompt], batch_size: int) -> Iterator[GenerationPlan]:

@@ -28,7 +28,7 @@ def respond(suite: BenchmarkSuite, model: Any, tokenizer: Any) -> list[RequestRe
     scores = CapabilityScores()
     for index in range(len(suite.dataset)):
         scores.respond(_Module(model, tokenizer), suite.dataset[[index]])
-    return scores._responses
+    return scores.responses
 
 
 def build(folder: Path, model_folder: Path, *names: str, **settings: Any) -> BenchmarkSuite:

@@ -1,0 +1,127 @@
+"""Score benchmarks with ours and with lm-evaluation-harness's own model class, and compare.
+
+    .venv/bin/python scripts/compare_with_harness.py --data_dir ../shared/data/benchmarks
+
+Every item's log-likelihoods and every completion are compared, and the seconds of both, in float32
+on the CPU or GPU that there is. 200 items of all tasks take about an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdft_lightning.data.benchmarks import Benchmarks, BenchmarkSuite, BenchmarkTask
+from sdft_lightning.data.benchmarks.harness_model import request_key
+from sdft_lightning.data.benchmarks.quiet_harness import quiet_harness
+from sdft_lightning.data.benchmarks.tasks import FEWSHOT_SEED
+from sdft_lightning.modules.capability import CapabilityScores
+from sdft_lightning.policy import load_policy
+from sdft_lightning.tokenization import load_max_length
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "benchmarks"
+SCORED = "arc_easy hellaswag truthfulqa_mc1 truthfulqa_mc2 mmlu winogrande wikitext"
+ANSWERED = "gsm8k ifeval"
+
+
+class _Module:
+    """As much of a LightningModule as responses need."""
+
+    def __init__(self, policy: Any) -> None:
+        self.student, self.tokenizer, self.stop_ids = policy
+
+
+def compare(name: str, limit: int, options: argparse.Namespace, policy: Any, theirs: Any) -> str:
+    """Measure a task with both, and return a line of the table."""
+    from lm_eval.evaluator import evaluate
+
+    task = BenchmarkTask(str(CONFIGS / f"{name}.yaml"), limit=limit)
+    settings = Benchmarks([task], batch_size=options.batch_size, data_dir=options.data_dir)
+    suite = BenchmarkSuite(settings, options.model)
+    module, scores = _Module(policy), CapabilityScores()
+    start = time.perf_counter()
+    for index in range(len(suite.dataset)):
+        batch = suite.dataset[[index]]
+        scores.respond(module, type(batch)(*(_moved(value, theirs.device) for value in batch)))
+    ours_seconds = time.perf_counter() - start
+    responses = list(scores.responses)
+    measured = suite.metrics(responses)
+    suite.tasks[0].leaves[suite.tasks[0].name].set_fewshot_seed(seed=FEWSHOT_SEED)
+    start = time.perf_counter()
+    with quiet_harness():
+        expected: Any = evaluate(
+            lm=theirs, task_dict=suite.tasks[0].loaded, limit=limit, bootstrap_iters=1000
+        )
+    theirs_seconds = time.perf_counter() - start
+    sums: dict[str, float] = {}
+    texts: dict[str, str] = {}
+    for response in responses:
+        if response.text is None:
+            key = suite.scored[response.request]
+            sums[key] = sums.get(key, 0.0) + response.score.log_likelihood
+        else:
+            texts[suite.answered[response.request]] = response.text
+    worst, same, count = 0.0, 0, 0
+    for sample in next(iter(expected["samples"].values())):
+        for arguments, given in zip(sample["arguments"], sample["resps"], strict=True):
+            count += 1
+            answer = given[0]
+            if isinstance(answer, str):
+                same += texts[request_key("generate_until", arguments)] == answer
+            elif isinstance(answer, tuple):
+                worst = max(worst, abs(sums[request_key("loglikelihood", arguments)] - answer[0]))
+            else:
+                key = request_key("loglikelihood_rolling", arguments)
+                worst = max(worst, abs(sums[key] - answer))
+    metrics = next(iter(expected["results"].values()))
+    differences = [
+        abs(measurement.value - metrics[metric if "," in metric else f"{metric},none"])
+        for metric, measurement in ((k.rpartition("/")[2], m) for k, m in measured.items())
+    ]
+    agreement = f"{same} of {count} the same" if texts else f"{worst:.1e}"
+    shown = ", ".join(f"{k.rpartition('/')[2]} {m.value:.4g}" for k, m in measured.items())
+    return (
+        f"| {name} | {count} | {agreement} | {max(differences):.1e} | {shown} "
+        f"| {ours_seconds:.1f} | {theirs_seconds:.1f} | {ours_seconds / theirs_seconds:.2f} |"
+    )
+
+
+def _moved(value: Any, device: Any) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--data_dir", required=True)
+    parser.add_argument("--tasks", nargs="+", default=f"{SCORED} {ANSWERED}".split())
+    parser.add_argument("--limit", type=int, default=200)
+    parser.add_argument("--limit_answered", type=int, default=20)
+    parser.add_argument("--batch_size", type=int, default=16)
+    options = parser.parse_args()
+    from lm_eval.models.huggingface import HFLM
+
+    policy = load_policy(options.model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    policy.model.to(device).eval()
+    theirs = HFLM(
+        pretrained=policy.model,
+        tokenizer=policy.tokenizer,
+        batch_size=options.batch_size,
+        device=device,
+        max_length=load_max_length(options.model, policy.tokenizer),
+    )
+    print("| task | requests | largest difference | of a metric | metrics | s | harness | ratio |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    for name in options.tasks:
+        limit = options.limit_answered if name in ANSWERED.split() else options.limit
+        print(compare(name, limit, options, policy, theirs), flush=True)
+
+
+if __name__ == "__main__":
+    main()

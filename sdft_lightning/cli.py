@@ -1,4 +1,4 @@
-"""The command line: LightningCLI's commands, and `export`."""
+"""The command line: LightningCLI's commands, `preflight` and `export`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 from jsonargparse import ArgumentError
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -19,7 +19,6 @@ from sdft_lightning.callbacks import (
     RunProgressBar,
     ValidateAtEnds,
 )
-from sdft_lightning.callbacks.export import export_model
 from sdft_lightning.data import DemonstrationDataModule
 from sdft_lightning.errors import UserError
 from sdft_lightning.modules import PolicyModule
@@ -31,59 +30,16 @@ from sdft_lightning.run_folder import (
     load_checkpoint,
     resolve_checkpoint,
 )
+from sdft_lightning.run_trainer import RunTrainer
 
 _DESCRIPTIONS = {
     "fit": "Train: see configs/ for whole runs, e.g. --config configs/quickstart.yaml.",
     "validate": "Accuracy of student and teacher on the validation split, and on held-out sets.",
     "test": "Accuracy of student and teacher on the test split, and on held-out sets.",
     "predict": "Answer the questions of data.predict greedily, into predictions.jsonl.",
+    "preflight": "Before training: is the teacher better than the student? go, warn or use SFT.",
     "export": "Write a checkpoint as a save_pretrained folder for transformers and vLLM.",
 }
-
-
-class RunTrainer(L.Trainer):
-    """Lightning's Trainer with the command `export`."""
-
-    def export(
-        self,
-        model: PolicyModule,
-        datamodule: L.LightningDataModule | None = None,
-        ckpt_path: str | None = None,
-        output_dir: str | None = None,
-    ) -> Path:
-        """Write a checkpoint as a folder that transformers and vLLM load.
-
-        Args:
-            model: Set from the model options.
-            datamodule: Not used.
-            ckpt_path: The checkpoint, or `last` for the newest of this run.
-            output_dir: Where to write; <run>/exported/<checkpoint> without it. Must not exist.
-
-        Returns:
-            The folder.
-
-        Raises:
-            UserError: If there is no such checkpoint, or the folder exists.
-        """
-        if ckpt_path is None:
-            raise UserError(
-                "ckpt_path: export needs a checkpoint. Give --ckpt_path=last or the path of one."
-            )
-        path = Path(ckpt_path)
-        default = Path(self.default_root_dir) / "exported" / path.stem
-        folder = default if output_dir is None else Path(output_dir)
-        if folder.exists():
-            raise UserError(
-                f"output_dir: {folder} exists already and is not overwritten. Name another with "
-                "--output_dir."
-            )
-        checkpoint = load_checkpoint(path)
-        model.configure_model()
-        model.on_load_checkpoint(checkpoint)
-        model.load_state_dict(checkpoint["state_dict"])
-        export_model(model, folder)
-        print(f"Exported {path} to {folder}")
-        return folder
 
 
 class SDFTCLI(LightningCLI):
@@ -91,8 +47,9 @@ class SDFTCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's commands and `export`, with the arguments that the CLI itself sets."""
-        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+        """Lightning's commands and ours, with the arguments that the CLI itself sets."""
+        ours = {"model", "datamodule"}
+        return {**LightningCLI.subcommands(), "preflight": ours, "export": ours}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run's name and its checkpoints, and link what is given once."""
@@ -127,7 +84,8 @@ class SDFTCLI(LightningCLI):
         command = self.config["subcommand"]
         config = self.config[command]
         self.run_folder = Path(config["run"]["root"]) / config["run"]["name"]
-        config["ckpt_path"] = resolve_checkpoint(config.get("ckpt_path"), self.run_folder)
+        if "ckpt_path" in config:  # preflight has none
+            config["ckpt_path"] = resolve_checkpoint(config["ckpt_path"], self.run_folder)
         if command == "fit":
             check_run_folder(self.run_folder, config["ckpt_path"])
         self.folder = command_folder(self.run_folder, command)
@@ -148,6 +106,10 @@ class SDFTCLI(LightningCLI):
         """As `before_fit`."""
         self._check("predict")
 
+    def before_preflight(self) -> None:
+        """As `before_fit`."""
+        self._check("fit")
+
     def _check(self, command: str) -> None:
         self.datamodule.trainer = self.trainer
         self.datamodule.prepare_data()
@@ -157,7 +119,7 @@ class SDFTCLI(LightningCLI):
             self.model.configure_model()
             self.model.on_load_checkpoint(load_checkpoint(path))
 
-    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that writes below the run's folder only."""
         logger = self._get(self.config_init, "trainer").get("logger")
         if logger is None or logger is True:

@@ -87,7 +87,7 @@ def check_run_folder(folder: Path, ckpt_path: str | None) -> None:
 
 def _is_command_folder(path: Path) -> bool:
     """Whether a folder is one that `command_folder` made: measured before training, say."""
-    return re.fullmatch(r"(validate|test|predict)-\d+", path.name) is not None
+    return re.fullmatch(r"(validate|test|predict|preflight)-\d+", path.name) is not None
 
 
 def command_folder(folder: Path, command: str) -> Path:
@@ -95,7 +95,7 @@ def command_folder(folder: Path, command: str) -> Path:
 
     Args:
         folder: The run's folder.
-        command: fit, validate, test, predict or export.
+        command: fit, validate, test, predict, preflight or export.
 
     Returns:
         The run's folder, or a new one `<command>-<n>` below it.

@@ -38,9 +38,11 @@ FLOORS: dict[str, float] = {
     "rollout": 2,
     "data": 2,
     "modules": 3,
+    "preflight": 3.5,
     "callbacks": 4,
     "continual": 5,
     "run_folder": 5,
+    "run_trainer": 5.5,
     "cli": 6,
     "demo": 6.5,
 }

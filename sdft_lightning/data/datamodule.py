@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import lightning as L
 from torch.utils.data import DataLoader
 
 from sdft_lightning.data.benchmarks import Benchmarks, BenchmarkSuite
+from sdft_lightning.data.collate import collate
 from sdft_lightning.data.loader import (
     EvaluationSampler,
     PromptDataset,
@@ -24,7 +26,7 @@ from sdft_lightning.errors import UserError, check_choice
 from sdft_lightning.graders import GRADERS, check_reference
 from sdft_lightning.prompts import PromptStyle, check_same_header
 from sdft_lightning.tokenization import load_stop_ids, load_tokenizer
-from sdft_lightning.types import PromptBatch
+from sdft_lightning.types import Demonstration, PromptBatch
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +119,8 @@ class DemonstrationDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self._sets: dict[str, PromptDataset] = {}
+        self._left_out: dict[str, int] = {}
+        self._tokenizer: Tokenizer | None = None
         self._pad_id = 0
         self._check_options()
 
@@ -160,7 +164,7 @@ class DemonstrationDataModule(L.LightningDataModule):
         raw = load_tokenizer(self.model_name, self.revision)
         self._pad_id = raw.pad_token_id
         stops = load_stop_ids(self.model_name, raw, self.revision)
-        tokenizer = Tokenizer(raw, self.prompts, self.lengths, stops)
+        self._tokenizer = tokenizer = Tokenizer(raw, self.prompts, self.lengths, stops)
         for planned in sets:
             self._sets[planned.key] = self._load(planned, tokenizer)
         if stage == "fit":
@@ -204,8 +208,24 @@ class DemonstrationDataModule(L.LightningDataModule):
         if taught is not None:
             check_same_header(tokenizer.tokenizer, taught, self.prompts)
         tokenized = tokenize_rows(rows, tokenizer)
+        self._left_out[planned.key] = tokenized.skipped + tokenized.truncated
         log.info(length_report(planned.key, tokenized))
         return PromptDataset(tokenized.rows, self._pad_id, planned.task, planned.grader or "")
+
+    def training_rows(self) -> list[Demonstration]:
+        """The training rows that fit, after `setup("fit")`."""
+        return [tokens.row for tokens in self._sets["train"].rows]
+
+    def training_lengths(self) -> tuple[int, int, int, int]:
+        """Longest prompt, teacher prompt and demonstration in tokens, and rows left out or cut."""
+        rows = self._sets["train"].rows
+        prompt, teacher, target = (max(len(row[place]) for row in rows) for place in (1, 2, 3))
+        return prompt, teacher, target, self._left_out["train"]
+
+    def batch_of(self, rows: Sequence[Demonstration]) -> PromptBatch:
+        """Rows rendered, tokenized and padded as training rows are, whatever their lengths."""
+        assert self._tokenizer is not None
+        return collate([self._tokenizer(row) for row in rows], self._pad_id, self.task)
 
     @property
     def batches_per_epoch(self) -> int:

@@ -126,9 +126,10 @@ class SDFTModule(PolicyModule):
     def rollout(self, batch: PromptBatch) -> Rollout:
         """Completions of a micro-batch, sampled together with its whole accumulation window."""
         with self.timed("rollout"):
-            return self._window.take(batch, self.trainer.global_step, self._sample)
+            return self._window.take(batch, self.trainer.global_step, self.sample_rollouts)
 
-    def _sample(self, batches: list[PromptBatch], step: int) -> list[Rollout]:
+    def sample_rollouts(self, batches: list[PromptBatch], step: int) -> list[Rollout]:
+        """The completions of several micro-batches, sampled at once, for an optimizer step."""
         samples = self.sampling.completions_per_prompt
         if self.generate_from_teacher:
             model = self.teacher.network

@@ -1,0 +1,228 @@
+"""Measures student and teacher on a sample of training rows."""
+
+from __future__ import annotations
+
+import random
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from sdft_lightning.errors import UserError
+from sdft_lightning.graders import get_grader, wilson_interval
+from sdft_lightning.preflight.report import Report, Role
+from sdft_lightning.prompts import demonstration_text
+from sdft_lightning.types import Demonstration, PromptBatch
+
+# What a model says when it talks about what it was shown instead of answering.
+ARTIFACTS = re.compile(
+    r"\b(the|this|that|your) (text|passage|example|context|document|excerpt|demonstration)\b"
+    r"|\b(based on|according to) (the|this|your) "
+    r"(text|passage|example|context|document|information|response)"
+    r"|\b(provided|given|mentioned|stated|described) (above|earlier|in the (text|passage|example))",
+    re.IGNORECASE,
+)
+
+
+class TrainingData(Protocol):
+    """What a preflight needs of a data module, after `setup("fit")`."""
+
+    grader: str | None
+    batch_size: int
+    eval_batch_size: int
+
+    def training_rows(self) -> list[Demonstration]:
+        """All training rows."""
+        ...
+
+    def batch_of(self, rows: Sequence[Demonstration]) -> PromptBatch:
+        """Rows rendered, tokenized and padded."""
+        ...
+
+    def training_lengths(self) -> tuple[int, int, int, int]:
+        """Longest prompt, teacher prompt and demonstration, and rows left out or cut."""
+        ...
+
+
+def run_preflight(
+    module: Any, data: TrainingData, rows: int, seed: int, max_length: int, accumulate: int = 1
+) -> Report:
+    """Measure a run before it starts; no weight changes.
+
+    Args:
+        module: An SDFTModule, configured, on its device.
+        data: Its data module, set up for `fit`.
+        rows: Size of the sample.
+        seed: Which rows it holds.
+        max_length: Longest sequence that the model takes, in tokens.
+        accumulate: Micro-batches of an optimizer step.
+
+    Returns:
+        The report.
+
+    Raises:
+        UserError: If fewer than two rows are asked for or there.
+    """
+    known = data.training_rows()
+    if rows < 2 or len(known) < 2:
+        raise UserError(
+            f"preflight.rows: got {rows} of {len(known)} training rows, 2 and more are needed: a "
+            "row is compared with another."
+        )
+    sample = random.Random(seed).sample(known, min(rows, len(known)))
+    swapped = [
+        row._replace(demonstration=other.demonstration)
+        for row, other in zip(sample, _others(sample), strict=True)
+    ]
+    size = data.eval_batch_size
+    batches = [data.batch_of(sample[i : i + size]) for i in range(0, len(sample), size)]
+    strangers = [data.batch_of(swapped[i : i + size]) for i in range(0, len(sample), size)]
+    teacher = module.teacher.network
+    grade = _grader(data.grader, sample)
+    student_role, _ = _role(module, module.student, batches, False, grade)
+    teacher_role, own_scores = _role(module, teacher, batches, True, grade)
+    other_role, other_scores = _role(module, teacher, strangers, True, grade)
+    pairs = list(zip(own_scores, other_scores, strict=True))
+    kl, agreement = _divergence(module, batches)
+    prompt, teacher_prompt, demonstration, left_out = data.training_lengths()
+    step_seconds, memory = _step(module, data, sample, accumulate)
+    return Report(
+        len(sample),
+        student_role,
+        teacher_role,
+        other_role,
+        sum(own > other for own, other in pairs),
+        sum(own < other for own, other in pairs),
+        kl,
+        agreement,
+        prompt,
+        teacher_prompt,
+        demonstration,
+        left_out,
+        max_length,
+        step_seconds,
+        memory,
+    )
+
+
+def _others(sample: list[Demonstration]) -> list[Demonstration]:
+    """For each row the next one that has another demonstration (or, failing that, the next)."""
+    found = []
+    for place, row in enumerate(sample):
+        rest = [*sample[place + 1 :], *sample[:place]]
+        different = (
+            other
+            for other in rest
+            if demonstration_text(other) != demonstration_text(row)
+            and other.reference != row.reference
+        )
+        found.append(next(different, rest[0]))
+    return found
+
+
+def _grader(name: str | None, sample: list[Demonstration]) -> Callable[[str, Any], float] | None:
+    if name is None or any(row.reference is None for row in sample):
+        return None
+    return get_grader(name)
+
+
+def _role(
+    module: Any,
+    model: Any,
+    batches: list[PromptBatch],
+    as_teacher: bool,
+    grade: Callable[[str, Any], float] | None,
+) -> tuple[Role, list[float]]:
+    """How a role does, and its score in each row (none where nothing is graded)."""
+    scores: list[float] = []
+    truncated = artifacts = copied = count = 0
+    for batch in batches:
+        ids, mask = batch.prompt_ids, batch.prompt_mask
+        if as_teacher:
+            ids, mask = batch.teacher_prompt_ids, batch.teacher_prompt_mask
+        rollout = module.greedy_completions(model, ids.to(module.device), mask.to(module.device))
+        truncated += int(rollout.truncated.sum())
+        for row, text in zip(batch.rows, module.decode(rollout), strict=True):
+            shown = demonstration_text(row)
+            count += 1
+            artifacts += bool(ARTIFACTS.search(text)) and not ARTIFACTS.search(shown)
+            copied += _copies(text, shown)
+            if grade is not None:
+                scores.append(grade(text, row.reference))
+    low = high = accuracy = None
+    if scores:
+        accuracy = sum(scores) / len(scores)
+        low, high = wilson_interval(sum(scores), len(scores))
+    role = Role(accuracy, low, high, truncated / count, artifacts / count, copied / count)
+    return role, scores
+
+
+def _copies(text: str, shown: str) -> bool:
+    """Whether a completion holds the whole demonstration, or is all of it."""
+    text, shown = (" ".join(part.casefold().split()) for part in (text, shown))
+    return bool(text) and bool(shown) and (shown in text or text in shown)
+
+
+@torch.no_grad()
+def _divergence(module: Any, batches: list[PromptBatch]) -> tuple[float, float]:
+    """KL(teacher ‖ student) on completions that the student samples; agreement at their start."""
+    kl: list[float] = []
+    first: list[float] = []
+    for number, batch in enumerate(batches):
+        batch = _moved(batch, module.device)
+        (rollout,) = module.sample_rollouts([batch], number)
+        keep = rollout.completion_mask  # (R, T)
+        student = module.student_hidden(batch, rollout, keep)  # (N, D)
+        teacher = module.teacher_hidden(batch, rollout, keep)  # (N, D)
+        _, tokens = module.token_divergence(student, teacher, rollout, keep)
+        kl += tokens.kl.tolist()
+        starts = keep.sum(dim=1).cumsum(0) - keep.sum(dim=1)  # (R,) first token of each row
+        first += tokens.top1_agreement[starts].tolist()
+    return sum(kl) / len(kl), sum(first) / len(first)
+
+
+def _step(
+    module: Any, data: TrainingData, sample: list[Demonstration], accumulate: int
+) -> tuple[float, float]:
+    """Seconds and gigabytes of an optimizer step, from one micro-batch forward and backward."""
+    rows = [sample[i % len(sample)] for i in range(data.batch_size)]
+    # The same row twice would be sampled twice alike; the ids tell them apart.
+    rows = [row._replace(id=f"{row.id}#{i}") for i, row in enumerate(rows)]
+    batch = _moved(data.batch_of(rows), module.device)
+    if module.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(module.device)
+    module.student.train()
+    start = time.perf_counter()
+    (rollout,) = module.sample_rollouts([batch], 0)
+    keep = module.loss_mask(batch, rollout)
+    student = module.student_hidden(batch, rollout, keep)
+    teacher = module.teacher_hidden(batch, rollout, keep)
+    loss, _ = module.token_divergence(student, teacher, rollout, keep)
+    loss.backward()
+    float(loss.detach())  # waits for the device
+    seconds = (time.perf_counter() - start) * accumulate
+    trained = [p for p in module.student.parameters() if p.requires_grad]
+    averages = sum(2 * p.numel() * p.element_size() for p in trained)
+    for parameter in trained:
+        parameter.grad = None
+    return seconds, (_peak_bytes(module.device) + averages) / 1e9
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _moved(batch: PromptBatch, device: torch.device) -> PromptBatch:
+    moved: dict[str, Any] = {
+        name: value.to(device)
+        for name, value in batch._asdict().items()
+        if isinstance(value, torch.Tensor)
+    }
+    return batch._replace(**moved)

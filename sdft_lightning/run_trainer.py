@@ -1,0 +1,105 @@
+"""Lightning's Trainer with the commands that are ours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import lightning as L
+
+from sdft_lightning.callbacks.export import export_model
+from sdft_lightning.data import DemonstrationDataModule
+from sdft_lightning.errors import UserError
+from sdft_lightning.modules import PolicyModule, SDFTModule
+from sdft_lightning.preflight import Limits, judge, run_preflight
+from sdft_lightning.run_folder import load_checkpoint
+from sdft_lightning.tokenization import load_max_length
+
+
+class RunTrainer(L.Trainer):
+    """Lightning's Trainer with the commands `export` and `preflight`."""
+
+    def export(
+        self,
+        model: PolicyModule,
+        datamodule: L.LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        output_dir: str | None = None,
+    ) -> Path:
+        """Write a checkpoint as a folder that transformers and vLLM load.
+
+        Args:
+            model: Set from the model options.
+            datamodule: Not used.
+            ckpt_path: The checkpoint, or `last` for the newest of this run.
+            output_dir: Where to write; <run>/exported/<checkpoint> without it. Must not exist.
+
+        Returns:
+            The folder.
+
+        Raises:
+            UserError: If there is no such checkpoint, or the folder exists.
+        """
+        if ckpt_path is None:
+            raise UserError(
+                "ckpt_path: export needs a checkpoint. Give --ckpt_path=last or the path of one."
+            )
+        path = Path(ckpt_path)
+        default = Path(self.default_root_dir) / "exported" / path.stem
+        folder = default if output_dir is None else Path(output_dir)
+        if folder.exists():
+            raise UserError(
+                f"output_dir: {folder} exists already and is not overwritten. Name another with "
+                "--output_dir."
+            )
+        checkpoint = load_checkpoint(path)
+        model.configure_model()
+        model.on_load_checkpoint(checkpoint)
+        model.load_state_dict(checkpoint["state_dict"])
+        export_model(model, folder)
+        print(f"Exported {path} to {folder}")
+        return folder
+
+    def preflight(
+        self,
+        model: PolicyModule,
+        datamodule: DemonstrationDataModule,
+        rows: int = 32,
+        limits: Limits = Limits(),  # noqa: B008 - frozen
+    ) -> None:
+        """Measure on a sample of training rows whether a run can work; nothing is trained.
+
+        Exits with code 0 (go), 1 (warn) or 2 (use SFT, or bad input); writes preflight.json.
+
+        Args:
+            model: Set from the model options; an SDFTModule.
+            datamodule: Set from the data options.
+            rows: Size of the sample.
+            limits: What the verdict asks for.
+
+        Raises:
+            UserError: If the module has no teacher.
+        """
+        if not isinstance(model, SDFTModule):
+            raise UserError(
+                f"model: preflight measures a teacher, and {type(model).__name__} has none. Give "
+                "--model=SDFTModule."
+            )
+        model.configure_model()
+        model.trainer = self
+        model.to(self.strategy.root_device)
+        max_length = load_max_length(model.model_name, model.tokenizer, model.revision)
+        with self.precision_plugin.forward_context():
+            report = run_preflight(
+                model, datamodule, rows, datamodule.seed, max_length, self.accumulate_grad_batches
+            )
+        verdict = judge(report, limits)
+        path = Path(self.default_root_dir) / "preflight.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = {"verdict": verdict.name, "reasons": verdict.reasons, **report.as_dict()}
+        path.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(report.table())
+        print(f"\nVerdict: {verdict.name}" + "".join(f"\n- {why}" for why in verdict.reasons))
+        print(f"Written to {path}")
+        if verdict.exit_code:
+            raise SystemExit(verdict.exit_code)

@@ -1,0 +1,157 @@
+"""What a preflight measures, on the tiny model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sdft_lightning.preflight.measure import ARTIFACTS, _copies, _others
+from sdft_lightning.types import Demonstration
+
+
+@pytest.fixture
+def preflight_args(fit_args: list[str]) -> list[str]:
+    left_out = ("--trainer.max_steps", "--trainer.enable_model_summary")
+    kept = [arg for arg in fit_args[1:] if not arg.startswith(left_out)]
+    return ["preflight", *kept, "--data.grader=contains", "--data.columns.reference=reference"]
+
+
+def test_preflight_writes_what_it_measured_and_trains_nothing(
+    run_cli: Callable[..., None],
+    preflight_args: list[str],
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = (model_folder / "model.safetensors").read_bytes()
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(*preflight_args, "--rows=5")
+    assert stopped.value.code == 2  # random weights learn nothing from a demonstration
+    folder = tmp_path / "runs" / "a" / "preflight-0"
+    found = json.loads((folder / "preflight.json").read_text())
+    assert found["verdict"] == "use SFT"
+    assert found["rows"] == 5
+    assert found["kl"] > 0
+    assert found["step_seconds"] > 0
+    assert found["memory_gb"] > 0
+    assert found["max_length"] == 512
+    assert found["left_out"] == 0
+    assert 0 < found["prompt_tokens"] < found["teacher_prompt_tokens"]
+    printed = capsys.readouterr().out
+    assert "Verdict: use SFT" in printed
+    assert "teacher, another row's" in printed
+    assert (model_folder / "model.safetensors").read_bytes() == before
+    assert not (tmp_path / "runs" / "a" / "checkpoints").exists()
+
+
+def test_a_fit_may_follow_in_the_same_run(
+    run_cli: Callable[..., None], preflight_args: list[str], fit_args: list[str], tmp_path: Path
+) -> None:
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            run_cli(*preflight_args, "--rows=2")
+    run_cli(*fit_args)
+    names = {path.name for path in (tmp_path / "runs" / "a").iterdir()}
+    assert {"preflight-0", "preflight-1", "checkpoints"} <= names
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        (["--model=SFTModule"], "SFTModule has none"),
+        (["--rows=1"], "preflight.rows: got 1 of 12"),
+        (["--limits.gain=7"], "limits.gain"),
+    ],
+)
+def test_bad_options(
+    run_cli: Callable[..., None],
+    preflight_args: list[str],
+    capsys: pytest.CaptureFixture[str],
+    changes: list[str],
+    wanted: str,
+) -> None:
+    args = [arg for arg in preflight_args if not arg.startswith("--model.sampling")]
+    if changes[0].startswith("--model="):
+        args.remove("--model=SDFTModule")
+        args.insert(1, changes[0])
+        changes = []
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(*args, *changes)
+    assert stopped.value.code == 2
+    assert wanted in capsys.readouterr().err
+
+
+def row(number: int, demonstration: str, reference: str) -> Demonstration:
+    shown = [{"role": "assistant", "content": demonstration}]
+    return Demonstration(str(number), [], shown, None, [reference], "file")
+
+
+def test_another_row_s_demonstration_is_really_another() -> None:
+    rows = [row(0, "a", "x"), row(1, "a", "x"), row(2, "b", "x"), row(3, "c", "y")]
+    found = [int(other.id) for other in _others(rows)]
+    assert found == [3, 3, 3, 0]  # the next with another text and another answer
+
+
+def test_where_all_say_the_same_the_next_row_stands_in() -> None:
+    rows = [row(0, "a", "x"), row(1, "a", "x")]
+    assert [other.id for other in _others(rows)] == ["1", "0"]
+
+
+@pytest.mark.parametrize(
+    ("text", "talks"),
+    [
+        ("Based on the text, it costs $48.", True),
+        ("The passage does not say.", True),
+        ("As mentioned in the example, yes.", True),
+        ("According to the information, no.", True),
+        ("It costs $48.", False),
+        ("My favourite text is long.", False),
+    ],
+)
+def test_artifacts(text: str, talks: bool) -> None:
+    assert bool(ARTIFACTS.search(text)) == talks
+
+
+@pytest.mark.parametrize(
+    ("text", "shown", "copies"),
+    [
+        ("It costs  $48.", "it costs $48.", True),
+        ("Well: It costs $48. Thanks", "It costs $48.", True),
+        ("It costs", "It costs $48.", True),
+        ("The price is $48.", "It costs $48.", False),
+        ("", "It costs $48.", False),
+    ],
+)
+def test_copies(text: str, shown: str, copies: bool) -> None:
+    assert _copies(text, shown) == copies
+
+
+def test_measuring_does_not_move_the_student(
+    run_cli: Callable[..., None],
+    preflight_args: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from sdft_lightning import run_trainer
+
+    seen: dict[str, Any] = {}
+
+    def watched(module: Any, *args: Any) -> Any:
+        from sdft_lightning.preflight import run_preflight
+
+        before = {name: p.detach().clone() for name, p in module.student.named_parameters()}
+        report = run_preflight(module, *args)
+        seen["same"] = all(
+            torch.equal(before[name], p) and p.grad is None
+            for name, p in module.student.named_parameters()
+        )
+        return report
+
+    monkeypatch.setattr(run_trainer, "run_preflight", watched)
+    with pytest.raises(SystemExit):
+        run_cli(*preflight_args, "--rows=2")
+    assert seen["same"]

@@ -13,7 +13,8 @@ import yaml
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RUNS = sorted(CONFIGS.glob("*.yaml"))
-FRAGMENTS = sorted(CONFIGS.glob("*/*.yaml"))
+# configs/benchmarks holds tasks of lm-evaluation-harness (tests/data/benchmarks), no fragments.
+FRAGMENTS = sorted(p for p in CONFIGS.glob("*/*.yaml") if p.parent.name != "benchmarks")
 
 
 @pytest.fixture

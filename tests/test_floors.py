@@ -18,6 +18,8 @@ FLOORS: dict[str, float] = {
     "errors": 0,
     "eval_mode": 0,
     "quiet": 0,
+    "sandbox": 0.5,
+    "sandbox_launcher": 0,
     "types": 0,
     "uniforms": 0,
     "masking": 0.5,

@@ -85,13 +85,7 @@ def _read(source: str, option: str) -> Rows:
 
 def _resolve(source: str, option: str) -> tuple[Path, str | None]:
     if source.startswith(EXAMPLE_PREFIX):
-        path = _EXAMPLES / source.removeprefix(EXAMPLE_PREFIX)
-        if not path.is_file():
-            known = sorted(p.relative_to(_EXAMPLES).as_posix() for p in _EXAMPLES.rglob("*.jsonl"))
-            raise UserError(
-                f"{option}: this package ships no {source!r}. It ships {', '.join(known)}."
-            )
-        return path, None
+        return example_path(source, option), None
     path = Path(source).expanduser()
     if path.exists():
         return path, None
@@ -102,6 +96,23 @@ def _resolve(source: str, option: str) -> tuple[Path, str | None]:
         f"{option}: there is no file or folder {source} (looked in {Path.cwd()}). Correct the "
         "path; a data set on the Hub is given as {repo: owner/name, split: train}."
     )
+
+
+def example_path(source: str, option: str) -> Path:
+    """The file of a data set that this package ships.
+
+    Args:
+        source: `example:<name>/<file>`.
+        option: Where it was named.
+
+    Raises:
+        UserError: If it ships no such file.
+    """
+    path = _EXAMPLES / source.removeprefix(EXAMPLE_PREFIX)
+    if not path.is_file():
+        known = sorted(p.relative_to(_EXAMPLES).as_posix() for p in _EXAMPLES.rglob("*.jsonl"))
+        raise UserError(f"{option}: this package ships no {source!r}. It ships {', '.join(known)}.")
+    return path
 
 
 def _read_json(path: Path) -> Rows:

@@ -15,6 +15,7 @@ import numpy as np
 
 from sdft_lightning.data.benchmarks.options import Benchmarks, BenchmarkTask
 from sdft_lightning.data.benchmarks.quiet_harness import quiet_harness
+from sdft_lightning.data.sources import EXAMPLE_PREFIX, example_path
 from sdft_lightning.errors import UserError
 
 # The seeds with which `lm_eval.simple_evaluate` loads tasks and draws few-shot examples.
@@ -43,7 +44,7 @@ def load_tasks(options: Benchmarks) -> list[LoadedTask]:
 
     A task YAML is one of the harness, with two additions: `same_as: hellaswag` takes over all
     settings of that task of the harness, and relative `dataset_kwargs.data_files` belong to
-    `data_dir` or the YAML's own folder.
+    `data_dir` or the YAML's own folder (`example:<name>/<file>` to this package).
 
     Args:
         options: Names and settings.
@@ -175,6 +176,8 @@ def _resolve_files(files: Any, folder: Path, origin: Path) -> Any:
         return [_resolve_files(value, folder, origin) for value in files]
     if "://" in files:
         return files
+    if files.startswith(EXAMPLE_PREFIX):
+        return str(example_path(files, f"{origin}: data_files"))
     found = folder / files  # an absolute path stays as it is
     if not found.is_file():
         raise UserError(

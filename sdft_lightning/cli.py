@@ -20,6 +20,7 @@ from sdft_lightning.callbacks import (
     ValidateAtEnds,
 )
 from sdft_lightning.data import DemonstrationDataModule
+from sdft_lightning.data.benchmarks import Benchmarks
 from sdft_lightning.errors import UserError
 from sdft_lightning.modules import PolicyModule
 from sdft_lightning.quiet import quieten
@@ -107,7 +108,8 @@ class SDFTCLI(LightningCLI):
         self._check("predict")
 
     def before_preflight(self) -> None:
-        """As `before_fit`."""
+        """As `before_fit`, without the benchmarks, which it does not measure."""
+        self.datamodule.benchmarks = Benchmarks()
         self._check("fit")
 
     def _check(self, command: str) -> None:

@@ -5,6 +5,10 @@ The process has no network and reaches no other process (namespaces of Linux); i
 and Python's own files only and writes only into an empty folder of its own (Landlock); it runs as
 nobody where we are root, and has limits on time, memory, file size and processes. Where the system
 lacks what a limit needs, nothing is run at all.
+
+What it does not prevent: filling the disk with many small files until its time is over; where we
+are not root, changing the permissions of the user's own files and talking to Unix sockets that the
+user may talk to; a program that looks for the launcher's secret in its own process to feign success.
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ class SandboxLimits:
     seconds: float = 10.0
     memory_mb: int = 1024
     file_mb: int = 1
-    processes: int = 16
+    processes: int = 4
 
     def __post_init__(self) -> None:
         """Refuse values that allow nothing."""
@@ -117,8 +121,8 @@ def run_program(program: str, limits: SandboxLimits = SandboxLimits()) -> Outcom
     text = written.decode(errors="replace").strip()
     if process.returncode == _NO_SANDBOX:
         raise UserError(
-            f"sandbox: this system cannot limit a program ({text.splitlines()[-1]}), so model-"
-            "written code is not run. It needs Linux 5.13 with Landlock and user namespaces; leave "
+            f"sandbox: this system cannot limit a program ({text or 'no reason given'}), so model-"
+            "written code is not run. It needs Linux 6.2 with Landlock and user namespaces; leave "
             "tasks that run code out."
         )
     if process.returncode == 0:

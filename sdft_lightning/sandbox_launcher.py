@@ -24,7 +24,7 @@ _CAPABILITY_VERSION, _CAP_DAC_READ_SEARCH = 0x20080522, 2
 # The same numbers on x86-64 and arm64.
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
 _READ, _READ_DIR, _EXECUTE = 1 << 2, 1 << 3, 1 << 0
-_ALL_OF_VERSION = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1}
+_ALL_OF_VERSION_3 = (1 << 15) - 1
 _NOBODY = 65534
 NO_SANDBOX = 97
 
@@ -49,7 +49,9 @@ def confine(folder: str) -> None:
     """Landlock: read the system's and Python's own files, write in `folder` only."""
     version = _libc.syscall(_LANDLOCK_CREATE, None, 0, 1)
     _call("landlock", version)
-    handled = _ALL_OF_VERSION[min(version, 3)]
+    if version < 3:
+        raise OSError(0, f"landlock: version {version} cannot forbid to cut files short")
+    handled = _ALL_OF_VERSION_3
     attributes = ctypes.create_string_buffer(struct.pack("Q", handled))
     ruleset = _call("landlock", _libc.syscall(_LANDLOCK_CREATE, attributes, 8, 0))
     readable = {sys.base_prefix, sys.prefix, "/usr", "/lib", "/lib64", "/bin", "/dev/urandom"}
@@ -81,17 +83,18 @@ def limit(seconds: float, memory: int, file_size: int, processes: int) -> None:
 def become_nobody() -> None:
     """Give up root: its limit on processes does not hold, and it may signal anyone.
 
-    What is kept is the right to pass through folders, as Python may lie in a private one; what
-    can be read there, Landlock says.
+    An ordinary user keeps its id and gives up the rights that its new namespace gave it. Root keeps
+    the right to pass through folders, as Python may lie in a private one; what can be read there,
+    Landlock says.
     """
-    if os.geteuid() != 0:
-        return
-    _call("prctl", _libc.prctl(_PR_SET_KEEPCAPS, 1, 0, 0, 0))
-    os.setgroups([])
-    os.setresgid(_NOBODY, _NOBODY, _NOBODY)
-    os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+    kept = 0
+    if os.geteuid() == 0:
+        _call("prctl", _libc.prctl(_PR_SET_KEEPCAPS, 1, 0, 0, 0))
+        os.setgroups([])
+        os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+        os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+        kept = 1 << _CAP_DAC_READ_SEARCH
     header = ctypes.create_string_buffer(struct.pack("=Ii", _CAPABILITY_VERSION, 0))
-    kept = 1 << _CAP_DAC_READ_SEARCH
     data = ctypes.create_string_buffer(struct.pack("=6I", kept, kept, 0, 0, 0, 0))
     _call("capset", _libc.capset(header, data))
 
@@ -110,11 +113,30 @@ def wait(child: int, seconds: float) -> int:
     return 1
 
 
+def report(pipe: int, kind: bytes, text: str = "") -> None:
+    """Tell the launcher: S the limits are set, P the program came to its end, E it failed."""
+    os.write(pipe, kind + text.encode(errors="replace")[:300])
+
+
+def run(program: str, pipe: int, token: bytes) -> None:
+    """Run the program in this process, its output thrown away, and report how it ended."""
+    try:
+        exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
+    except BaseException as error:
+        report(pipe, b"E", f"{type(error).__name__}: {error}")
+        os._exit(1)
+    report(pipe, b"P" + token)
+    os._exit(0)
+
+
 def main() -> None:
     """Read the program, give up all rights, run it."""
     folder = sys.argv[1]
     seconds, memory, file_size, processes = (float(argument) for argument in sys.argv[2:])
     program = sys.stdin.read()
+    # An exit code proves nothing: a program may exit with any. What it does not know is the token.
+    token = os.urandom(16)
+    inlet, pipe = os.pipe()
     try:
         enter_namespaces()
         child = os.fork()
@@ -122,23 +144,32 @@ def main() -> None:
         print(error, file=sys.stderr)
         os._exit(NO_SANDBOX)
     if child:
+        os.close(pipe)
         code = wait(child, seconds)
-        os._exit(code if code >= 0 else 1)
+        os.set_blocking(inlet, False)
+        told = os.read(inlet, 4096)
+        if told[:1] != b"S":
+            print(told[1:].decode(errors="replace"), file=sys.stderr, flush=True)
+            os._exit(NO_SANDBOX)
+        if told[1:2] == b"E":
+            print(told[2:].decode(errors="replace"), file=sys.stderr, flush=True)
+        os._exit(0 if code == 0 and told == b"SP" + token else 1)
+    os.close(inlet)
     try:
-        _call("prctl", _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
         os.chdir(folder)
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for descriptor in range(3):
+            os.dup2(nothing, descriptor)
         become_nobody()
+        # After the change of user, which clears it.
+        _call("prctl", _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
         confine(folder)
         limit(seconds, int(memory), int(file_size), int(processes))
     except (OSError, ValueError) as error:
-        print(error, file=sys.stderr, flush=True)
-        os._exit(NO_SANDBOX)
-    try:
-        exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
-    except BaseException as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        report(pipe, b"X", str(error))
         os._exit(1)
-    os._exit(0)
+    report(pipe, b"S")
+    run(program, pipe, token)
 
 
 if __name__ == "__main__":

@@ -116,8 +116,9 @@ def test_validate_alone_needs_no_demonstrations(
     assert again == [*row, row[2]], "the second table shows the first one's value beside its own"
 
 
+@pytest.mark.parametrize("batch_size", [2, 64], ids=["several batches", "fewer than processes"])
 def test_two_processes_measure_what_one_does(
-    run_cli: Callable[..., None], model_folder: Path, task_file: Path, tmp_path: Path
+    model_folder: Path, task_file: Path, tmp_path: Path, batch_size: int
 ) -> None:
     import os
     import subprocess
@@ -134,7 +135,7 @@ def test_two_processes_measure_what_one_does(
             "--trainer.accelerator=cpu",
             f"--trainer.devices={devices}",
             f"--run.name=d{devices}",
-            *benchmark_args(task_file, batch_size=2),
+            *benchmark_args(task_file, batch_size=batch_size),
         ]
         if devices > 1:
             command.append("--trainer.strategy=ddp")
@@ -247,6 +248,20 @@ def test_unlike_metrics_are_averaged_only_on_demand(
     assert record["val/capability/mean"] == pytest.approx(sum(values) / 2)
 
 
+@pytest.mark.parametrize("limit", ["1", "0.5"])
+def test_part_of_the_batches_is_refused(
+    run_cli: Callable[..., None],
+    fit_args: list[str],
+    task_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    limit: str,
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(*fit_args, *benchmark_args(task_file), f"--trainer.limit_val_batches={limit}")
+    assert stopped.value.code == 2
+    assert "trainer.limit_val_batches" in capsys.readouterr().err
+
+
 def test_the_same_task_twice_is_refused(
     run_cli: Callable[..., None],
     fit_args: list[str],
@@ -272,3 +287,18 @@ def test_a_resumed_run_keeps_its_baseline(
     last = found[-1]
     expected = last["val/capability/mean"] / baseline
     assert last["val/capability/retention"] == pytest.approx(expected)
+
+
+def test_a_mean_of_other_things_is_not_compared_with_the_baseline(
+    run_cli: Callable[..., None], fit_args: list[str], task_file: Path, tmp_path: Path
+) -> None:
+    run_cli(*fit_args, *benchmark_args(task_file))
+    run_cli(
+        *fit_args,
+        *benchmark_args(task_file, limit=3),
+        "--trainer.max_steps=4",
+        "--ckpt_path=last",
+    )
+    last = validations(tmp_path / "runs" / "a")[-1]
+    assert "val/capability/mean" in last
+    assert "val/capability/retention" not in last

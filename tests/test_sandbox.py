@@ -36,7 +36,15 @@ QUICK = SandboxLimits(seconds=3.0)
         ("assert 1 + 1 == 3, 'wrong sum'", False, "AssertionError: wrong sum"),
         ("def f(:", False, "SyntaxError"),
         ("raise SystemExit(0)", False, "SystemExit"),
-        ("import os; os._exit(3)", False, "exit code 3"),
+        ("import os; os._exit(3)", False, ""),
+        ("import os; os._exit(0)", False, ""),
+        ("import os; os._exit(97)", False, ""),
+        (
+            "import os\nfor fd in range(3, 60):\n  try: os.write(fd, b'P')\n"
+            "  except OSError: pass\nos._exit(0)",
+            False,
+            "",
+        ),
         ("open('mine.txt', 'w').write('x'); assert open('mine.txt').read() == 'x'", True, "passed"),
     ],
 )
@@ -75,6 +83,18 @@ def test_a_fork_bomb_ends_with_all_its_processes() -> None:
 def processes_of(word: str) -> int:
     listed = subprocess.run(["ps", "axo", "args"], capture_output=True, text=True, check=True)
     return sum(word in line for line in listed.stdout.splitlines())
+
+
+def test_a_flood_of_output_is_thrown_away() -> None:
+    program = "import os\nwhile True:\n  os.write(1, b'x' * 65536); os.write(2, b'x' * 65536)"
+    assert run_program(program, SandboxLimits(seconds=1.0)).reason == "timeout"
+
+
+def test_a_process_in_a_session_of_its_own_ends_too() -> None:
+    program = "import os, time\nif os.fork() == 0:\n  os.setsid(); time.sleep(60)"
+    assert run_program(program, QUICK).passed
+    time.sleep(0.3)
+    assert processes_of("sandbox_launcher") == 0
 
 
 def test_ten_gigabytes_are_refused() -> None:

@@ -14,6 +14,7 @@ from sdft_lightning.callbacks.run_files import run_folder
 
 # A standard error times this is half of a 95 % interval.
 _NORMAL_95 = 1.96
+_NO_FRACTIONS = ("word_perplexity", "byte_perplexity", "perplexity", "bits_per_byte")
 _ROLES = {"accuracy": "student", "teacher_accuracy": "teacher"}
 
 
@@ -106,15 +107,17 @@ def _row(name: str, metrics: dict[str, float], stage: str) -> _Row | None:
 
 def _shown(name: str, value: float) -> str:
     """A value with its unit: accuracies in per cent, all else as a number."""
-    kind = name.split("/")[1]
-    fraction = kind == "task" or (kind == "capability" and "perplexity" not in name)
-    if fraction and "bits_per_byte" not in name:
+    kind, metric = name.split("/")[1], name.rpartition("/")[2]
+    fraction = kind == "task" or (
+        kind == "capability" and 0 <= value <= 1 and not metric.startswith(_NO_FRACTIONS)
+    )
+    if fraction:
         return f"{value:.1%}"
     return f"{value:.3f}"
 
 
 def previous_metrics(folder: Path, stage: str) -> dict[str, float] | None:
-    """The newest earlier record of the same kind in a run.
+    """The newest earlier value of each metric in a run.
 
     Args:
         folder: Where this command writes: the run's folder, or one below it.
@@ -129,13 +132,10 @@ def previous_metrics(folder: Path, stage: str) -> dict[str, float] | None:
     run = folder.parent
     files = [run / "metrics.jsonl", *run.glob(f"{folder.name.partition('-')[0]}-*/metrics.jsonl")]
     files = [file for file in files if file.is_file() and file.parent != folder]
-    for file in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
-        for line in reversed(file.read_text(encoding="utf-8").splitlines()):
+    found: dict[str, float] = {}
+    for file in sorted(files, key=lambda path: path.stat().st_mtime):
+        for line in file.read_text(encoding="utf-8").splitlines():
             record: dict[str, Any] = json.loads(line)
             if record.get("stage") == wanted:
-                return {
-                    name: value
-                    for name, value in record.items()
-                    if isinstance(value, (int, float)) and "/" in name
-                }
-    return None
+                found.update({name: value for name, value in record.items() if "/" in name})
+    return found or None

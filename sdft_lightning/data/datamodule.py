@@ -157,6 +157,7 @@ class DemonstrationDataModule(L.LightningDataModule):
         """
         stage = getattr(stage, "value", stage)  # Lightning passes an enum
         if stage != "predict" and self.benchmarks.tasks and self.benchmark_suite is None:
+            self._check_all_batches(stage)
             self.benchmark_suite = BenchmarkSuite(self.benchmarks, self.model_name, self.revision)
         sets = [planned for planned in self._planned(stage) if planned.key not in self._sets]
         if not sets:
@@ -169,6 +170,15 @@ class DemonstrationDataModule(L.LightningDataModule):
             self._sets[planned.key] = self._load(planned, tokenizer)
         if stage == "fit":
             self._train_sampler()  # refuses fewer rows than one batch
+
+    def _check_all_batches(self, stage: str) -> None:
+        name = "limit_test_batches" if stage == "test" else "limit_val_batches"
+        limit = getattr(self.trainer, name, 1.0)
+        if limit not in (0, 1.0) or (isinstance(limit, int) and limit == 1):
+            raise UserError(
+                f"trainer.{name}: got {limit}, and benchmarks need all of their requests answered. "
+                "Leave it at 1.0 and use data.benchmarks.limit, or set data.benchmarks.tasks to []."
+            )
 
     def _planned(self, stage: str) -> list[_PlannedSet]:
         splits = {
@@ -273,13 +283,16 @@ class DemonstrationDataModule(L.LightningDataModule):
         keys = [split, *(f"held_out.{name}" for name in self.held_out)]
         loaders = [self._eval_loader(self._sets[key]) for key in keys if key in self._sets]
         if self.benchmark_suite is not None:
-            loaders.append(self._eval_loader(self.benchmark_suite.dataset, 1))
+            loaders.append(self._eval_loader(self.benchmark_suite.dataset, 1, at_least_one=True))
         return loaders
 
-    def _eval_loader(self, rows: Any, batch_size: int | None = None) -> DataLoader[Any]:
+    def _eval_loader(
+        self, rows: Any, batch_size: int | None = None, at_least_one: bool = False
+    ) -> DataLoader[Any]:
         trainer = self.trainer
+        world_size = trainer.world_size if trainer else 1
         sampler = EvaluationSampler(
-            len(rows),
+            max(len(rows), world_size) if at_least_one else len(rows),
             batch_size or self.eval_batch_size,
             trainer.global_rank if trainer else 0,
             trainer.world_size if trainer else 1,

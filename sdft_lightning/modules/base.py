@@ -261,7 +261,9 @@ class PolicyModule(L.LightningModule):
         suite = getattr(getattr(self.trainer, "datamodule", None), "benchmark_suite", None)
         if suite is not None and self.capability.due:
             measured = self._capability_scores.take(suite)
-            for name, value in self.capability.record(measured, self.trainer).items():
+            for name, value in self.capability.record(
+                measured, self.trainer, suite.fingerprint
+            ).items():
                 self.log(f"{stage}/capability/{name}", value, rank_zero_only=False)
 
     def predict_step(

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from torch import distributed
 
+from sdft_lightning.errors import UserError
 from sdft_lightning.rollout import Sampling, StopTexts, generate_rollout
 from sdft_lightning.scoring import score_continuations
 from sdft_lightning.types import (
@@ -22,7 +23,9 @@ _ANSWER_SEED = 1234
 
 
 class Suite(Protocol):
-    """What a data module offers as `benchmarks_suite`."""
+    """What a data module offers as `benchmark_suite`."""
+
+    fingerprint: str
 
     def metrics(self, responses: list[RequestResponse]) -> dict[str, Measurement]:
         """What the benchmarks came to, by name."""
@@ -41,6 +44,8 @@ class CapabilityScores:
 
     def respond(self, module: Any, batch: ScoringBatch | GenerationBatch) -> None:
         """Score or answer the requests of a batch with the module's student, in its precision."""
+        if not batch.requests:
+            return
         if isinstance(batch, ScoringBatch):
             scores = score_continuations(module.student, batch)
             self.responses += [
@@ -66,11 +71,17 @@ class CapabilityScores:
         shared: list[Any] = [None] * distributed.get_world_size()
         distributed.all_gather_object(shared, mine)
         responses = [response for part in shared for response in part]
-        measured: list[Any] = [None]
+        measured: list[Any] = [{}]
         if responses and distributed.get_rank() == 0:
-            measured = [suite.metrics(responses)]
+            try:
+                measured = [suite.metrics(responses)]
+            except Exception as error:  # the other ranks wait for an answer
+                measured = [f"{type(error).__name__}: {error}"]
         distributed.broadcast_object_list(measured, src=0)
-        return measured[0] or {}
+        if isinstance(measured[0], str):
+            raise UserError(f"data.benchmarks: {measured[0]}")
+        found: dict[str, Measurement] = measured[0]
+        return found
 
 
 class CapabilityTrack:
@@ -80,6 +91,7 @@ class CapabilityTrack:
         due: Whether the validation that runs measures them.
         forced: Set to measure them in the next validation, whatever its number.
         measured_at: Optimizer step of the last measurement; None before the first.
+        basis: What the baseline was measured on (`Suite.fingerprint`).
         baseline: Mean before the first step, for the retention; None where it was not measured.
     """
 
@@ -88,6 +100,7 @@ class CapabilityTrack:
         self.forced = False
         self.measured_at: int | None = None
         self.baseline: float | None = None
+        self.basis: str | None = None
         self._validations = 0
 
     def begin(self, trainer: Any) -> None:
@@ -102,7 +115,9 @@ class CapabilityTrack:
         self.forced = False
         self._validations += in_fit
 
-    def record(self, measured: dict[str, Measurement], trainer: Any) -> dict[str, float]:
+    def record(
+        self, measured: dict[str, Measurement], trainer: Any, basis: str
+    ) -> dict[str, float]:
         """Keep the baseline, and list what is logged: values, standard errors, retention."""
         if not measured:
             return {}
@@ -115,19 +130,19 @@ class CapabilityTrack:
         mean = values.get("mean")
         if mean is not None:
             if trainer.state.fn == "fit" and trainer.global_step == 0:
-                self.baseline = mean
-            if self.baseline:
+                self.baseline, self.basis = mean, basis
+            if self.baseline and self.basis == basis:
                 values["retention"] = mean / self.baseline
         return values
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"baseline": self.baseline, "validations": self._validations}
+        return {"baseline": self.baseline, "basis": self.basis, "validations": self._validations}
 
     def load(self, state: dict[str, Any] | None) -> None:
         """Go on from a checkpoint; one without benchmarks changes nothing."""
         if state is not None:
-            self.baseline = state["baseline"]
+            self.baseline, self.basis = state["baseline"], state["basis"]
             self._validations = state["validations"]
 
 

@@ -67,7 +67,7 @@ def judge(report: Report, limits: Limits = Limits()) -> Verdict:
             "and data.columns.reference"
         )
         return Verdict("warn", [reason, *warnings], 1)
-    if student > 1 - limits.gain:
+    if student > 1 - limits.gain and teacher >= student - limits.gain:
         return Verdict("warn", [f"the student is right already in {student:.0%}", *warnings], 1)
     low = report.teacher.low
     if teacher - student < limits.gain or (low is not None and low <= student):

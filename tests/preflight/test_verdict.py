@@ -62,6 +62,7 @@ def report(
         (report(0.0, 0.7, 0.58, 8, 4), "warn", 1, "helps about as much"),
         (report(0.0, 0.7, 0.7, 0, 0), "warn", 1, "helps about as much"),
         (report(0.95, 1.0, 0.9), "warn", 1, "right already"),
+        (report(0.95, 0.3, 0.3), "use SFT", 2, "nothing to teach"),
         (report(None, None, None), "warn", 1, "data.grader"),
         (report(0.0, 0.9, 0.5, left_out=3), "warn", 1, "3 training rows"),
         (

@@ -29,7 +29,7 @@ class ScoringPlan:
         """Pad contexts on the left and continuations on the right."""
         context_ids, context_mask = pad(self.contexts, pad_id, "left")  # (C, P)
         ids, mask = pad([row[1] for row in self.rows], pad_id, "right")  # (R, T)
-        owner = torch.tensor([row[0] for row in self.rows])  # (R,)
+        owner = torch.tensor([row[0] for row in self.rows], dtype=torch.long)  # (R,)
         return ScoringBatch(context_ids, context_mask, ids, mask, owner, [r[2] for r in self.rows])
 
 
@@ -73,8 +73,10 @@ def scoring_plans(requests: list[list[Part]], batch_size: int) -> Iterator[Scori
     for chunk in chunks:
         if plan.rows:
             longest = max(len(row[1]) for row in plan.rows)
+            widest = max(longest, chunk.longest)
             rows = len(plan.rows) + len(chunk.rows)
-            if rows > batch_size or rows * longest > _TOKENS or _unlike(chunk.longest, longest):
+            unlike = _unlike(min(longest, chunk.longest), widest)
+            if rows > batch_size or rows * widest > _TOKENS or unlike:
                 yield plan
                 plan = ScoringPlan()
         owner = len(plan.contexts)
@@ -147,5 +149,7 @@ class RequestDataset(Dataset[ScoringBatch | GenerationBatch]):
         return len(self.plans)
 
     def __getitem__(self, index: list[int]) -> ScoringBatch | GenerationBatch:
-        """Pad a batch."""
+        """Pad a batch; one without rows for a number behind the last, for ranks without any."""
+        if index[0] >= len(self.plans):
+            return ScoringPlan().collate(self.pad_id)
         return self.plans[index[0]].collate(self.pad_id)

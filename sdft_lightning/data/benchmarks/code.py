@@ -8,7 +8,7 @@ from sdft_lightning.graders.pass_at_k import pass_at_k
 from sdft_lightning.sandbox import SandboxLimits, run_program
 
 # The seconds of Hugging Face's `code_eval`, which the published figures were made with.
-_LIMITS = SandboxLimits(seconds=3.0, memory_mb=2048)
+_LIMITS = SandboxLimits(seconds=3.0)
 _KS = (1, 2, 4, 8, 10, 16, 32, 64, 100, 128)
 
 

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 from lm_eval.api.model import TemplateLM
 
+from sdft_lightning.errors import UserError
 from sdft_lightning.types import ContinuationScore, GenerationSettings
 
 RequestKey = str
+_GENERATION_KEYS = {"until", "do_sample", "max_gen_toks", "temperature", "top_p", "top_k"}
 
 
 def request_key(kind: str, arguments: tuple[Any, ...]) -> RequestKey:
@@ -133,6 +135,13 @@ class RequestCollector(_TokenizedModel):
         for request in requests:
             text, options = request.args
             settings = _generation_settings(options)
+            if settings.max_new_tokens >= self.max_length:
+                raise UserError(
+                    f"data.benchmarks.tasks: {request.task_name} wants answers of up to "
+                    f"{settings.max_new_tokens} tokens, and the model takes {self.max_length} with "
+                    "the prompt. Leave it out, or set generation_kwargs.max_gen_toks in a task "
+                    "YAML of your own (same_as)."
+                )
             beginning = self.tokenizer.bos_token
             own = (
                 {}
@@ -140,7 +149,7 @@ class RequestCollector(_TokenizedModel):
                 else {"add_special_tokens": False}
             )
             ids = list(self.tokenizer(text, **own)["input_ids"])
-            ids = ids[-max(1, self.max_length - settings.max_new_tokens) :]
+            ids = ids[-(self.max_length - settings.max_new_tokens) :]
             copies = request.repeats if settings.temperature > 0 else 1
             self.prompts[request_key("generate_until", request.args)] = Prompt(
                 ids, settings, copies
@@ -152,6 +161,12 @@ def _generation_settings(options: dict[str, Any]) -> GenerationSettings:
     from lm_eval.models.utils import normalize_gen_kwargs
 
     found: dict[str, Any] = dict(normalize_gen_kwargs(options))
+    unknown = sorted(found.keys() - _GENERATION_KEYS)
+    if unknown:
+        raise UserError(
+            f"data.benchmarks.tasks: generation_kwargs {', '.join(unknown)} are not supported; "
+            f"allowed are {', '.join(sorted(_GENERATION_KEYS))}. Leave the task out."
+        )
     greedy = not found.get("do_sample")
     return GenerationSettings(
         stop=tuple(text for text in found["until"] if text),

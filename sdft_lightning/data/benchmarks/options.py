@@ -20,7 +20,8 @@ class BenchmarkTask:
         num_fewshot: Examples before each question; the task's own number without it.
         limit: Only the first so many items; a fraction below 1 is taken of each task.
         apply_chat_template: Ask through the chat template.
-        fewshot_as_multiturn: Give the examples as chat turns.
+        fewshot_as_multiturn: Give the examples as chat turns; without it, wherever the chat
+            template is applied, as the harness's command does.
         system_instruction: System turn of the chat template.
     """
 
@@ -29,8 +30,14 @@ class BenchmarkTask:
     num_fewshot: int | None = None
     limit: float | None = None
     apply_chat_template: bool = False
-    fewshot_as_multiturn: bool = False
+    fewshot_as_multiturn: bool | None = None
     system_instruction: str | None = None
+
+    @property
+    def multiturn(self) -> bool:
+        """Whether examples are chat turns."""
+        asked = self.fewshot_as_multiturn
+        return self.apply_chat_template if asked is None else asked
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,8 @@ class Benchmarks:
             folder of the YAML.
         cache_requests: Let the harness keep its requests on disk between runs
             (LM_HARNESS_CACHE_PATH). Its key knows the task's name only: not for files that change.
-        allow_code_execution: Run code that the model wrote, for tasks that need it.
+        allow_code_execution: Run code that the model wrote, in our sandbox, for the task files
+            that use it (configs/benchmarks/humaneval.yaml).
     """
 
     tasks: list[str | BenchmarkTask] = field(default_factory=list)
@@ -68,6 +76,12 @@ class Benchmarks:
             if getattr(self, name) < 1:
                 raise UserError(
                     f"data.benchmarks.{name}: got {getattr(self, name)}, allowed are 1 and more."
+                )
+        for task in self.named():
+            if task.multiturn and not task.apply_chat_template:
+                raise UserError(
+                    f"data.benchmarks.tasks: {task.name}: fewshot_as_multiturn needs "
+                    "apply_chat_template. Set both or neither."
                 )
         limits = [self.limit, *(task.limit for task in self.named())]
         for limit in limits:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -58,6 +60,9 @@ class BenchmarkSuite:
         for task in self.tasks:
             for leaf in task.leaves.values():
                 _collect(leaf, task, collector, options)
+        self.fingerprint = _fingerprint(self.tasks, options)
+        self._parts = [len(parts) for parts in collector.parts.values()]
+        self._copies = [prompt.copies for prompt in collector.prompts.values()]
         self.scored: list[RequestKey] = list(collector.parts)
         self.answered: list[RequestKey] = list(collector.prompts)
         _check_lengths(collector.parts, max_length)
@@ -79,14 +84,20 @@ class BenchmarkSuite:
 
         Returns:
             By `<task>/<metric>`, as the harness names them; and `mean` over the main metrics.
+
+        Raises:
+            UserError: If requests were not answered, or more than once.
         """
+        given = [0] * len(self.scored)
         sums = [ContinuationScore(0.0, True) for _ in self.scored]
         texts: list[dict[int, str]] = [{} for _ in self.answered]
         for response in responses:
             if response.text is None:
+                given[response.request] += 1
                 sums[response.request] = _joined(sums[response.request], response.score)
             else:
                 texts[response.request][response.copy] = response.text
+        self._check_complete(given, [len(copies) for copies in texts])
         player = ResponsePlayer(
             self.tokenizer,
             self.max_length,
@@ -100,9 +111,17 @@ class BenchmarkSuite:
         for task in self.tasks:
             found.update(self._evaluate(task, player))
         if self.main_metrics:
-            values = [found[name].value for name in self.main_metrics]
-            found["mean"] = Measurement(sum(values) / len(values), None, len(values))
+            found["mean"] = _mean([found[name] for name in self.main_metrics])
         return found
+
+    def _check_complete(self, parts: list[int], copies: list[int]) -> None:
+        if parts != self._parts or copies != self._copies:
+            wanted, got = sum(self._parts) + sum(self._copies), sum(parts) + sum(copies)
+            raise UserError(
+                f"data.benchmarks: {got} responses to {wanted} requests came in, each is needed "
+                "once. Leave trainer.limit_val_batches and limit_test_batches at 1.0 and use "
+                "data.benchmarks.limit instead."
+            )
 
     def _evaluate(self, task: LoadedTask, player: ResponsePlayer) -> dict[str, Measurement]:
         from lm_eval.evaluator import evaluate
@@ -120,7 +139,7 @@ class BenchmarkSuite:
                 log_samples=False,
                 system_instruction=settings.system_instruction,
                 apply_chat_template=settings.apply_chat_template,
-                fewshot_as_multiturn=settings.fewshot_as_multiturn,
+                fewshot_as_multiturn=settings.multiturn,
                 confirm_run_unsafe_code=self.options.allow_code_execution,
             )
         return _measurements(results)
@@ -137,13 +156,18 @@ def _collect(leaf: Any, task: LoadedTask, collector: RequestCollector, options: 
     from lm_eval.evaluator_utils import get_sample_size
 
     chat = task.settings.apply_chat_template
+    if chat and collector.tokenizer.chat_template is None:
+        raise UserError(
+            f"data.benchmarks.tasks: {task.settings.name}: apply_chat_template is set, and the "
+            "model's tokenizer has no chat template. Leave it out."
+        )
     with quiet_harness():
         leaf.build_all_requests(
             limit=get_sample_size(leaf, options.limit_of(task.settings)),
             cache_requests=options.cache_requests,
             system_instruction=task.settings.system_instruction,
             apply_chat_template=chat,
-            fewshot_as_multiturn=task.settings.fewshot_as_multiturn,
+            fewshot_as_multiturn=task.settings.multiturn,
             chat_template=collector.apply_chat_template if chat else None,
             tokenizer_name=collector.tokenizer_name if chat else "",
         )
@@ -186,6 +210,33 @@ def _main_metrics(tasks: list[LoadedTask], options: Benchmarks) -> list[str]:
             f"{listed}. Set mean to any if you want their average all the same, or to off."
         )
     return [f"{name}/{metric}" for name, metric in chosen]
+
+
+def _mean(measurements: list[Measurement]) -> Measurement:
+    """The plain mean, with the standard error of a mean of independent values."""
+    count = len(measurements)
+    errors = [m.stderr for m in measurements if m.stderr is not None]
+    stderr = None
+    if len(errors) == count:
+        stderr = math.sqrt(sum(error**2 for error in errors)) / count
+    return Measurement(sum(m.value for m in measurements) / count, stderr, count)
+
+
+def _fingerprint(tasks: list[LoadedTask], options: Benchmarks) -> str:
+    """What the mean depends on besides the model: means of other things are not compared."""
+    parts = [
+        [
+            task.name,
+            task.settings.metric,
+            options.limit_of(task.settings),
+            sorted((name, leaf.config.num_fewshot) for name, leaf in task.leaves.items()),
+            task.settings.apply_chat_template,
+            task.settings.multiturn,
+            task.settings.system_instruction,
+        ]
+        for task in tasks
+    ]
+    return json.dumps(parts)
 
 
 def _measurements(results: dict[str, Any]) -> dict[str, Measurement]:

@@ -17,10 +17,12 @@ from sdft_lightning.data.benchmarks.options import Benchmarks, BenchmarkTask
 from sdft_lightning.data.benchmarks.quiet_harness import quiet_harness
 from sdft_lightning.data.sources import EXAMPLE_PREFIX, example_path
 from sdft_lightning.errors import UserError
+from sdft_lightning.sandbox import run_program
 
 # The seeds with which `lm_eval.simple_evaluate` loads tasks and draws few-shot examples.
 _PYTHON_SEED, _NUMPY_SEED, FEWSHOT_SEED = 0, 1234, 1234
 _SUFFIXES = {".yaml", ".yml"}
+SANDBOXED = "sdft_lightning.data.benchmarks.code"
 
 
 class LoadedTask(NamedTuple):
@@ -69,7 +71,7 @@ def load_tasks(options: Benchmarks) -> list[LoadedTask]:
                 )
             seen[name] = settings.name
         for name, task in loaded.leaves.items():
-            _check_code(name, task, options)
+            _check_code(name, vars(task.config), options)
             _set_fewshot(name, task, settings)
         _check_metric(loaded)
         found.append(loaded)
@@ -82,6 +84,7 @@ def _load(settings: BenchmarkTask, options: Benchmarks) -> LoadedTask:
         if path.suffix in _SUFFIXES:
             config = read_task_yaml(path, options.data_dir)
             name = config["task"]
+            _check_code(name, config, options)
             with _explained(settings.name, config.get("dataset_path")):
                 from lm_eval.api.task import ConfigurableTask
 
@@ -98,6 +101,7 @@ def _load(settings: BenchmarkTask, options: Benchmarks) -> LoadedTask:
                 "path of a task YAML."
             )
         source = (entry.cfg or {}).get("dataset_path")
+        _check_code(settings.name, entry.cfg or {}, options)
         with _explained(settings.name, source):
             loaded: Any = manager.load([settings.name])
     return LoadedTask(settings, settings.name, loaded, dict(loaded["tasks"]))
@@ -146,7 +150,7 @@ def read_task_yaml(path: Path, data_dir: str | None = None) -> dict[str, Any]:
         raise UserError(f"data.benchmarks.tasks: there is no file {path}.")
     try:
         config: dict[str, Any] = load_yaml(path)
-    except (yaml.YAMLError, ValueError, ImportError, AttributeError) as error:
+    except (yaml.YAMLError, OSError, ValueError, ImportError, AttributeError) as error:
         raise UserError(f"data.benchmarks.tasks: {path} cannot be read: {error}") from error
     base = config.pop("same_as", None)
     if base is not None:
@@ -190,15 +194,23 @@ def _resolve_files(files: Any, folder: Path, origin: Path) -> Any:
 @contextmanager
 def _explained(name: str, source: object) -> Iterator[None]:
     """Say what is missing where a data set cannot be had."""
+    from datasets.exceptions import DatasetsError
+
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:
+    except (TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"data.benchmarks.tasks: the settings of {name} are wrong "
+            f"({type(error).__name__}: {str(error)[:300]}). Compare its YAML with the harness's "
+            "guide to task files."
+        ) from error
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         # datasets and huggingface_hub raise all of these without network or data set.
         raise UserError(
             f"data.benchmarks.tasks: the data of {name} ({source}) cannot be had: "
-            f"{str(error).strip()[:300]} Remedy: run once with network (the data set then stays "
-            "in the Hugging Face cache), or name a task YAML with local files, as "
-            "configs/benchmarks/hellaswag.yaml does."
+            f"{str(error).strip()[:300]} Remedy: correct a malformed file; run once "
+            "with network (the data set then stays in the Hugging Face cache), or name a task YAML "
+            "with local files, as configs/benchmarks/hellaswag.yaml does."
         ) from error
     except ImportError as error:
         raise UserError(
@@ -206,12 +218,23 @@ def _explained(name: str, source: object) -> Iterator[None]:
         ) from error
 
 
-def _check_code(name: str, task: Any, options: Benchmarks) -> None:
-    if task.config.unsafe_code and not options.allow_code_execution:
+def _check_code(name: str, config: dict[str, Any], options: Benchmarks) -> None:
+    if not config.get("unsafe_code"):
+        return
+    ours = getattr(config.get("process_results"), "__module__", "") == SANDBOXED
+    if not ours:
         raise UserError(
-            f"data.benchmarks.tasks: {name} runs code that the model wrote. Set "
-            "data.benchmarks.allow_code_execution to true if you want that, or leave it out."
+            f"data.benchmarks.tasks: {name} would run code that the model wrote outside our "
+            "sandbox. Name configs/benchmarks/humaneval_hub.yaml (data from the Hub) or "
+            "configs/benchmarks/humaneval.yaml (a local file), or a YAML of your own with "
+            f"process_results: !function {SANDBOXED}.results."
         )
+    if not options.allow_code_execution:
+        raise UserError(
+            f"data.benchmarks.tasks: {name} runs code that the model wrote, in a limited process. "
+            "Set data.benchmarks.allow_code_execution to true if you want that, or leave it out."
+        )
+    run_program("pass")  # tells now where the limits cannot be set
 
 
 def _set_fewshot(name: str, task: Any, settings: BenchmarkTask) -> None:
@@ -232,13 +255,36 @@ def _check_metric(loaded: LoadedTask) -> None:
     metric = loaded.settings.metric
     if metric is None:
         return
-    for name, task in loaded.leaves.items():
-        known = sorted(task.aggregation())
-        if metric.partition(",")[0] not in known:
-            raise UserError(
-                f"data.benchmarks.tasks: {name} has no metric {metric!r}. Allowed are "
-                f"{', '.join(known)}."
-            )
+    known = _group_metrics(loaded)
+    for task in loaded.leaves.values() if loaded.name in loaded.leaves else ():
+        filters = [each.name for each in getattr(task, "_filters", [])] or ["none"]
+        known |= {_label(name, kind) for name in task.aggregation() for kind in filters}
+    if not known:
+        raise UserError(
+            f"data.benchmarks.tasks: {loaded.name} is a group or tag without metrics of its own, "
+            f"so {metric!r} cannot enter the mean. Name its tasks instead: "
+            f"{', '.join(sorted(loaded.leaves)[:5])} ..."
+        )
+    if metric not in known:
+        raise UserError(
+            f"data.benchmarks.tasks: {loaded.name} has no metric {metric!r}. Allowed are "
+            f"{', '.join(sorted(known))}."
+        )
+
+
+def _group_metrics(loaded: LoadedTask) -> set[str]:
+    group = loaded.loaded.get("groups", {}).get(loaded.name)
+    found: set[str] = set()
+    for each in getattr(group, "aggregate_metric_list", None) or []:
+        filters = each.filter_list
+        filters = [filters] if isinstance(filters, str) else filters
+        found |= {_label(each.metric, kind) for kind in filters}
+    return found
+
+
+def _label(metric: str, kind: str) -> str:
+    """A metric as it is named here: the harness's name, less the filter that does nothing."""
+    return metric if kind == "none" else f"{metric},{kind}"
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import pytest
 from sdft_lightning.data.benchmarks import Benchmarks, BenchmarkSuite, BenchmarkTask
 from sdft_lightning.data.benchmarks.harness_model import request_key
 from sdft_lightning.data.benchmarks.tasks import FEWSHOT_SEED
+from sdft_lightning.errors import UserError
 from sdft_lightning.modules.capability import CapabilityScores
 from sdft_lightning.types import RequestResponse
 
@@ -130,6 +131,28 @@ def test_responses_may_come_in_any_order(
     suite = build(task_folder, model_folder, "choice", "rolling", "generation")
     responses = respond(suite, model, tokenizer)
     assert suite.metrics(responses) == suite.metrics(responses[::-1])
+
+
+def test_missing_and_double_responses_are_refused(
+    task_folder: Path, model_folder: Path, model: Any, tokenizer: Any
+) -> None:
+    suite = build(task_folder, model_folder, "choice", "rolling", "generation")
+    responses = respond(suite, model, tokenizer)
+    text = next(response for response in responses if response.text is not None)
+    for wrong in (responses[1:], [*responses, responses[0]], [r for r in responses if r != text]):
+        with pytest.raises(UserError, match="responses to"):
+            suite.metrics(wrong)
+
+
+def test_a_rank_without_a_batch_gets_one_without_rows(
+    task_folder: Path, model_folder: Path, model: Any, tokenizer: Any
+) -> None:
+    suite = build(task_folder, model_folder, "choice")
+    batch = suite.dataset[[len(suite.dataset)]]
+    assert batch.requests == []
+    scores = CapabilityScores()
+    scores.respond(_Module(model, tokenizer), batch)
+    assert scores.responses == []
 
 
 def test_every_request_stands_in_exactly_one_batch(task_folder: Path, model_folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,17 @@ from sdft_lightning.data.benchmarks.tasks import harness_yaml, read_task_yaml
 from sdft_lightning.data.benchmarks.wikitext import join
 from sdft_lightning.errors import UserError
 from sdft_lightning.sandbox import run_program
-from sdft_lightning.types import ContinuationScore, RequestResponse
+from sdft_lightning.types import ContinuationScore, RequestResponse, ScoringBatch
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "benchmarks"
 NEEDS_CODE = {"humaneval", "humaneval_hub"}
 ON_THE_HUB = {"humaneval_hub"}
+
+
+@pytest.fixture
+def roomy_folder(make_model_folder: Callable[..., Path]) -> Path:
+    """A tiny model that takes the answers that HumanEval and IFEval may have."""
+    return make_model_folder(max_position_embeddings=4096)
 
 
 def build(name: str, data_dir: Path | None, model_folder: Path, **settings: Any) -> BenchmarkSuite:
@@ -35,12 +42,16 @@ def build(name: str, data_dir: Path | None, model_folder: Path, **settings: Any)
     "name", sorted(p.stem for p in CONFIGS.glob("*.yaml") if p.stem not in ON_THE_HUB)
 )
 def test_every_task_file_loads_asks_and_measures(
-    name: str, shared_data: Path, model_folder: Path
+    name: str, shared_data: Path, roomy_folder: Path
 ) -> None:
-    suite = build(name, shared_data / "benchmarks", model_folder)
+    suite = build(name, shared_data / "benchmarks", roomy_folder)
     score = ContinuationScore(-1.0, False)
-    responses = [RequestResponse(i, 0, score, None) for i in range(len(suite.scored))]
-    responses += [RequestResponse(i, 0, score, "an answer") for i in range(len(suite.answered))]
+    batches = [suite.dataset[[i]] for i in range(len(suite.dataset))]
+    responses = [
+        RequestResponse(request, 0, score, None if isinstance(batch, ScoringBatch) else "an answer")
+        for batch in batches
+        for request in batch.requests
+    ]
     measured = suite.metrics(responses)
     assert measured
     assert all(value.samples == 3 for value in measured.values())
@@ -59,8 +70,8 @@ def test_a_local_task_asks_what_the_harness_asks(name: str, shared_data: Path) -
     assert config["dataset_path"] == "json"
 
 
-def test_the_demo_s_general_questions_are_a_task(model_folder: Path) -> None:
-    suite = build("front_desk_general", None, model_folder, apply_chat_template=True)
+def test_the_demo_s_general_questions_are_a_task(roomy_folder: Path) -> None:
+    suite = build("front_desk_general", None, roomy_folder, apply_chat_template=True)
     assert len(suite.answered) == 3
     score = ContinuationScore(0.0, False)
     texts = ["The capital of France is Paris.", "I do not know.", "I do not know."]
@@ -68,15 +79,15 @@ def test_the_demo_s_general_questions_are_a_task(model_folder: Path) -> None:
     assert suite.metrics(responses)["front_desk_general/acc"].value == pytest.approx(1 / 3)
 
 
-def test_code_is_not_run_unasked(shared_data: Path, model_folder: Path) -> None:
+def test_code_is_not_run_unasked(shared_data: Path, roomy_folder: Path) -> None:
     options = Benchmarks(
         [str(CONFIGS / "humaneval.yaml")], data_dir=str(shared_data / "benchmarks")
     )
     with pytest.raises(UserError, match="allow_code_execution"):
-        BenchmarkSuite(options, str(model_folder))
+        BenchmarkSuite(options, str(roomy_folder))
 
 
-def test_humaneval_counts_answers_that_pass(shared_data: Path, model_folder: Path) -> None:
+def test_humaneval_counts_answers_that_pass(shared_data: Path, roomy_folder: Path) -> None:
     file = shared_data / "benchmarks" / "humaneval" / "validation.jsonl"
     items = [json.loads(line) for line in file.read_text().splitlines()[:3]]
     try:
@@ -84,7 +95,7 @@ def test_humaneval_counts_answers_that_pass(shared_data: Path, model_folder: Pat
     except UserError as error:
         pytest.skip(str(error))
     assert all(outcome.passed for outcome in gold)
-    suite = build("humaneval", shared_data / "benchmarks", model_folder)
+    suite = build("humaneval", shared_data / "benchmarks", roomy_folder)
     score = ContinuationScore(0.0, False)
     texts = [items[0]["canonical_solution"], "    return None\n", "    while True: pass\n"]
     responses = [RequestResponse(i, 0, score, text) for i, text in enumerate(texts)]

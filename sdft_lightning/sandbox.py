@@ -8,7 +8,7 @@ lacks what a limit needs, nothing is run at all.
 
 What it does not prevent: filling the disk with many small files until its time is over; where we
 are not root, changing the permissions of the user's own files and talking to Unix sockets that the
-user may talk to; a program that looks for the launcher's secret in its own process to feign success.
+user may talk to; a program that finds the launcher's secret in its own process and feigns success.
 """
 
 from __future__ import annotations

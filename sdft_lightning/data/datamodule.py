@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from sdft_lightning.data.benchmarks import Benchmarks, BenchmarkSuite
 from sdft_lightning.data.collate import collate
+from sdft_lightning.data.gold import gold_report
 from sdft_lightning.data.loader import (
     EvaluationSampler,
     PromptDataset,
@@ -211,6 +212,8 @@ class DemonstrationDataModule(L.LightningDataModule):
         found = read_rows(planned.source, f"data.{planned.key}")
         check = None if planned.grader is None else partial(check_reference, planned.grader)
         rows = parse_rows(found, planned.columns, planned.key == "train", check)
+        if planned.grader is not None and (line := gold_report(planned.key, planned.grader, rows)):
+            log.info(line)
         if planned.key.startswith("held_out"):
             # Never taught from: only the bare question matters.
             rows = [row._replace(demonstration=[]) for row in rows]

@@ -20,7 +20,7 @@ model: $(STAMP) ## fetch and convert the embedded model into the cache (first ti
 test: model ## run all tests on the CPU (5 to 10 minutes)
 	$(PYTHON_BIN) -m pytest -q
 
-demo: model ## teach the embedded model facts on the CPU (18 to 23 minutes)
+demo: model ## teach the embedded model facts on the CPU (16 to 24 minutes)
 	$(PYTHON_BIN) -m sdft_lightning.demo
 
 lint: $(STAMP) ## check style, format and types (about 1 minute)

@@ -198,7 +198,7 @@ def main() -> None:
     root = unused_path(options.root)
     print(
         f"Teaching sixteen facts to a 135M model on this CPU, by SDFT and by SFT, into {root}. "
-        "18 to 23 minutes on two cores."
+        "16 to 24 minutes on two cores."
     )
     start = time.monotonic()
     result = run_demo(options.configs, root, options.seed)

@@ -110,7 +110,9 @@ def _token_scores(head: OutputHead, hidden: Tensor, token_ids: Tensor) -> tuple[
     log_probs, greedy = [], []
     for states, ids in zip(hidden.split(at_a_time), token_ids.split(at_a_time), strict=True):
         logits = apply_head(head, states).float()  # (n, V)
-        chosen = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1)  # (n,)
-        log_probs.append(chosen - logits.logsumexp(dim=-1))
+        # As lm-evaluation-harness does: logsumexp would be nearer to float64 by 1e-5 a token, and
+        # further from the harness.
+        chosen = logits.log_softmax(dim=-1).gather(-1, ids.unsqueeze(-1))  # (n, 1)
+        log_probs.append(chosen.squeeze(-1))
         greedy.append(logits.argmax(dim=-1) == ids)
     return torch.cat(log_probs), torch.cat(greedy)

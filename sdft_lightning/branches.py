@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.kv_cache import cache_argument
-from sdft_lightning.prefix import SHORTEST, SplitPrompts, encode_prefix, split_prompts
+from sdft_lightning.prefix import SplitPrompts, encode_prefix, split_if_worth
 from sdft_lightning.types import ScoringBatch
 
 _CONTEXT, _PADDING = -2, -1
@@ -47,10 +47,7 @@ def branch_hidden_states(model: Any, batch: ScoringBatch) -> Tensor:
     Returns:
         `(N, D)`, continuation by continuation.
     """
-    contexts = SplitPrompts(batch.context_ids[0, :0], batch.context_ids, batch.context_mask)
-    if batch.context_ids.shape[0] > 1:
-        found = split_prompts(batch.context_ids, batch.context_mask)
-        contexts = found if found.prefix_ids.numel() >= SHORTEST else contexts
+    contexts = split_if_worth(batch.context_ids, batch.context_mask)
     shared = contexts.prefix_ids.numel()
     rows = _lay_out(contexts, batch)
     cache = None

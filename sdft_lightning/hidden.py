@@ -11,13 +11,7 @@ from sdft_lightning.errors import UserError
 from sdft_lightning.eval_mode import eval_mode
 from sdft_lightning.kv_cache import cache_argument
 from sdft_lightning.masking import position_ids
-from sdft_lightning.prefix import (
-    SHORTEST,
-    SplitPrompts,
-    can_share,
-    encode_prefix,
-    split_prompts,
-)
+from sdft_lightning.prefix import SplitPrompts, can_share, encode_prefix, split_if_worth
 from sdft_lightning.types import OutputHead
 
 # Greatest relative difference between the model's own logits and those of `output_head`.
@@ -82,9 +76,8 @@ def completion_hidden_states(
         `(N, D)` with N = keep.sum(), row by row.
     """
     split = SplitPrompts(prompt_ids[0, :0], prompt_ids, prompt_mask)
-    if share_prefix and can_share(model) and prompt_ids.shape[0] > 1:
-        found = split_prompts(prompt_ids, prompt_mask)
-        split = found if found.prefix_ids.numel() >= SHORTEST else split
+    if share_prefix and can_share(model):
+        split = split_if_worth(prompt_ids, prompt_mask)
     input_ids = torch.cat([split.rest_ids, completion_ids], dim=1)  # (B, R + T)
     attention_mask = torch.cat([split.rest_mask, completion_mask], dim=1)  # (B, R + T)
     hidden = hidden_states(model, input_ids, attention_mask, split.prefix_ids)  # (B, R + T, D)

@@ -72,6 +72,20 @@ def split_prompts(prompt_ids: Tensor, prompt_mask: Tensor) -> SplitPrompts:
     return SplitPrompts(aligned[0, :prefix], prompt_ids[:, -longest:], kept)
 
 
+def split_if_worth(prompt_ids: Tensor, prompt_mask: Tensor) -> SplitPrompts:
+    """As `split_prompts`, with an empty prefix where a pass of its own would not pay.
+
+    Args:
+        prompt_ids: `(B, P)`, padded on the left.
+        prompt_mask: `(B, P)`.
+    """
+    if prompt_ids.shape[0] > 1:
+        found = split_prompts(prompt_ids, prompt_mask)
+        if found.prefix_ids.numel() >= SHORTEST:
+            return found
+    return SplitPrompts(prompt_ids[0, :0], prompt_ids, prompt_mask)
+
+
 def encode_prefix(model: Any, prefix_ids: Tensor, rows: int) -> Any:
     """Keys and values of the prefix for so many rows.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from sdft_lightning.errors import UserError
 from sdft_lightning.kv_cache import cache_argument, cache_of
 from sdft_lightning.masking import position_ids
-from sdft_lightning.prefix import can_share
+from sdft_lightning.prefix import can_share, encode_prefix, split_if_worth
 
 
 class _Prompt(NamedTuple):
@@ -79,17 +79,24 @@ class PromptCache:
         return predicting[keep]  # (N, D)
 
     def _encode(self, model: Any, ids: Tensor, mask: Tensor, keys: list[tuple[int, ...]]) -> None:
+        split = split_if_worth(ids, mask)
+        shared, cache = split.prefix_ids.numel(), None
+        whole = split.rest_mask  # (B, K + R)
+        if shared:
+            cache = encode_prefix(model, split.prefix_ids, len(keys))
+            whole = torch.cat([whole.new_ones(len(keys), shared), whole], dim=1)
         output = model.base_model(
-            input_ids=ids,
-            attention_mask=mask.long(),
-            position_ids=position_ids(mask),
+            input_ids=split.rest_ids,
+            attention_mask=whole.long(),
+            position_ids=position_ids(whole)[:, shared:],
+            **cache_argument(model.base_model, cache),
             use_cache=True,
         )
         layers = cache_of(output).layers
         for row, key in enumerate(keys):
-            kept = slice(ids.shape[1] - len(key), None)
+            kept = whole[row]  # the prefix, a gap of padding, the rest
             pairs = [
-                torch.stack([layer.keys[row, :, kept], layer.values[row, :, kept]])
+                torch.stack([layer.keys[row][:, kept], layer.values[row][:, kept]])
                 for layer in layers
             ]
             states = torch.stack(pairs)  # (layers, 2, H, L, d)

@@ -10,7 +10,7 @@ from torch import Tensor
 from sdft_lightning.eval_mode import eval_mode
 from sdft_lightning.kv_cache import cache_argument, cache_of
 from sdft_lightning.masking import position_ids
-from sdft_lightning.prefix import SHORTEST, can_share, encode_prefix, split_prompts
+from sdft_lightning.prefix import can_share, encode_prefix, split_if_worth
 from sdft_lightning.rollout.packed import packed_linears
 from sdft_lightning.rollout.sampling import Sampling, choose_tokens
 from sdft_lightning.rollout.stop_texts import StopTexts
@@ -113,10 +113,10 @@ class _Decoder:
     def prefill(self) -> Tensor:
         """Read the prompts once for all samples of each; logits `(B · n, V)`."""
         shared, ids = 0, self.prompt_ids
-        if can_share(self.model) and ids.shape[0] > 1:
-            split = split_prompts(ids, self.mask)
-            if split.prefix_ids.numel() >= SHORTEST:
-                shared, ids = split.prefix_ids.numel(), split.rest_ids
+        if can_share(self.model):
+            split = split_if_worth(ids, self.mask)
+            shared, ids = split.prefix_ids.numel(), split.rest_ids
+            if shared:
                 self.cache = encode_prefix(self.model, split.prefix_ids, ids.shape[0])
                 ones = split.rest_mask.new_ones(ids.shape[0], shared)  # (B, K)
                 self.mask = torch.cat([ones, split.rest_mask], dim=1)  # (B, K + R)

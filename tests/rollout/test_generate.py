@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sdft_lightning import prefix as prefix_room
 from sdft_lightning.rollout import Sampling, generate, generate_rollout, greedy_rollout
 from sdft_lightning.types import Rollout
 from sdft_lightning.uniforms import row_uniforms
@@ -183,7 +184,7 @@ def test_prefix_sharing_changes_nothing(
     )
     found = []
     for shortest in (1, 12, 13):
-        monkeypatch.setattr(generate, "SHORTEST", shortest)
+        monkeypatch.setattr(prefix_room, "SHORTEST", shortest)
         rollout = generate_rollout(model, ids, mask, sampling, numbers, STOPS, PAD)
         found.append(completions(rollout))
         assert (rows[0] == 1) == (shortest <= 12)  # the prefix is read once, for one row

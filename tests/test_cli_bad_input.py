@@ -65,7 +65,11 @@ CASES = {
     "unknown_grader": Case(
         None,
         ["--data.grader=bleu"],
-        ["data.grader", "'bleu'", "choice, contains, exact, tool_call, tool_call_released"],
+        [
+            "data.grader",
+            "'bleu'",
+            "choice, contains, exact, knowledge, knowledge_lenient, medical, token_f1",
+        ],
     ),
     "missing_reference": Case(
         GOOD,

@@ -61,5 +61,5 @@ def measured_prefixes(module: Any, stage: str) -> tuple[str, ...]:
         module: The module, with its `capability`.
         stage: val or test.
     """
-    measured = ("task", "drift", "capability") if module.capability.due else ("task", "drift")
+    measured = ["task", "drift", "judge"] + (["capability"] if module.capability.due else [])
     return tuple(f"{stage}/{kind}/" for kind in measured)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import lightning as L
 from torch.utils.data import DataLoader
@@ -20,41 +20,18 @@ from sdft_lightning.data.loader import (
     ResumableLoader,
     WindowSampler,
 )
+from sdft_lightning.data.planned import HeldOut, PlannedSet, TaskSets
 from sdft_lightning.data.rows import Columns, parse_rows
 from sdft_lightning.data.sources import Source, read_rows
 from sdft_lightning.data.tokenize import Lengths, Tokenizer, length_report, tokenize_rows
-from sdft_lightning.errors import UserError, check_choice
-from sdft_lightning.graders import GRADERS, check_reference
+from sdft_lightning.embedded import cache_folder
+from sdft_lightning.errors import UserError
+from sdft_lightning.graders import JUDGED, Judge, JudgeSettings, check_reference
 from sdft_lightning.prompts import PromptStyle, check_same_header
 from sdft_lightning.tokenization import load_stop_ids, load_tokenizer
 from sdft_lightning.types import Demonstration, PromptBatch
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """A further set of graded questions: an ability that training must not lose.
-
-    Args:
-        source: File or Hub data set.
-        grader: Name of its grader.
-        columns: Its column map.
-    """
-
-    source: Source
-    grader: str
-    columns: Columns = field(default_factory=lambda: Columns(reference="reference"))
-
-
-class _PlannedSet(NamedTuple):
-    """A set that a stage needs: where it is, what it is called, how it is graded."""
-
-    key: str
-    task: str
-    source: Source
-    columns: Columns
-    grader: str | None
 
 
 class DemonstrationDataModule(L.LightningDataModule):
@@ -69,8 +46,10 @@ class DemonstrationDataModule(L.LightningDataModule):
         test: Questions for the test command; as train.
         predict: Questions for the predict command; as train, grades and demonstrations not needed.
         name: Name of the task in logs: val/task/<name>/accuracy.
-        grader: How completions are graded: contains, exact, choice, tool_call (strict) or
-            tool_call_released (as the paper's code); nothing is graded without one.
+        grader: How completions are graded: contains, exact, choice, token_f1, tool_call (strict),
+            tool_call_released (as the paper's code), or by a judge: medical, knowledge,
+            knowledge_lenient; nothing is graded without one.
+        judge: The model that the graders medical, knowledge and knowledge_lenient ask.
         held_out: Further graded sets by name, validated and tested beside the task.
         benchmarks: Tasks of lm-evaluation-harness, validated and tested beside them.
         columns: Which column holds what.
@@ -93,6 +72,7 @@ class DemonstrationDataModule(L.LightningDataModule):
         predict: Source | None = None,
         name: str = "task",
         grader: str | None = None,
+        judge: JudgeSettings = JudgeSettings(),  # noqa: B008 - frozen
         held_out: dict[str, HeldOut] | None = None,
         benchmarks: Benchmarks = Benchmarks(),  # noqa: B008 - frozen
         columns: Columns = Columns(),  # noqa: B008 - frozen
@@ -106,13 +86,14 @@ class DemonstrationDataModule(L.LightningDataModule):
         super().__init__()
         self.model_name = model_name
         self.revision = revision
-        self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
-        self.task = name
         self.grader: str | None = grader
         self.held_out = dict(held_out or {})
+        sources = {"train": train, "validation": validation, "test": test, "predict": predict}
+        self._task_sets = TaskSets(name, sources, columns, grader, self.held_out)
+        self.judge_settings = judge
+        self.judge: Judge | None = None
         self.benchmarks = benchmarks
         self.benchmark_suite: BenchmarkSuite | None = None
-        self.columns = columns
         self.prompts = prompts
         self.lengths = lengths
         self.batch_size = batch_size
@@ -123,25 +104,10 @@ class DemonstrationDataModule(L.LightningDataModule):
         self._left_out: dict[str, int] = {}
         self._tokenizer: Tokenizer | None = None
         self._pad_id = 0
-        self._check_options()
-
-    def _check_options(self) -> None:
-        for option, grader in [
-            ("data.grader", self.grader),
-            *(
-                (f"data.held_out.{name}.grader", held.grader)
-                for name, held in self.held_out.items()
-            ),
-        ]:
-            if grader is not None:
-                check_choice(option, grader, sorted(GRADERS))
         for name in ("batch_size", "eval_batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name}: got {getattr(self, name)}, allowed are 1 and more.")
-        if self.task in self.held_out:
-            raise UserError(
-                f"data.held_out: the name {self.task} is the task's own; choose another."
-            )
+        self._task_sets.check(judge)
 
     def prepare_data(self) -> None:
         """Fetch the tokenizer into the cache (for the embedded model: the model)."""
@@ -160,9 +126,13 @@ class DemonstrationDataModule(L.LightningDataModule):
         if stage != "predict" and self.benchmarks.tasks and self.benchmark_suite is None:
             self._check_all_batches(stage)
             self.benchmark_suite = BenchmarkSuite(self.benchmarks, self.model_name, self.revision)
-        sets = [planned for planned in self._planned(stage) if planned.key not in self._sets]
+        needed = self._task_sets.needed(stage, bool(self.benchmarks.tasks))
+        sets = [planned for planned in needed if planned.key not in self._sets]
         if not sets:
             return
+        if self.judge is None and any(planned.grader in JUDGED for planned in sets):
+            folder = self.judge_settings.cache or cache_folder() / "judge"
+            self.judge = Judge(self.judge_settings, Path(folder))
         raw = load_tokenizer(self.model_name, self.revision)
         self._pad_id = raw.pad_token_id
         stops = load_stop_ids(self.model_name, raw, self.revision)
@@ -181,39 +151,14 @@ class DemonstrationDataModule(L.LightningDataModule):
                 "Leave it at 1.0 and use data.benchmarks.limit, or set data.benchmarks.tasks to []."
             )
 
-    def _planned(self, stage: str) -> list[_PlannedSet]:
-        splits = {
-            "fit": ["train", "validation"],
-            "validate": ["validation"],
-            "test": ["test"],
-            "predict": ["predict"],
-        }[stage]
-        only_benchmarks = stage in ("validate", "test") and self.benchmarks.tasks
-        if self.sources[splits[0]] is None and not only_benchmarks:
-            raise UserError(
-                f"data.{splits[0]}: `{stage}` needs it and it is not given. Set it to a file, e.g. "
-                f"--data.{splits[0]}=my/{splits[0]}.jsonl."
-            )
-        sets: list[_PlannedSet] = []
-        for split in splits:
-            source = self.sources[split]
-            graded = split in ("validation", "test")
-            if source is not None:
-                grader = self.grader if graded else None
-                sets.append(_PlannedSet(split, self.task, source, self.columns, grader))
-        if stage != "predict":
-            sets.extend(
-                _PlannedSet(f"held_out.{name}", name, held.source, held.columns, held.grader)
-                for name, held in self.held_out.items()
-            )
-        return sets
-
-    def _load(self, planned: _PlannedSet, tokenizer: Tokenizer) -> PromptDataset:
+    def _load(self, planned: PlannedSet, tokenizer: Tokenizer) -> PromptDataset:
         found = read_rows(planned.source, f"data.{planned.key}")
         check = None if planned.grader is None else partial(check_reference, planned.grader)
         rows = parse_rows(found, planned.columns, planned.key == "train", check)
-        if planned.grader is not None and (line := gold_report(planned.key, planned.grader, rows)):
-            log.info(line)
+        if planned.grader is not None:
+            line = gold_report(planned.key, planned.grader, rows, self.judge)
+            if line:
+                log.info(line)
         if planned.key.startswith("held_out"):
             # Never taught from: only the bare question matters.
             rows = [row._replace(demonstration=[]) for row in rows]
@@ -238,7 +183,7 @@ class DemonstrationDataModule(L.LightningDataModule):
     def batch_of(self, rows: Sequence[Demonstration]) -> PromptBatch:
         """Rows rendered, tokenized and padded as training rows are, whatever their lengths."""
         assert self._tokenizer is not None
-        return collate([self._tokenizer(row) for row in rows], self._pad_id, self.task)
+        return collate([self._tokenizer(row) for row in rows], self._pad_id, self._task_sets.task)
 
     @property
     def batches_per_epoch(self) -> int:

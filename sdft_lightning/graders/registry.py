@@ -1,6 +1,6 @@
 """The graders by name, and the check of a row's reference before training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sdft_lightning.errors import UserError
@@ -8,8 +8,11 @@ from sdft_lightning.graders.accepted import accepted_texts
 from sdft_lightning.graders.choice import choice, reference_letter
 from sdft_lightning.graders.contains import contains
 from sdft_lightning.graders.exact import exact
+from sdft_lightning.graders.judge import JUDGED, Answer, Judge, judge_reference
+from sdft_lightning.graders.token_f1 import token_f1
 from sdft_lightning.graders.tool_call import tool_call
 from sdft_lightning.graders.tool_call_released import reference_calls, tool_call_released
+from sdft_lightning.types import Demonstration, Message
 
 Grader = Callable[[str, Any], float]
 """(completion text, reference) -> score in [0, 1]; a reference of the wrong form raises."""
@@ -18,6 +21,7 @@ GRADERS: dict[str, Grader] = {
     "contains": contains,
     "exact": exact,
     "choice": choice,
+    "token_f1": token_f1,
     "tool_call": tool_call,
     "tool_call_released": tool_call_released,
 }
@@ -26,24 +30,74 @@ _REFERENCE_FORMS: dict[str, Callable[[Any], object]] = {
     "contains": accepted_texts,
     "exact": accepted_texts,
     "choice": reference_letter,
+    "token_f1": judge_reference,
     "tool_call": reference_calls,
     "tool_call_released": reference_calls,
+    **dict.fromkeys(JUDGED, judge_reference),
 }
 
 
+def grader_names() -> list[str]:
+    """All names that the option `grader` takes."""
+    return sorted([*GRADERS, *JUDGED])
+
+
 def get_grader(name: str) -> Grader:
-    """Return the grader called `name`.
+    """Return the grader called `name`, of those that need no judge.
 
     Raises:
         UserError: no grader has that name.
     """
+    if name in JUDGED:
+        raise UserError(
+            f"grader: {name!r} asks a judge and none is given. Set data.judge (its model, and its "
+            f"base_url unless it is OpenAI's), or use {JUDGED[name].offline!r}, which needs no "
+            "endpoint."
+        )
     if name not in GRADERS:
         raise UserError(
-            f"grader must be one of {', '.join(GRADERS)}; got {name!r}. "
+            f"grader must be one of {', '.join(grader_names())}; got {name!r}. "
             "Correct the option `grader`, or add your own function to "
             "sdft_lightning.graders.GRADERS under that name."
         )
     return GRADERS[name]
+
+
+def grade_rows(
+    name: str, texts: Sequence[str], rows: Sequence[Demonstration], judge: Judge | None = None
+) -> list[float]:
+    """Grade the completions of some rows.
+
+    Args:
+        name: the grader.
+        texts: one completion a row.
+        rows: their rows; `reference`, and for a judge `prompt`, are read.
+        judge: what the graders of `JUDGED` ask.
+
+    Returns:
+        One score in [0, 1] for each row; NaN where a judge gave no verdict.
+
+    Raises:
+        UserError: unknown grader, or one that asks a judge and there is none.
+    """
+    if name in JUDGED and judge is not None:
+        return judge.grade(name, judged_answers(texts, rows))
+    grade = get_grader(name)
+    return [grade(text, row.reference) for text, row in zip(texts, rows, strict=True)]
+
+
+def judged_answers(texts: Sequence[str], rows: Sequence[Demonstration]) -> list[Answer]:
+    """What a judge is shown of some rows and their completions."""
+    return [
+        Answer(_question(row.prompt), judge_reference(row.reference), text)
+        for text, row in zip(texts, rows, strict=True)
+    ]
+
+
+def _question(prompt: list[Message]) -> str:
+    if len(prompt) == 1:
+        return str(prompt[0]["content"])
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def check_reference(name: str, reference: object, where: str) -> None:
@@ -60,7 +114,8 @@ def check_reference(name: str, reference: object, where: str) -> None:
         UserError: the grader is unknown, or the form is wrong; the text says where, what
             form is needed, what was found and how to mend it.
     """
-    get_grader(name)
+    if name not in JUDGED:
+        get_grader(name)
     form = _REFERENCE_FORMS.get(name)
     if form is None:
         return

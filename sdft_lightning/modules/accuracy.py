@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,8 @@ class TaskAccuracies:
         self._sums: dict[str, tuple[SumMetric, SumMetric]] = {}
 
     def count(self, name: str, scores: list[float], device: torch.device) -> None:
-        """Add the scores of a batch."""
+        """Add the scores of a batch; NaN (a judge gave no verdict) is left out."""
+        scores = [score for score in scores if not math.isnan(score)]
         if name not in self._sums:
             self._sums[name] = (SumMetric().to(device), SumMetric().to(device))
         total, number = self._sums[name]

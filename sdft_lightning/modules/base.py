@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
-import lightning as L
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.graders import get_grader
+from sdft_lightning.graders import Judge, grade_rows
 from sdft_lightning.hidden import output_head
 from sdft_lightning.modules.accuracy import TaskAccuracies
 from sdft_lightning.modules.capability import CapabilityScores, CapabilityTrack
 from sdft_lightning.modules.identity import check_same_model, model_identity
+from sdft_lightning.modules.judging import log_usage
 from sdft_lightning.modules.schedule import Schedule
-from sdft_lightning.modules.timing import PhaseTimer
+from sdft_lightning.modules.timing import TimedModule
 from sdft_lightning.policy import WeightsDtype, load_policy
 from sdft_lightning.rollout import SamplingWeights, greedy_rollout
 from sdft_lightning.rollout.weights import SamplingDtype
@@ -45,7 +44,7 @@ class Graded(NamedTuple):
     truncated: list[bool]
 
 
-class PolicyModule(L.LightningModule):
+class PolicyModule(TimedModule):
     """Loads the policy, configures its optimizer, and evaluates it; methods add the step.
 
     Args:
@@ -93,11 +92,9 @@ class PolicyModule(L.LightningModule):
         self.tokenizer: Any = None
         self.stop_ids: list[int] = []
         self.sampling_weights = SamplingWeights(sampling_dtype)
-        self.timer = PhaseTimer()
         self.accuracies = TaskAccuracies()
         self.capability = CapabilityTrack()
         self._capability_scores = CapabilityScores()
-        self.completion_tokens = 0
 
     # --- the policy -------------------------------------------------------------------------
 
@@ -207,11 +204,7 @@ class PolicyModule(L.LightningModule):
         completions = self.decode(rollout)
         scores: list[float] = []
         if batch.grader:
-            grade = get_grader(batch.grader)
-            scores = [
-                grade(text, row.reference)
-                for text, row in zip(completions, batch.rows, strict=True)
-            ]
+            scores = grade_rows(batch.grader, completions, batch.rows, self._judge)
             self.accuracies.count(f"{batch.task}/{metric}", scores, self.device)
         return Graded(batch.task, completions, scores, rollout.truncated.tolist())
 
@@ -254,7 +247,15 @@ class PolicyModule(L.LightningModule):
         """As `on_validation_epoch_end`."""
         self._log_scores("test")
 
+    @property
+    def _judge(self) -> Judge | None:
+        """Who is asked by the graders that ask: the data module knows."""
+        judge: Judge | None = getattr(getattr(self.trainer, "datamodule", None), "judge", None)
+        return judge
+
     def _log_scores(self, stage: str) -> None:
+        if self._judge is not None:
+            log_usage(self, self._judge, stage)
         for name, accuracy in self.accuracies.take().items():
             for suffix, value in zip(("", "_low", "_high"), accuracy, strict=True):
                 self.log(f"{stage}/task/{name}{suffix}", value, rank_zero_only=False)
@@ -277,28 +278,3 @@ class PolicyModule(L.LightningModule):
                 batch.rows, self.decode(rollout), rollout.truncated.tolist(), strict=True
             )
         ]
-
-    # --- timing -----------------------------------------------------------------------------
-
-    def timed(self, phase: str) -> AbstractContextManager[None]:
-        """Measure the seconds of a phase of the step, for perf/<phase>_seconds."""
-        return self.timer.timed(phase, self.device)
-
-    def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Start the clock of the step."""
-        self.timer.start("step", self.device)
-
-    def on_before_backward(self, loss: Tensor) -> None:
-        """Start the clock of the backward pass."""
-        self.timer.start("backward", self.device)
-
-    def on_after_backward(self) -> None:
-        """Stop it."""
-        self.timer.stop("backward", self.device)
-
-    def on_train_batch_end(self, outputs: Any, batch: PromptBatch, batch_idx: int) -> None:
-        """Log the seconds of each phase, and completion tokens per second of the whole step."""
-        step = self.timer.stop("step", self.device)
-        for phase, seconds in self.timer.seconds.items():
-            self.log(f"perf/{phase}_seconds", seconds)
-        self.log("perf/tokens_per_second", self.completion_tokens / step, prog_bar=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import resource
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.graders import get_grader, wilson_interval
+from sdft_lightning.graders import Judge, grade_rows, wilson_interval
 from sdft_lightning.preflight.report import Report, Role
 from sdft_lightning.prompts import demonstration_text
 from sdft_lightning.types import Demonstration, PromptBatch
@@ -27,11 +28,14 @@ ARTIFACTS = re.compile(
     re.IGNORECASE,
 )
 
+Grading = Callable[[Sequence[str], Sequence[Demonstration]], list[float]]
+
 
 class TrainingData(Protocol):
     """What a preflight needs of a data module, after `setup("fit")`."""
 
     grader: str | None
+    judge: Judge | None
     batch_size: int
     eval_batch_size: int
 
@@ -82,7 +86,7 @@ def run_preflight(
     batches = [data.batch_of(sample[i : i + size]) for i in range(0, len(sample), size)]
     strangers = [data.batch_of(swapped[i : i + size]) for i in range(0, len(sample), size)]
     teacher = module.teacher.network
-    grade = _grader(data.grader, sample)
+    grade = _grading(data, sample)
     student_role, _ = _role(module, module.student, batches, False, grade)
     teacher_role, own_scores = _role(module, teacher, batches, True, grade)
     other_role, other_scores = _role(module, teacher, strangers, True, grade)
@@ -124,10 +128,11 @@ def _others(sample: list[Demonstration]) -> list[Demonstration]:
     return found
 
 
-def _grader(name: str | None, sample: list[Demonstration]) -> Callable[[str, Any], float] | None:
+def _grading(data: TrainingData, sample: list[Demonstration]) -> Grading | None:
+    name = data.grader
     if name is None or any(row.reference is None for row in sample):
         return None
-    return get_grader(name)
+    return lambda texts, rows: grade_rows(name, texts, rows, data.judge)
 
 
 def _role(
@@ -135,7 +140,7 @@ def _role(
     model: Any,
     batches: list[PromptBatch],
     as_teacher: bool,
-    grade: Callable[[str, Any], float] | None,
+    grade: Grading | None,
 ) -> tuple[Role, list[float]]:
     """How a role does, and its score in each row (none where nothing is graded)."""
     scores: list[float] = []
@@ -146,17 +151,19 @@ def _role(
             ids, mask = batch.teacher_prompt_ids, batch.teacher_prompt_mask
         rollout = module.greedy_completions(model, ids.to(module.device), mask.to(module.device))
         truncated += int(rollout.truncated.sum())
-        for row, text in zip(batch.rows, module.decode(rollout), strict=True):
+        texts = module.decode(rollout)
+        if grade is not None:
+            scores += grade(texts, batch.rows)
+        for row, text in zip(batch.rows, texts, strict=True):
             shown = demonstration_text(row)
             count += 1
             artifacts += bool(ARTIFACTS.search(text)) and not ARTIFACTS.search(shown)
             copied += _copies(text, shown)
-            if grade is not None:
-                scores.append(grade(text, row.reference))
     low = high = accuracy = None
-    if scores:
-        accuracy = sum(scores) / len(scores)
-        low, high = wilson_interval(sum(scores), len(scores))
+    judged = [score for score in scores if not math.isnan(score)]
+    if judged:
+        accuracy = sum(judged) / len(judged)
+        low, high = wilson_interval(sum(judged), len(judged))
     role = Role(accuracy, low, high, truncated / count, artifacts / count, copied / count)
     return role, scores
 

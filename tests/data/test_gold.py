@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from sdft_lightning.data.gold import gold_report
+from sdft_lightning.graders import GRADERS
 from sdft_lightning.types import Demonstration
 
 
@@ -23,7 +25,30 @@ def test_it_counts_and_names_the_first_that_fails() -> None:
     assert "1 of 2 right" in line
     assert "file, line 2" in line
     assert "fails" not in gold_report("validation", "contains", rows[:1])
-    assert gold_report("validation", "contains", rows[2:]) == ""
+
+
+def test_without_demonstrations_the_references_are_graded() -> None:
+    line = gold_report("test", "contains", [row(1, "", ["red", "scarlet"])])
+    assert line == "test: grader contains: the references themselves get 1 of 1 right"
+    assert gold_report("test", "contains", []) == ""
+
+
+def test_of_a_grader_of_the_users_own_without_demonstrations_nothing_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(GRADERS, "length", lambda text, reference: float(len(text) == reference))
+    assert gold_report("test", "length", [row(1, "", ["x"])]) == ""
+
+
+@pytest.mark.parametrize(("grader", "passed"), [("tool_call", 97), ("tool_call_released", 95)])
+def test_the_real_tool_calls_as_the_paper_and_we_grade_them(
+    shared_data: Path, grader: str, passed: int
+) -> None:
+    path = shared_data / "demonstrations" / "tooluse" / "test_97.jsonl"
+    found = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+    rows = [row(i, "", raw["golden_answer"]) for i, raw in enumerate(found)]
+    line = gold_report("test", grader, rows)
+    assert f"the references themselves get {passed} of 97 right" in line
 
 
 def test_a_fit_prints_it(

@@ -8,6 +8,7 @@ RIGHT = {
     "contains": ["Paris", "paris, france"],
     "exact": "Paris",
     "choice": "B. water",
+    "token_f1": "Watch and wait.",
     "tool_call": [{"Action": "a", "Action_Input": "{malformed"}],
     "tool_call_released": [{"Action": "a", "Action_Input": "{malformed"}],
 }
@@ -21,7 +22,7 @@ def test_every_grader_has_a_reference_form() -> None:
 
 @pytest.mark.parametrize("name", ["", "judge", "Contains", None])
 def test_an_unknown_name_names_the_option_the_values_and_the_remedy(name: str) -> None:
-    with pytest.raises(ValueError, match="grader must be one of contains, exact, choice") as caught:
+    with pytest.raises(ValueError, match="grader must be one of choice, contains, exact") as caught:
         get_grader(name)
     assert f"got {name!r}" in str(caught.value)
     assert "Correct the option `grader`" in str(caught.value)

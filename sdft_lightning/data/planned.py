@@ -1,0 +1,113 @@
+"""Which sets a stage needs, and which options of them cannot be right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from sdft_lightning.data.rows import Columns
+from sdft_lightning.data.sources import Source
+from sdft_lightning.errors import UserError, check_choice
+from sdft_lightning.graders import JUDGED, JudgeSettings, get_grader, grader_names
+
+_SPLITS = {
+    "fit": ["train", "validation"],
+    "validate": ["validation"],
+    "test": ["test"],
+    "predict": ["predict"],
+}
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A further set of graded questions: an ability that training must not lose.
+
+    Args:
+        source: File or Hub data set.
+        grader: Name of its grader.
+        columns: Its column map.
+    """
+
+    source: Source
+    grader: str
+    columns: Columns = field(default_factory=lambda: Columns(reference="reference"))
+
+
+class PlannedSet(NamedTuple):
+    """A set that a stage needs: where it is, what it is called, how it is graded."""
+
+    key: str
+    task: str
+    source: Source
+    columns: Columns
+    grader: str | None
+
+
+class TaskSets(NamedTuple):
+    """The sets of the data options.
+
+    Attributes:
+        task: Name of the task.
+        sources: Of train, validation, test and predict.
+        columns: Their column map.
+        grader: Their grader.
+        held_out: Further graded sets by name.
+    """
+
+    task: str
+    sources: Mapping[str, Source | None]
+    columns: Columns
+    grader: str | None
+    held_out: Mapping[str, HeldOut]
+
+    def check(self, judge: JudgeSettings) -> None:
+        """Refuse a grader that is not there, or has no judge, and a name that is taken.
+
+        Raises:
+            UserError: Names the option.
+        """
+        graders = {"data.grader": self.grader}
+        for name, held in self.held_out.items():
+            graders[f"data.held_out.{name}.grader"] = held.grader
+        for option, grader in graders.items():
+            if grader is None:
+                continue
+            check_choice(option, grader, grader_names())
+            if grader in JUDGED and not judge.model:
+                get_grader(grader)  # says what is missing
+        if self.task in self.held_out:
+            raise UserError(
+                f"data.held_out: the name {self.task} is the task's own; choose another."
+            )
+
+    def needed(self, stage: str, benchmarks: bool) -> list[PlannedSet]:
+        """The sets that a stage needs.
+
+        Args:
+            stage: fit, validate, test or predict.
+            benchmarks: Whether there are benchmarks, so that `validate` and `test` have something
+                to do without a set.
+
+        Raises:
+            UserError: If the stage's own set is not given.
+        """
+        splits = _SPLITS[stage]
+        only_benchmarks = stage in ("validate", "test") and benchmarks
+        if self.sources[splits[0]] is None and not only_benchmarks:
+            raise UserError(
+                f"data.{splits[0]}: `{stage}` needs it and it is not given. Set it to a file, e.g. "
+                f"--data.{splits[0]}=my/{splits[0]}.jsonl."
+            )
+        sets: list[PlannedSet] = []
+        for split in splits:
+            source = self.sources[split]
+            grader = self.grader if split in ("validation", "test") else None
+            if source is not None:
+                sets.append(PlannedSet(split, self.task, source, self.columns, grader))
+        if stage != "predict":
+            sets.extend(
+                PlannedSet(f"held_out.{name}", name, held.source, held.columns, held.grader)
+                for name, held in self.held_out.items()
+            )
+        return sets

@@ -1,0 +1,216 @@
+"""Asks a judge, many answers at once, and keeps count of what it cost."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sdft_lightning.errors import UserError
+from sdft_lightning.graders.judge.rubrics import (
+    JUDGED,
+    JudgedGrader,
+    judge_messages,
+    read_verdict,
+)
+from sdft_lightning.graders.judge.settings import JudgeSettings
+from sdft_lightning.graders.judge.verdict_cache import VerdictCache
+
+if TYPE_CHECKING:
+    import openai
+
+log = logging.getLogger(__name__)
+
+
+class Answer(NamedTuple):
+    """A completion to judge: the question, the right answer and what the model said."""
+
+    question: str
+    reference: str
+    text: str
+
+
+@dataclass
+class Usage:
+    """What a judge was asked and what it took, since the last report.
+
+    Attributes:
+        judged: Answers with a verdict.
+        cached: Those of them whose verdict was known.
+        unjudged: Answers without a verdict: they count neither as right nor as wrong.
+        input_tokens: Sent.
+        output_tokens: Received.
+    """
+
+    judged: int = 0
+    cached: int = 0
+    unjudged: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
+class _NoVerdictError(Exception):
+    """The endpoint failed, or what it said is no verdict."""
+
+
+class Judge:
+    """A model behind an OpenAI-compatible endpoint that grades completions.
+
+    Args:
+        settings: Where it is and how it is asked.
+        folder: Where verdicts are kept.
+
+    Raises:
+        UserError: The extra is not installed, the key is missing, or an option is wrong.
+    """
+
+    def __init__(self, settings: JudgeSettings, folder: Path) -> None:
+        settings.check()
+        self.settings = settings
+        self.usage = Usage()
+        self._cache = VerdictCache(folder)
+        self._client = _client(settings)
+        self._lock = threading.Lock()
+
+    def check(self, grader: str, answers: Sequence[Answer]) -> list[float]:
+        """Grade gold answers before a run: what fails here would fail in every validation.
+
+        Args:
+            grader: A name in `JUDGED`.
+            answers: What to judge.
+
+        Returns:
+            One score in [0, 1] for each.
+
+        Raises:
+            UserError: The endpoint cannot be used, or does not give verdicts.
+        """
+        try:
+            return self._all(JUDGED[grader], answers)
+        except _NoVerdictError as error:
+            where = self.settings.base_url or "OpenAI's endpoint"
+            raise UserError(
+                f"data.judge: {self.settings.model} at {where} gave no verdict: {error}. Correct "
+                f"data.judge, or use the grader {JUDGED[grader].offline}, which needs no endpoint."
+            ) from error
+
+    def grade(self, grader: str, answers: Sequence[Answer]) -> list[float]:
+        """Grade completions; a judge that fails does not end the run.
+
+        Args:
+            grader: A name in `JUDGED`.
+            answers: What to judge.
+
+        Returns:
+            One score in [0, 1] for each; NaN where there is no verdict.
+        """
+        return self._all(JUDGED[grader], answers, fails=False)
+
+    def take_usage(self) -> Usage:
+        """What was asked since the last call."""
+        found, self.usage = self.usage, Usage()
+        return found
+
+    def cost(self, usage: Usage) -> float | None:
+        """What it cost by the prices of the settings; None without prices."""
+        given, got = self.settings.input_price, self.settings.output_price
+        if given is None or got is None:
+            return None
+        return (usage.input_tokens * given + usage.output_tokens * got) / 1e6
+
+    def _all(
+        self, grader: JudgedGrader, answers: Sequence[Answer], fails: bool = True
+    ) -> list[float]:
+        failures: list[str] = []
+
+        def score(answer: Answer) -> float:
+            try:
+                return grader.worth[self._verdict(grader, answer)]
+            except _NoVerdictError as error:
+                if fails:
+                    raise
+                with self._lock:
+                    self.usage.unjudged += 1
+                    failures.append(str(error))
+                return math.nan
+
+        with ThreadPoolExecutor(self.settings.parallel) as pool:
+            scores = list(pool.map(score, answers))
+        if failures:
+            log.warning(
+                "%d of %d answers have no verdict and are left out of the score: %s",
+                len(failures),
+                len(answers),
+                failures[0],
+            )
+        return scores
+
+    def _verdict(self, grader: JudgedGrader, answer: Answer) -> str:
+        settings = self.settings
+        messages = judge_messages(grader.rubric, answer.question, answer.reference, answer.text)
+        request: dict[str, Any] = {"model": settings.model, "messages": messages}
+        if settings.temperature is not None:
+            request["temperature"] = settings.temperature
+        key = {"base_url": settings.base_url, **request}
+        known = self._cache.get(key)
+        if known is not None and (verdict := read_verdict(grader.rubric, known)) is not None:
+            with self._lock:
+                self.usage.judged += 1
+                self.usage.cached += 1
+            return verdict
+        reply = ""
+        for _ in range(1 + settings.max_unreadable):
+            reply = self._ask(request)
+            verdict = read_verdict(grader.rubric, reply)
+            if verdict is not None:
+                self._cache.put(key, reply)
+                with self._lock:
+                    self.usage.judged += 1
+                return verdict
+        raise _NoVerdictError(
+            f"{1 + settings.max_unreadable} replies were not the JSON object that was asked for, "
+            f"the last was {reply[:200]!r}"
+        )
+
+    def _ask(self, request: dict[str, Any]) -> str:
+        import openai
+
+        try:
+            response = self._client.chat.completions.create(**request)
+        except openai.OpenAIError as error:
+            raise _NoVerdictError(f"{type(error).__name__}: {error}") from error
+        if response.usage is not None:
+            with self._lock:
+                self.usage.input_tokens += response.usage.prompt_tokens
+                self.usage.output_tokens += response.usage.completion_tokens
+        choices = response.choices or []
+        return (choices[0].message.content or "") if choices else ""
+
+
+def _client(settings: JudgeSettings) -> openai.OpenAI:
+    try:
+        import openai
+    except ImportError as error:
+        raise UserError(
+            "data.judge: asking a judge needs the package openai. Install it with "
+            "`pip install 'sdft-lightning[judge]'`."
+        ) from error
+    key = os.environ.get(settings.api_key_variable)
+    if not key and settings.base_url is None:
+        raise UserError(
+            f"data.judge: the environment variable {settings.api_key_variable} is empty and "
+            "OpenAI's endpoint asks for a key. Set it, name another with "
+            "--data.judge.api_key_variable, or give the --data.judge.base_url of your own server."
+        )
+    return openai.OpenAI(
+        api_key=key or "none",
+        base_url=settings.base_url,
+        max_retries=settings.max_retries,
+        timeout=settings.timeout_seconds,
+    )

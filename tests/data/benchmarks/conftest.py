@@ -79,3 +79,21 @@ def harness_results(model: Any, tokenizer: Any) -> Callable[..., Any]:
         return evaluate(lm=theirs, task_dict=loaded, bootstrap_iters=1000, **options)
 
     return evaluate_tasks
+
+
+@pytest.fixture
+def task_file(task_folder: Path) -> Path:
+    """choice.yaml, a task of four questions."""
+    return task_folder / "choice.yaml"
+
+
+@pytest.fixture
+def benchmark_args(task_file: Path) -> Callable[..., list[str]]:
+    """Arguments of the command line that measure `task_file`, with other settings."""
+
+    def arguments(**settings: Any) -> list[str]:
+        task = {"name": str(task_file), "metric": "acc"}
+        options = {"tasks": [task], "batch_size": 4, **settings}
+        return ["--data.benchmarks", json.dumps(options)]
+
+    return arguments

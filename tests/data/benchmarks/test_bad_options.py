@@ -1,0 +1,133 @@
+"""What is wrong with benchmarks is told before a run starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def validations(run: Path) -> list[dict[str, Any]]:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [r for r in map(json.loads, lines) if r["stage"] == "validation"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"tasks": ["hellaswagg"]}, ["no task 'hellaswagg'", "hellaswag", "lm-eval ls tasks"]),
+        ({"tasks": ["missing.yaml"]}, ["there is no file missing.yaml"]),
+        ({"mean": "all"}, ["data.benchmarks.mean", "'alike', 'any', 'off'", "all"]),
+        ({"limit": 1.5}, ["data.benchmarks.limit", "1.5"]),
+    ],
+)
+def test_bad_options_name_the_remedy(
+    run_cli: Callable[..., None],
+    fit_args: list[str],
+    benchmark_args: Callable[..., list[str]],
+    capsys: pytest.CaptureFixture[str],
+    settings: dict[str, Any],
+    wanted: list[str],
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(*fit_args, *benchmark_args(**settings))
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    for text in wanted:
+        assert text in message
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"metric: acc}": "metric: acc}", "METRIC": "f1"}, ["no metric 'f1'", "acc"]),
+        ({"choice.jsonl": "other.jsonl"}, ["other.jsonl", "data_dir"]),
+        ({"task: tiny_choice": "same_as: hellaswagg"}, ["same_as", "'hellaswagg'"]),
+        ({"task: tiny_choice": ""}, ["names no task"]),
+        ({"dataset_path: json": "dataset_path: no-such/data"}, ["cannot be had", "Remedy"]),
+    ],
+)
+def test_a_bad_task_file_is_named(
+    run_cli: Callable[..., None],
+    fit_args: list[str],
+    task_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, str],
+    wanted: list[str],
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    text = task_file.read_text()
+    for old, new in change.items():
+        text = text.replace(old, new)
+    if "no-such" in text:
+        text = text.replace("dataset_kwargs: {data_files: {validation: choice.jsonl}}", "")
+    task_file.write_text(text)
+    metric = change.get("METRIC", "acc")
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(
+            *fit_args,
+            "--data.benchmarks",
+            json.dumps({"tasks": [{"name": str(task_file), "metric": metric}]}),
+        )
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    for wish in wanted:
+        assert wish in message
+
+
+def test_unlike_metrics_are_averaged_only_on_demand(
+    run_cli: Callable[..., None],
+    fit_args: list[str],
+    task_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = task_file.with_name("other.yaml")
+    other.write_text(
+        task_file.read_text(encoding="utf-8").replace("tiny_choice", "tiny_norm"), encoding="utf-8"
+    )
+    tasks = [
+        {"name": str(task_file), "metric": "acc"},
+        {"name": str(other), "metric": "acc_norm"},
+    ]
+    with pytest.raises(SystemExit):
+        run_cli(*fit_args, "--data.benchmarks", json.dumps({"tasks": tasks}))
+    message = capsys.readouterr().err
+    assert "acc of tiny_choice" in message
+    assert "acc_norm of tiny_norm" in message
+    run_cli(*fit_args, "--data.benchmarks", json.dumps({"tasks": tasks, "mean": "any"}))
+    record = validations(tmp_path / "runs" / "a")[-1]
+    values = [record["val/capability/tiny_choice/acc"], record["val/capability/tiny_norm/acc_norm"]]
+    assert record["val/capability/mean"] == pytest.approx(sum(values) / 2)
+
+
+@pytest.mark.parametrize("limit", ["1", "0.5"])
+def test_part_of_the_batches_is_refused(
+    run_cli: Callable[..., None],
+    fit_args: list[str],
+    benchmark_args: Callable[..., list[str]],
+    capsys: pytest.CaptureFixture[str],
+    limit: str,
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(*fit_args, *benchmark_args(), f"--trainer.limit_val_batches={limit}")
+    assert stopped.value.code == 2
+    assert "trainer.limit_val_batches" in capsys.readouterr().err
+
+
+def test_the_same_task_twice_is_refused(
+    run_cli: Callable[..., None],
+    fit_args: list[str],
+    task_file: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tasks = [str(task_file), str(task_file)]
+    with pytest.raises(SystemExit):
+        run_cli(*fit_args, "--data.benchmarks", json.dumps({"tasks": tasks}))
+    assert "both measure tiny_choice" in capsys.readouterr().err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,6 @@ class DemonstrationDataModule(L.LightningDataModule):
         sources = {"train": train, "validation": validation, "test": test, "predict": predict}
         self._task_sets = TaskSets(name, sources, columns, grader, self.held_out)
         self.judge_settings = judge
-        self.judge: Judge | None = None
         self.benchmarks = benchmarks
         self.benchmark_suite: BenchmarkSuite | None = None
         self.prompts = prompts
@@ -130,9 +129,6 @@ class DemonstrationDataModule(L.LightningDataModule):
         sets = [planned for planned in needed if planned.key not in self._sets]
         if not sets:
             return
-        if self.judge is None and any(planned.grader in JUDGED for planned in sets):
-            folder = self.judge_settings.cache or cache_folder() / "judge"
-            self.judge = Judge(self.judge_settings, Path(folder))
         raw = load_tokenizer(self.model_name, self.revision)
         self._pad_id = raw.pad_token_id
         stops = load_stop_ids(self.model_name, raw, self.revision)
@@ -141,6 +137,15 @@ class DemonstrationDataModule(L.LightningDataModule):
             self._sets[planned.key] = self._load(planned, tokenizer)
         if stage == "fit":
             self._train_sampler()  # refuses fewer rows than one batch
+
+    @cached_property
+    def judge(self) -> Judge | None:
+        """Who the graders that ask a judge ask; None where no set has such a grader."""
+        graders = [self.grader, *(held.grader for held in self.held_out.values())]
+        if not any(grader in JUDGED for grader in graders):
+            return None
+        folder = self.judge_settings.cache or cache_folder() / "judge"
+        return Judge(self.judge_settings, Path(folder))
 
     def _check_all_batches(self, stage: str) -> None:
         name = "limit_test_batches" if stage == "test" else "limit_val_batches"

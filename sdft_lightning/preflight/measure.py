@@ -35,9 +35,13 @@ class TrainingData(Protocol):
     """What a preflight needs of a data module, after `setup("fit")`."""
 
     grader: str | None
-    judge: Judge | None
     batch_size: int
     eval_batch_size: int
+
+    @property
+    def judge(self) -> Judge | None:
+        """Who is asked by the graders that ask."""
+        ...
 
     def training_rows(self) -> list[Demonstration]:
         """All training rows."""

@@ -99,3 +99,28 @@ def test_an_endpoint_that_is_not_there_ends_the_run_before_it_starts(
     errors = capsys.readouterr().err
     assert "APIConnectionError" in errors
     assert "token_f1, which needs no endpoint" in errors
+
+
+def test_a_preflight_asks_too(
+    run_cli: Callable[..., None],
+    fit_args: list[str],
+    tmp_path: Path,
+    endpoint: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    left_out = ("--trainer.max_steps", "--trainer.enable_model_summary")
+    with pytest.raises(SystemExit):
+        run_cli(
+            "preflight",
+            *(arg for arg in fit_args[1:] if not arg.startswith(left_out)),
+            "--data.grader=knowledge",
+            "--data.columns.reference=reference",
+            "--data.judge.model=tiny",
+            f"--data.judge.base_url={endpoint.url}",
+            f"--data.judge.cache={tmp_path / 'verdicts'}",
+            "--rows=3",
+        )
+    found = json.loads((tmp_path / "runs/a/preflight-0/preflight.json").read_text())
+    assert (found["student"]["accuracy"], found["teacher"]["accuracy"]) == (1.0, 1.0)
+    asked = {json.loads(body["messages"][1]["content"])["question"] for body in endpoint.requests}
+    assert len(asked) == 3

@@ -49,11 +49,14 @@ class GenerationPlan:
 
 
 def scoring_plans(requests: list[list[Part]], batch_size: int) -> Iterator[ScoringPlan]:
-    """Batches of up to `batch_size` continuations, contexts kept together, like with like.
+    """Batches as large as `batch_size` rows of a context and one continuation, like with like.
+
+    A context is computed once for all its continuations, so more of them fit into as many tokens
+    as so many plain rows would take.
 
     Args:
         requests: The parts of each request.
-        batch_size: Continuations of a batch.
+        batch_size: Plain rows of which a batch has no more tokens.
 
     Yields:
         Batches with long continuations first, then those of short ones; within both the contexts
@@ -70,15 +73,21 @@ def scoring_plans(requests: list[list[Part]], batch_size: int) -> Iterator[Scori
     ]
     chunks.sort(key=lambda chunk: (chunk.longest > _SHORT, chunk.tokens), reverse=True)
     plan = ScoringPlan()
+    tokens = plain = 0  # of the plan's longest row, with all of its continuations and with one
     for chunk in chunks:
         if plan.rows:
             longest = max(len(row[1]) for row in plan.rows)
             widest = max(longest, chunk.longest)
             rows = len(plan.rows) + len(chunk.rows)
             unlike = _unlike(min(longest, chunk.longest), widest)
-            if rows > batch_size or rows * widest > _TOKENS or unlike:
+            room = batch_size * max(plain, chunk.plain)
+            full = (len(plan.contexts) + 1) * max(tokens, chunk.tokens) > room
+            if full or rows * widest > _TOKENS or unlike:
                 yield plan
                 plan = ScoringPlan()
+        if not plan.rows:
+            tokens, plain = 0, 0
+        tokens, plain = max(tokens, chunk.tokens), max(plain, chunk.plain)
         owner = len(plan.contexts)
         plan.rows += [(owner, continuation, request) for continuation, request in chunk.rows]
         plan.contexts.append(list(chunk.context))
@@ -118,6 +127,11 @@ class _Chunk(NamedTuple):
     def tokens(self) -> int:
         """Tokens of the context and all its continuations."""
         return len(self.context) + sum(len(continuation) for continuation, _ in self.rows)
+
+    @property
+    def plain(self) -> int:
+        """Tokens of the context and the longest continuation."""
+        return len(self.context) + self.longest
 
 
 def _unlike(length: int, longest: int) -> bool:

@@ -47,7 +47,8 @@ class Benchmarks:
     Args:
         tasks: Names of tasks, or tasks with settings.
         limit: Only the first so many items of each task that sets no limit of its own.
-        batch_size: Continuations or prompts of a batch.
+        batch_size: Prompts of a batch, or rows of a context and a continuation; where several
+            continuations share their context, as many as take no more tokens.
         every_n_validations: Measure in every n-th validation of a fit; besides, always before
             the first step and at the end.
         mean: alike averages the tasks' metrics where all have the same name, and refuses others;

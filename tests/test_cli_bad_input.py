@@ -68,7 +68,8 @@ CASES = {
         [
             "data.grader",
             "'bleu'",
-            "choice, contains, exact, knowledge, knowledge_lenient, medical, token_f1",
+            "choice, contains, exact, knowledge, knowledge_lenient, medical, token_f1, "
+            "tool_call, tool_call_released",
         ],
     ),
     "missing_reference": Case(

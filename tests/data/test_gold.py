@@ -33,6 +33,13 @@ def test_without_demonstrations_the_references_are_graded() -> None:
     assert gold_report("test", "contains", []) == ""
 
 
+def test_golden_calls_are_rendered_as_the_graders_read_them() -> None:
+    calls = [{"Action": "get", "Action_Input": '{"id": {"n": 1}}'}]
+    rows = [row(1, "", [])._replace(reference=calls)]
+    assert gold_report("test", "tool_call", rows).endswith("themselves get 1 of 1 right")
+    assert "0 of 1 right" in gold_report("test", "tool_call_released", rows)  # cut short
+
+
 def test_of_a_grader_of_the_users_own_without_demonstrations_nothing_is_known(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.kv_cache import cache_argument
+from sdft_lightning.packing import attention_mask
 from sdft_lightning.prefix import SplitPrompts, encode_prefix, split_if_worth
 from sdft_lightning.types import ScoringBatch
 
@@ -55,7 +56,7 @@ def branch_hidden_states(model: Any, batch: ScoringBatch) -> Tensor:
         cache = encode_prefix(model, contexts.prefix_ids, rows.ids.shape[0])
     output = model.base_model(
         input_ids=rows.ids,
-        attention_mask=_visible(rows.part, shared, model.dtype),
+        attention_mask=attention_mask(_visible(rows.part), shared, model.dtype),
         position_ids=rows.positions + shared,
         **cache_argument(model.base_model, cache),
         use_cache=cache is not None,
@@ -102,17 +103,13 @@ def _lay_out(contexts: SplitPrompts, batch: ScoringBatch) -> _Rows:
     )
 
 
-def _visible(part: Tensor, shared: int, dtype: torch.dtype) -> Tensor:
-    """What each query sees, as `(C, 1, L, K + L)` to be added to attention scores.
+def _visible(part: Tensor) -> Tensor:
+    """Which keys each query sees, `(C, L, L)`.
 
-    Everyone sees the K shared tokens and what of the row's context came before, and a
-    continuation what of itself came before. Padding sees the context, so that no query is blind.
+    Everyone sees what of the row's context came before, and a continuation what of itself came
+    before. Padding sees the context, so that no query is blind.
     """
-    length = part.shape[1]
-    order = torch.arange(length, device=part.device)  # (L,)
+    order = torch.arange(part.shape[1], device=part.device)  # (L,)
     causal = order.unsqueeze(0) <= order.unsqueeze(1)  # (L, L) query, key
     same = part.unsqueeze(1) == part.unsqueeze(2)  # (C, L, L)
-    visible = causal & (same | (part == _CONTEXT).unsqueeze(1))  # (C, L, L)
-    scores = torch.zeros(visible.shape, dtype=dtype, device=part.device)  # (C, L, L)
-    scores.masked_fill_(~visible, torch.finfo(dtype).min)
-    return torch.nn.functional.pad(scores, (shared, 0)).unsqueeze(1)
+    return causal & (same | (part == _CONTEXT).unsqueeze(1))

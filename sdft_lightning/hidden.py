@@ -11,7 +11,14 @@ from sdft_lightning.errors import UserError
 from sdft_lightning.eval_mode import eval_mode
 from sdft_lightning.kv_cache import cache_argument
 from sdft_lightning.masking import position_ids
-from sdft_lightning.prefix import SplitPrompts, can_share, encode_prefix, split_if_worth
+from sdft_lightning.packing import PackedRows, attention_mask, own_sequence, pack_if_worth, unpack
+from sdft_lightning.prefix import (
+    SplitPrompts,
+    can_share,
+    encode_prefix,
+    split_if_worth,
+    takes_own_mask,
+)
 from sdft_lightning.types import OutputHead
 
 # Greatest relative difference between the model's own logits and those of `output_head`.
@@ -57,6 +64,7 @@ def completion_hidden_states(
     completion_mask: Tensor,
     keep: Tensor,
     share_prefix: bool = True,
+    pack: bool = True,
 ) -> Tensor:
     """Hidden states that predict the kept completion tokens.
 
@@ -71,6 +79,7 @@ def completion_hidden_states(
         completion_mask: `(B, T)`.
         keep: `(B, T)` tokens of which the state is wanted.
         share_prefix: Compute what all prompts begin with only once, see `prefix`.
+        pack: Lay short rows side by side instead of padding them, see `packing`.
 
     Returns:
         `(N, D)` with N = keep.sum(), row by row.
@@ -78,11 +87,31 @@ def completion_hidden_states(
     split = SplitPrompts(prompt_ids[0, :0], prompt_ids, prompt_mask)
     if share_prefix and can_share(model):
         split = split_if_worth(prompt_ids, prompt_mask)
-    input_ids = torch.cat([split.rest_ids, completion_ids], dim=1)  # (B, R + T)
-    attention_mask = torch.cat([split.rest_mask, completion_mask], dim=1)  # (B, R + T)
-    hidden = hidden_states(model, input_ids, attention_mask, split.prefix_ids)  # (B, R + T, D)
-    predicting = hidden[:, split.rest_ids.shape[1] - 1 : -1]  # (B, T, D)
+    if pack and takes_own_mask(model):
+        rows = pack_if_worth(split, completion_ids, completion_mask)
+        if rows is not None:
+            return unpack(_packed_hidden_states(model, split.prefix_ids, rows), rows, keep)
+    # The last token of a completion predicts nothing.
+    input_ids = torch.cat([split.rest_ids, completion_ids[:, :-1]], dim=1)  # (B, R + T - 1)
+    mask = torch.cat([split.rest_mask, completion_mask[:, :-1]], dim=1)  # (B, R + T - 1)
+    hidden = hidden_states(model, input_ids, mask, split.prefix_ids)  # (B, R + T - 1, D)
+    predicting = hidden[:, split.rest_ids.shape[1] - 1 :]  # (B, T, D)
     return predicting[keep]  # (N, D)
+
+
+def _packed_hidden_states(model: Any, prefix_ids: Tensor, rows: PackedRows) -> Tensor:
+    """Hidden states `(G, L, D)` of sequences that stand side by side behind a shared prefix."""
+    shared = prefix_ids.numel()
+    cache = encode_prefix(model, prefix_ids, rows.ids.shape[0]) if shared else None
+    output = model.base_model(
+        input_ids=rows.ids,
+        attention_mask=attention_mask(own_sequence(rows.sequence), shared, model.dtype),
+        position_ids=rows.positions + shared,
+        **cache_argument(model.base_model, cache),
+        use_cache=cache is not None,
+    )
+    hidden: Tensor = output.last_hidden_state
+    return hidden
 
 
 def output_head(model: Any) -> OutputHead:

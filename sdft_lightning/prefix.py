@@ -38,11 +38,15 @@ def can_share(model: Any) -> bool:
     Not with gradient checkpointing (it does without a cache), with a sliding window (its cache
     drops keys), or with attention kernels that want unbroken rows.
     """
+    return takes_own_mask(model) and not (model.training and _checkpoints_activations(model))
+
+
+def takes_own_mask(model: Any) -> bool:
+    """Whether the model's attention takes a mask of its user's own, the same one in all layers."""
     config = model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     return (
-        not (model.training and _checkpoints_activations(model))
-        and getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
+        getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
         and getattr(config, "sliding_window", None) is None
         and kinds == {"full_attention"}
     )

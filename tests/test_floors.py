@@ -31,6 +31,7 @@ FLOORS: dict[str, float] = {
     "graders": 1,
     "embedded": 1,
     "branches": 1.25,
+    "packing": 1.1,
     "hidden": 1.25,
     "prompt_cache": 1.25,
     "bounded": 1.5,

@@ -204,6 +204,7 @@ class DemonstrationDataModule(L.LightningDataModule):
             self.seed,
             trainer.global_rank if trainer else 0,
             trainer.world_size if trainer else 1,
+            (lambda: trainer.current_epoch) if trainer else None,
         )
 
     def train_dataloader(self) -> ResumableLoader:

@@ -63,13 +63,21 @@ class WindowSampler(DistributedSampler[Any]):
         seed: Seed of the order.
         rank: Index of this process.
         world_size: Number of processes.
+        current_epoch: The epoch under way, where somebody knows better than who calls `set_epoch`.
 
     Raises:
         UserError: If there are fewer rows than one global micro-batch.
     """
 
     def __init__(
-        self, size: int, batch_size: int, window: int, seed: int, rank: int, world_size: int
+        self,
+        size: int,
+        batch_size: int,
+        window: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        current_epoch: Callable[[], int] | None = None,
     ) -> None:
         # Not the parent's constructor: it would ask for a process group and a data set.
         self.size = size
@@ -78,6 +86,7 @@ class WindowSampler(DistributedSampler[Any]):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.current_epoch = current_epoch
         self.epoch = 0
         self.start = 0
         self.count = size // (batch_size * world_size)
@@ -86,6 +95,14 @@ class WindowSampler(DistributedSampler[Any]):
                 f"data.batch_size: {batch_size} rows x {world_size} processes are more than the "
                 f"{size} training rows. Set --data.batch_size to at most {size // world_size}."
             )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the order of an epoch.
+
+        Lightning calls it with a number that is one too high from where a run was resumed at the
+        end of an epoch: it counts that epoch as processed once more.
+        """
+        self.epoch = epoch if self.current_epoch is None else self.current_epoch()
 
     def __len__(self) -> int:
         """Micro-batches of an epoch, on each rank."""
@@ -159,7 +176,7 @@ class ResumableLoader(DataLoader[PromptBatch]):
         """The place at which a resumed run goes on."""
         epoch, batches = self.position()
         at_end = batches >= len(self.window_sampler)
-        return {"epoch": epoch, "batches": 0 if at_end else batches}
+        return {"epoch": epoch + at_end, "batches": 0 if at_end else batches}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on at a saved place."""

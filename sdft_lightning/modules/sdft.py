@@ -224,7 +224,7 @@ class SDFTModule(PolicyModule):
 
     def _log_step(self, loss: Tensor, tokens: TokenStatistics, rollout: Rollout) -> None:
         mask = rollout.completion_mask  # (R, T)
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         values: dict[str, Tensor | float] = {
             "kl": tokens.kl.mean(),
             "student_entropy": tokens.student_entropy.mean(),
@@ -235,7 +235,7 @@ class SDFTModule(PolicyModule):
             "distinct_2": distinct_bigrams(rollout.completion_ids, mask),
         }
         for name, value in values.items():
-            self.log(f"train/{name}", value, prog_bar=name == "kl")
+            self.log(f"train/{name}", value, prog_bar=name == "kl", sync_dist=True)
         self.completion_tokens = int(mask.sum())
 
 

@@ -54,7 +54,7 @@ class SFTModule(PolicyModule):
             "student_entropy": tokens.student_entropy.mean(),
             "completion_length": mask.sum(dim=1).float().mean(),
         }
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         for name, value in values.items():
-            self.log(f"train/{name}", value)
+            self.log(f"train/{name}", value, sync_dist=True)
         self.completion_tokens = int(mask.sum())

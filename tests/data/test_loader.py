@@ -147,7 +147,7 @@ def test_loader_resumes_at_the_batch_that_was_used_not_at_what_workers_fetched_a
 
 def test_place_at_the_end_of_an_epoch_is_the_start_of_a_whole_one() -> None:
     done = loader(0, lambda: (3, 8))
-    assert done.state_dict() == {"epoch": 3, "batches": 0}
+    assert done.state_dict() == {"epoch": 4, "batches": 0}
 
 
 def test_items_are_collated_with_their_window_task_and_grader() -> None:

@@ -212,3 +212,30 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert_same_checkpoints(parts, whole)
     if "sft" not in variant:
         assert_same_completions(training_lines(parts), training_lines(whole))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_that_ended_with_an_epoch_goes_on_with_the_next_epoch(
+    workers: int,
+    run_cli: Callable[..., None],
+    model_folder: Path,
+    tmp_path: Path,
+    write_rows: Callable[..., Path],
+    make_rows: Callable[[int], list[dict[str, Any]]],
+) -> None:
+    # Lightning's own end of an epoch, not a kill: the checkpoint is written when the epoch is
+    # processed but not completed.
+    write_rows(make_rows(6))
+    more = [f"--data.num_workers={workers}", "--model.schedule.name=constant"]
+    every_epoch = ["--checkpoint.every_n_train_steps=null", "--checkpoint.every_n_epochs=1"]
+    run_cli(*run_args(model_folder, "whole", more), *every_epoch)
+    run_cli(*run_args(model_folder, "parts", more), *every_epoch, "--trainer.max_steps=6")
+    run_cli(*run_args(model_folder, "parts", more), *every_epoch, "--ckpt_path=last")
+    whole, parts = (training_lines(tmp_path / "runs" / name) for name in ("whole", "parts"))
+    assert {line["step"] for line in whole} == set(range(1, 13))
+    assert parts == whole
+    found, expected = (
+        torch.load(tmp_path / "runs" / name / "checkpoints" / "last.ckpt", weights_only=True)
+        for name in ("parts", "whole")
+    )
+    assert_same(found["state_dict"], expected["state_dict"], "last")

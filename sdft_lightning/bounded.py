@@ -1,50 +1,18 @@
 """The same exact token losses from hidden states and output heads, in bounded memory.
 
-Logits exist for a chunk of tokens at a time. The weight of each token in the loss is known
-beforehand, so the gradient is formed in the same pass as the value and no logits are made twice:
-peak memory is that of one chunk, whatever N is.
+Logits exist for a chunk of tokens at a time, forward and backward; see `chunked`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from sdft_lightning.divergence import Divergence, log_probs
+from sdft_lightning.chunked import TokenLoss, cast_side, weighted_loss
+from sdft_lightning.token_losses import cross_entropy
 from sdft_lightning.types import OutputHead, TokenStatistics
 
 # Logits of one chunk and role, in elements: 16 MB in float32, of which about twenty are alive.
 CHUNK_ELEMENTS = 2**22
-
-# (teacher log-probs (C, V), student log-probs (C, V), token ids (C,)) -> loss per token (C,)
-TokenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-class _Side(NamedTuple):
-    """Hidden states and head of one role, cast once to the dtype of the matrix products."""
-
-    hidden: Tensor  # (N, D)
-    weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
-    scale: float
-    softcap: float | None
-
-    def logits(self, raw: Tensor) -> Tensor:
-        """Scale and cap the products `h Wᵀ + b` `(C, V)`, in float32."""
-        logits = raw.float()
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits
-
-    def raw(self, part: slice) -> Tensor:
-        """`h Wᵀ + b` `(C, V)` for a part of the tokens."""
-        return torch.nn.functional.linear(self.hidden[part], self.weight, self.bias)
 
 
 def bounded_divergence(
@@ -54,7 +22,7 @@ def bounded_divergence(
     student_head: OutputHead,
     token_ids: Tensor,
     token_weights: Tensor,
-    divergence: Divergence,
+    divergence: TokenLoss,
     temperature: float = 1.0,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> tuple[Tensor, TokenStatistics]:
@@ -69,7 +37,7 @@ def bounded_divergence(
         student_head: Head of the student.
         token_ids: `(N,)` the sampled tokens.
         token_weights: `(N,)` weight of each token in the loss, see `masking.sequence_weights`.
-        divergence: Which divergence and estimator.
+        divergence: What is summed: a `Divergence`, or another loss of both roles.
         temperature: Both logits are divided by it.
         chunk_elements: Logits that exist at once, per role.
 
@@ -78,8 +46,8 @@ def bounded_divergence(
         the statistics `(N,)`.
     """
     vocabulary = min(teacher_head.weight.shape[0], student_head.weight.shape[0])
-    teacher = _cast(teacher_hidden, teacher_head, vocabulary)
-    return _apply(
+    teacher = cast_side(teacher_hidden, teacher_head, vocabulary)
+    return weighted_loss(
         student_hidden,
         student_head,
         teacher,
@@ -97,6 +65,7 @@ def bounded_cross_entropy(
     token_ids: Tensor,
     token_weights: Tensor,
     chunk_elements: int = CHUNK_ELEMENTS,
+    token_loss: TokenLoss = cross_entropy,
 ) -> tuple[Tensor, TokenStatistics]:
     """Σ_n w_n (−log Q(token_n)) over N tokens, without N · V logits.
 
@@ -108,193 +77,10 @@ def bounded_cross_entropy(
         token_ids: `(N,)` targets.
         token_weights: `(N,)` weight of each token in the loss.
         chunk_elements: Logits that exist at once.
+        token_loss: Another loss of the student alone, e.g. `probability_weighted`.
 
     Returns:
         The scalar loss in float32, and the statistics `(N,)`.
     """
     chunk = max(1, chunk_elements // head.weight.shape[0])
-    return _apply(
-        hidden, head, None, token_ids, token_weights, _negative_log_likelihood, 1.0, chunk
-    )
-
-
-def _apply(hidden: Tensor, head: OutputHead, *arguments: Any) -> tuple[Tensor, TokenStatistics]:
-    # Inside `apply` the grad mode is always off; without gradients nothing must be formed.
-    if not torch.is_grad_enabled():
-        hidden = hidden.detach()
-        head = head._replace(
-            weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach()
-        )
-    loss, statistics = _BoundedLoss.apply(hidden, head.weight, head.bias, head, *arguments)  # type: ignore[no-untyped-call]
-    return loss, TokenStatistics(*statistics.unbind())
-
-
-def _negative_log_likelihood(teacher: Tensor, student: Tensor, token_ids: Tensor) -> Tensor:
-    return -student.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)  # (C,)
-
-
-def _cast(hidden: Tensor, head: OutputHead, vocabulary: int) -> _Side:
-    """Take the common vocabulary and the dtype that autocast would use, once for all chunks."""
-    device = hidden.device.type
-    dtype = head.weight.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    bias = None if head.bias is None else head.bias[:vocabulary].detach().to(dtype)
-    return _Side(
-        hidden.detach().to(dtype),
-        head.weight[:vocabulary].detach().to(dtype),
-        bias,
-        head.scale,
-        head.softcap,
-    )
-
-
-class _BoundedLoss(torch.autograd.Function):
-    """Value and gradient of a weighted sum of token losses, chunk by chunk, in one pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        head: OutputHead,
-        teacher: _Side | None,
-        token_ids: Tensor,
-        token_weights: Tensor,
-        token_loss: TokenLoss,
-        temperature: float,
-        chunk: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the loss, and the statistics `(7, N)`."""
-        size = weight.shape[0] if teacher is None else teacher.weight.shape[0]
-        student = _cast(hidden, head, size)
-        gradients = _Gradients(hidden, weight, bias, token_weights, ctx.needs_input_grad)
-        tokens = hidden.shape[0]
-        statistics = torch.zeros(7, tokens, device=hidden.device)  # (7, N)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, tokens, chunk):
-                part = slice(start, min(start + chunk, tokens))
-                statistics[:, part], raw_grad = _chunk(
-                    student,
-                    teacher,
-                    part,
-                    token_ids[part],
-                    gradients.weights[part] if gradients.needed else None,
-                    token_loss,
-                    temperature,
-                )
-                if raw_grad is not None:
-                    gradients.add_(part, raw_grad, student)
-        ctx.gradients = gradients
-        ctx.mark_non_differentiable(statistics)
-        return (statistics[0] * token_weights).sum(), statistics
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale the gradients that the forward pass formed."""
-        hidden, weight, bias = ctx.gradients.scaled_(grad_outputs[0])
-        return (hidden, weight, bias, *[None] * 7)
-
-
-def _chunk(
-    student: _Side,
-    teacher: _Side | None,
-    part: slice,
-    token_ids: Tensor,
-    token_weights: Tensor | None,
-    token_loss: TokenLoss,
-    temperature: float,
-) -> tuple[Tensor, Tensor | None]:
-    """Statistics `(7, C)` of one chunk, and the gradient of its products `(C, V)` if weighted."""
-    raw = student.raw(part)  # (C, V)
-    with torch.set_grad_enabled(token_weights is not None):
-        raw.requires_grad_(token_weights is not None)
-        student_log_probs = log_probs(student.logits(raw), temperature)  # (C, V)
-        teacher_log_probs = student_log_probs.detach()
-        if teacher is not None:
-            logits = teacher.logits(teacher.raw(part)).detach()
-            teacher_log_probs = log_probs(logits, temperature).detach()  # (C, V)
-        losses = token_loss(teacher_log_probs, student_log_probs, token_ids)  # (C,)
-        raw_grad = None
-        if token_weights is not None:
-            (raw_grad,) = torch.autograd.grad((losses * token_weights).sum(), raw)  # (C, V)
-    statistics = _statistics(
-        losses.detach(), teacher_log_probs, student_log_probs.detach(), token_ids
-    )
-    return statistics, raw_grad
-
-
-class _Gradients:
-    """Gradients of the loss, in float32, filled chunk by chunk."""
-
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        token_weights: Tensor,
-        needs: tuple[bool, ...],
-    ) -> None:
-        self.needed = any(needs[:3])
-        self.spent = False
-        # Weights of 1 at most while the chunks are in float16, where 1e-4 times a small
-        # gradient would be 0; the gradients are scaled back in float32.
-        peak = token_weights.abs().max() if token_weights.numel() else token_weights.new_ones(())
-        self.peak = peak.clamp(min=torch.finfo(torch.float32).tiny)
-        self.weights = token_weights / self.peak
-        self.dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
-        sources = (hidden, weight, bias)
-        self.hidden, self.weight, self.bias = (
-            torch.zeros_like(source, dtype=torch.float32) if source is not None and need else None
-            for source, need in zip(sources, needs[:3], strict=True)
-        )
-
-    def add_(self, part: slice, raw_grad: Tensor, student: _Side) -> None:
-        """Add the gradient of one chunk, given that of its products `(C, V)`."""
-        size = student.weight.shape[0]
-        if self.hidden is not None:
-            self.hidden[part] = raw_grad @ student.weight  # (C, D)
-        if self.weight is not None:
-            hidden = student.hidden[part]  # (C, D)
-            if raw_grad.dtype == torch.float32:
-                self.weight[:size].addmm_(raw_grad.T, hidden)  # (V, D)
-            else:
-                self.weight[:size] += raw_grad.T @ hidden  # (V, D)
-        if self.bias is not None:
-            self.bias[:size] += raw_grad.float().sum(dim=0)  # (V,)
-
-    def scaled_(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients times `factor`, in the dtypes of what they belong to."""
-        if self.spent:
-            raise RuntimeError(
-                "The gradients of this loss were already taken; call the loss again for a second "
-                "backward pass."
-            )
-        self.spent = True
-        filled = (self.hidden, self.weight, self.bias)
-        hidden, weight, bias = (
-            None if grad is None else grad.mul_(factor * self.peak).to(dtype)
-            for grad, dtype in zip(filled, self.dtypes, strict=True)
-        )
-        self.hidden = self.weight = self.bias = None
-        return hidden, weight, bias
-
-
-def _statistics(losses: Tensor, teacher: Tensor, student: Tensor, token_ids: Tensor) -> Tensor:
-    index = token_ids.unsqueeze(-1)  # (C, 1)
-    teacher_probs = teacher.exp()  # (C, V)
-    teacher_entropy = -(teacher_probs * teacher).sum(dim=-1)  # (C,)
-    cross_entropy = -(teacher_probs * student).sum(dim=-1)  # (C,)
-    return torch.stack(
-        [
-            losses,
-            (cross_entropy - teacher_entropy).clamp(min=0.0),  # rounding may leave -1e-6
-            -(student.exp() * student).sum(dim=-1),
-            teacher_entropy,
-            (teacher.argmax(dim=-1) == student.argmax(dim=-1)).float(),
-            student.gather(-1, index).squeeze(-1),
-            teacher.gather(-1, index).squeeze(-1),
-        ]
-    )  # (7, C)
+    return weighted_loss(hidden, head, None, token_ids, token_weights, token_loss, 1.0, chunk)

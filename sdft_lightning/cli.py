@@ -114,8 +114,11 @@ class SDFTCLI(LightningCLI):
 
     def _check(self, command: str) -> None:
         self.datamodule.trainer = self.trainer
+        self.datamodule.row_needs = self.model.row_needs
         self.datamodule.prepare_data()
         self.datamodule.setup(command)
+        if command == "fit":
+            self.model.check_before_fit(self.datamodule.training_rows())
         path = self._get(self.config, "ckpt_path")
         if path is not None:
             self.model.configure_model()

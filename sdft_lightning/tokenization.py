@@ -109,6 +109,16 @@ def load_stop_ids(model_name: str, tokenizer: Any, revision: str | None = None) 
     return stop_ids(tokenizer, generation)
 
 
+def load_config(model_name: str, revision: str | None = None) -> Any:
+    """The config of a model by name, that of its language model where it has several parts."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(
+        resolve_model(model_name), revision=revision, trust_remote_code=False
+    )
+    return getattr(config, "text_config", None) or config
+
+
 def load_max_length(model_name: str, tokenizer: Any, revision: str | None = None) -> int:
     """Longest sequence that a model takes, as lm-evaluation-harness reckons it.
 
@@ -120,12 +130,7 @@ def load_max_length(model_name: str, tokenizer: Any, revision: str | None = None
     Returns:
         Tokens.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(
-        resolve_model(model_name), revision=revision, trust_remote_code=False
-    )
-    config = getattr(config, "text_config", None) or config
+    config = load_config(model_name, revision)
     for name in ("n_positions", "max_position_embeddings", "n_ctx"):
         if getattr(config, name, None) is not None:
             return int(getattr(config, name))

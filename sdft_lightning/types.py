@@ -33,6 +33,20 @@ class Demonstration(NamedTuple):
     origin: str
 
 
+class RowNeeds(NamedTuple):
+    """What a method needs of every training row.
+
+    Attributes:
+        prompt: A question.
+        demonstration: The expert's answer; where it is not needed, it is not looked at either.
+        context: A source text, which is then what is trained on.
+    """
+
+    prompt: bool = True
+    demonstration: bool = True
+    context: bool = False
+
+
 class PromptBatch(NamedTuple):
     """Tokenized prompts of both roles for B rows, and the demonstration as a target.
 
@@ -45,6 +59,9 @@ class PromptBatch(NamedTuple):
         demonstration_ids: `(B, T)` tokens of the demonstration with its stop token, padded on the
             right.
         demonstration_mask: `(B, T)`.
+        context_ids: `(B, S)` tokens of the context as plain text, padded on the right; S = 0 but
+            for methods that train on it, for which P = Q = T = 0.
+        context_mask: `(B, S)`.
         rows: The B rows themselves.
         task: Name of the data set that the rows belong to.
         grader: Name of the grader for `task`; empty where nothing is graded.
@@ -57,6 +74,8 @@ class PromptBatch(NamedTuple):
     teacher_prompt_mask: Tensor
     demonstration_ids: Tensor
     demonstration_mask: Tensor
+    context_ids: Tensor
+    context_mask: Tensor
     rows: list[Demonstration]
     task: str
     grader: str

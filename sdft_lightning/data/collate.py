@@ -60,6 +60,7 @@ def collate(
         [row.teacher_prompt_ids if taught else [] for row in rows], pad_id, "left"
     )
     target_ids, target_mask = pad([row.demonstration_ids for row in rows], pad_id, "right")
+    context_ids, context_mask = pad([row.context_ids for row in rows], pad_id, "right")
     return PromptBatch(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
@@ -67,6 +68,8 @@ def collate(
         teacher_prompt_mask=teacher_mask,
         demonstration_ids=target_ids,
         demonstration_mask=target_mask,
+        context_ids=context_ids,
+        context_mask=context_mask,
         rows=[row.row for row in rows],
         task=task,
         grader=grader,

@@ -29,7 +29,7 @@ from sdft_lightning.errors import UserError
 from sdft_lightning.graders import JUDGED, Judge, JudgeSettings, check_reference
 from sdft_lightning.prompts import PromptStyle, check_same_header
 from sdft_lightning.tokenization import load_stop_ids, load_tokenizer
-from sdft_lightning.types import Demonstration, PromptBatch
+from sdft_lightning.types import Demonstration, PromptBatch, RowNeeds
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +101,8 @@ class DemonstrationDataModule(L.LightningDataModule):
         self.seed = seed
         self._sets: dict[str, PromptDataset] = {}
         self._left_out: dict[str, int] = {}
+        # Where nobody sets it, the trainer's module is asked.
+        self.row_needs: RowNeeds | None = None
         self._tokenizer: Tokenizer | None = None
         self._pad_id = 0
         for name in ("batch_size", "eval_batch_size"):
@@ -125,7 +127,11 @@ class DemonstrationDataModule(L.LightningDataModule):
         if stage != "predict" and self.benchmarks.tasks and self.benchmark_suite is None:
             self._check_all_batches(stage)
             self.benchmark_suite = BenchmarkSuite(self.benchmarks, self.model_name, self.revision)
-        needed = self._task_sets.needed(stage, bool(self.benchmarks.tasks))
+        module = getattr(self.trainer, "lightning_module", None)
+        needs: RowNeeds = getattr(module, "row_needs", RowNeeds())
+        if self.row_needs is not None:
+            needs = self.row_needs
+        needed = self._task_sets.needed(stage, bool(self.benchmarks.tasks), needs)
         sets = [planned for planned in needed if planned.key not in self._sets]
         if not sets:
             return
@@ -159,18 +165,17 @@ class DemonstrationDataModule(L.LightningDataModule):
     def _load(self, planned: PlannedSet, tokenizer: Tokenizer) -> PromptDataset:
         found = read_rows(planned.source, f"data.{planned.key}")
         check = None if planned.grader is None else partial(check_reference, planned.grader)
-        rows = parse_rows(found, planned.columns, planned.key == "train", check)
+        rows = parse_rows(found, planned.columns, planned.needs, check)
         if planned.grader is not None:
             line = gold_report(planned.key, planned.grader, rows, self.judge)
             if line:
                 log.info(line)
-        if planned.key.startswith("held_out"):
-            # Never taught from: only the bare question matters.
+        if not planned.is_taught:
             rows = [row._replace(demonstration=[]) for row in rows]
         taught = next((row for row in rows if row.demonstration), None)
         if taught is not None:
             check_same_header(tokenizer.tokenizer, taught, self.prompts)
-        tokenized = tokenize_rows(rows, tokenizer)
+        tokenized = tokenize_rows(rows, tokenizer._replace(on_context=planned.needs.context))
         self._left_out[planned.key] = tokenized.skipped + tokenized.truncated
         log.info(length_report(planned.key, tokenized))
         return PromptDataset(tokenized.rows, self._pad_id, planned.task, planned.grader or "")

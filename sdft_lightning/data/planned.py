@@ -10,6 +10,7 @@ from sdft_lightning.data.rows import Columns
 from sdft_lightning.data.sources import Source
 from sdft_lightning.errors import UserError, check_choice
 from sdft_lightning.graders import JUDGED, JudgeSettings, get_grader, grader_names
+from sdft_lightning.types import RowNeeds
 
 _SPLITS = {
     "fit": ["train", "validation"],
@@ -35,13 +36,21 @@ class HeldOut:
 
 
 class PlannedSet(NamedTuple):
-    """A set that a stage needs: where it is, what it is called, how it is graded."""
+    """A set that a stage needs: where it is, what it is called, what it holds, how it is graded."""
 
     key: str
     task: str
     source: Source
     columns: Columns
+    needs: RowNeeds
     grader: str | None
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether demonstrations matter, or only the bare question (or the context)."""
+        if self.key == "train":
+            return self.needs.demonstration
+        return not self.key.startswith("held_out")
 
 
 class TaskSets(NamedTuple):
@@ -81,13 +90,14 @@ class TaskSets(NamedTuple):
                 f"data.held_out: the name {self.task} is the task's own; choose another."
             )
 
-    def needed(self, stage: str, benchmarks: bool) -> list[PlannedSet]:
+    def needed(self, stage: str, benchmarks: bool, training_needs: RowNeeds) -> list[PlannedSet]:
         """The sets that a stage needs.
 
         Args:
             stage: fit, validate, test or predict.
             benchmarks: Whether there are benchmarks, so that `validate` and `test` have something
                 to do without a set.
+            training_needs: What every row to train on must have.
 
         Raises:
             UserError: If the stage's own set is not given.
@@ -100,14 +110,16 @@ class TaskSets(NamedTuple):
                 f"--data.{splits[0]}=my/{splits[0]}.jsonl."
             )
         sets: list[PlannedSet] = []
+        graded = RowNeeds(demonstration=False)
         for split in splits:
             source = self.sources[split]
             grader = self.grader if split in ("validation", "test") else None
+            needs = training_needs if split == "train" else graded
             if source is not None:
-                sets.append(PlannedSet(split, self.task, source, self.columns, grader))
+                sets.append(PlannedSet(split, self.task, source, self.columns, needs, grader))
         if stage != "predict":
             sets.extend(
-                PlannedSet(f"held_out.{name}", name, held.source, held.columns, held.grader)
+                PlannedSet(f"held_out.{name}", name, held.source, held.columns, graded, held.grader)
                 for name, held in self.held_out.items()
             )
         return sets

@@ -8,7 +8,7 @@ from typing import Any
 
 from sdft_lightning.data.sources import Rows
 from sdft_lightning.errors import UserError
-from sdft_lightning.types import Demonstration, Message
+from sdft_lightning.types import Demonstration, Message, RowNeeds
 
 _ROLES = ("system", "user", "assistant", "tool")
 
@@ -21,7 +21,7 @@ class Columns:
         prompt: The question: a text, or chat messages that end with a user turn.
         demonstration: The expert's answer: a text, a list of steps (joined with newlines), or
             chat messages; a whole conversation may start with the prompt's own messages.
-        context: Source text for the teacher.
+        context: Source text for the teacher, or to train on (CPT).
         reference: What the grader compares with.
         id: A unique name of the row; its number in the file where there is none.
     """
@@ -36,7 +36,7 @@ class Columns:
 def parse_rows(
     found: Rows,
     columns: Columns,
-    require_demonstration: bool,
+    needs: RowNeeds,
     check_reference: Callable[[Any, str], None] | None = None,
 ) -> list[Demonstration]:
     """Turn raw rows into demonstrations.
@@ -44,7 +44,7 @@ def parse_rows(
     Args:
         found: The raw rows.
         columns: The column map.
-        require_demonstration: Whether the file must have demonstrations.
+        needs: What every row must have.
         check_reference: Called with each row's reference and place where rows are graded.
 
     Returns:
@@ -53,9 +53,9 @@ def parse_rows(
     Raises:
         UserError: Names the file, the row and what is wrong with it.
     """
-    _check_columns(found, columns, require_demonstration, check_reference is not None)
+    _check_columns(found, columns, needs, check_reference is not None)
     parsed = [
-        _parse_row(row, f"{found.name}, {place}", number, columns, require_demonstration)
+        _parse_row(row, f"{found.name}, {place}", number, columns, needs)
         for number, (row, place) in enumerate(zip(found.rows, found.places, strict=True))
     ]
     _check_unique(parsed, columns)
@@ -65,12 +65,18 @@ def parse_rows(
     return parsed
 
 
-def _check_columns(
-    found: Rows, columns: Columns, require_demonstration: bool, graded: bool
-) -> None:
+def _check_columns(found: Rows, columns: Columns, needs: RowNeeds, graded: bool) -> None:
     present = sorted({name for row in found.rows for name in row})
-    wanted = {"prompt": columns.prompt, "context": columns.context, "id": columns.id}
-    if require_demonstration:
+    wanted = {"context": columns.context, "id": columns.id}
+    if needs.prompt:
+        wanted["prompt"] = columns.prompt
+    if needs.context and columns.context is None:
+        raise UserError(
+            f"data.columns.context: the method trains on source texts, and no column of "
+            f"{found.name} is named as theirs. Its columns are {', '.join(present)}. Map the right "
+            "one with --data.columns.context."
+        )
+    if needs.demonstration:
         wanted["demonstration"] = columns.demonstration
     if graded:
         wanted["reference"] = columns.reference
@@ -88,22 +94,27 @@ def _check_columns(
 
 
 def _parse_row(
-    row: dict[str, Any], origin: str, number: int, columns: Columns, require_demonstration: bool
+    row: dict[str, Any], origin: str, number: int, columns: Columns, needs: RowNeeds
 ) -> Demonstration:
-    prompt = _parse_prompt(row.get(columns.prompt), origin, columns.prompt)
+    prompt = _parse_prompt(row.get(columns.prompt), origin, columns.prompt) if needs.prompt else []
     demonstration = _parse_demonstration(
         row.get(columns.demonstration), prompt, origin, columns.demonstration
     )
-    if require_demonstration and not demonstration:
+    if needs.demonstration and not demonstration:
         raise UserError(
             f"{origin}: the demonstration (column {columns.demonstration!r}) is empty. Fill it or "
-            "remove the row."
+            "remove the row; only ReinvokeModule and CPTModule train without demonstrations."
         )
     context = None if columns.context is None else row.get(columns.context)
     if context is not None and not isinstance(context, str):
         raise UserError(
             f"{origin}: the context (column {columns.context!r}) must be a text, got "
             f"{type(context).__name__}."
+        )
+    if needs.context and not (context or "").strip():
+        raise UserError(
+            f"{origin}: the context (column {columns.context!r}) is empty, and the method trains "
+            "on nothing else. Fill it or remove the row."
         )
     row_id = number if columns.id is None else row.get(columns.id)
     if row_id is None or row_id == "":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -24,30 +25,39 @@ class Lengths:
         too_long: error stops before training and names the row; skip leaves the row out; truncate
             cuts the end of the context, then of the demonstration, never the question. Skipped
             and truncated rows are counted.
+        context: Longest source text, where it is a target (CPT); truncate cuts its end.
     """
 
     prompt: int = 1024
     teacher_prompt: int = 2048
     demonstration: int = 1024
     too_long: TooLong = "error"
+    context: int = 2048
 
     def __post_init__(self) -> None:
         """Refuse an unknown reaction and lengths below 1."""
         check_choice("data.lengths.too_long", self.too_long, get_args(TooLong))
-        for name in ("prompt", "teacher_prompt", "demonstration"):
-            if getattr(self, name) < 1:
+        # Of a context the first token is not predicted.
+        least = {"prompt": 1, "teacher_prompt": 1, "demonstration": 1, "context": 2}
+        for name, count in least.items():
+            if getattr(self, name) < count:
                 raise UserError(
-                    f"data.lengths.{name}: got {getattr(self, name)}, allowed are 1 and more."
+                    f"data.lengths.{name}: got {getattr(self, name)}, allowed are {count} and more."
                 )
 
 
 class TokenizedRow(NamedTuple):
-    """A row with its token ids; the last two are empty where there is no demonstration."""
+    """A row with its token ids.
+
+    Teacher prompt and demonstration are empty where there is no demonstration; the context is empty
+    where it is not trained on, and the only one that is not where it is.
+    """
 
     row: Demonstration
     prompt_ids: list[int]
     teacher_prompt_ids: list[int]
     demonstration_ids: list[int]
+    context_ids: Sequence[int] = ()
 
 
 class TokenizedRows(NamedTuple):
@@ -66,15 +76,19 @@ class Tokenizer(NamedTuple):
         style: How the teacher is shown the demonstration.
         lengths: What fits.
         stop_ids: Ids of which any ends a completion.
+        on_context: Whether rows are their contexts as plain text (CPT), not questions.
     """
 
     tokenizer: Any
     style: PromptStyle
     lengths: Lengths
     stop_ids: list[int]
+    on_context: bool = False
 
     def __call__(self, row: Demonstration) -> TokenizedRow:
         """Render and tokenize a row as it is, whatever its lengths."""
+        if self.on_context:
+            return TokenizedRow(row, [], [], [], self._encode_context(row))
         prompt_ids = self.encode(render_student(self.tokenizer, row, self.style))
         if not row.demonstration:
             return TokenizedRow(row, prompt_ids, [], [])
@@ -85,6 +99,22 @@ class Tokenizer(NamedTuple):
     def encode(self, text: str) -> list[int]:
         """Token ids of a rendered text, in which all special tokens already stand."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+    def _encode_context(self, row: Demonstration) -> list[int]:
+        """The context as pre-training shows a document: between BOS and EOS, where there are such.
+
+        Raises:
+            UserError: If that leaves no token to predict.
+        """
+        first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        ids = [first, *self.encode(row.context or ""), last]
+        ids = [token for token in ids if token is not None]
+        if len(ids) < 2:
+            raise UserError(
+                f"{row.origin}: the context {row.context!r} is a single token, which leaves "
+                "nothing to predict. Lengthen it or remove the row."
+            )
         return ids
 
     def _cut_after_stop(self, ids: list[int]) -> list[int]:
@@ -129,7 +159,8 @@ def tokenize_rows(rows: list[Demonstration], tokenizer: Tokenizer) -> TokenizedR
 def length_report(name: str, tokenized: TokenizedRows) -> str:
     """One line on the lengths of a split, in tokens."""
     parts = [f"{name}: {len(tokenized.rows)} rows"]
-    for label, place in (("prompt", 1), ("teacher prompt", 2), ("demonstration", 3)):
+    labels = ("prompt", "teacher prompt", "demonstration", "context")
+    for place, label in enumerate(labels, start=1):
         counts = [len(row[place]) for row in tokenized.rows if row[place]]
         if counts:
             parts.append(f"{label} {statistics.median(counts):.0f} (longest {max(counts)})")
@@ -143,6 +174,7 @@ def _excess(tokens: TokenizedRow, lengths: Lengths) -> dict[str, int]:
         "prompt": len(tokens.prompt_ids) - lengths.prompt,
         "teacher_prompt": len(tokens.teacher_prompt_ids) - lengths.teacher_prompt,
         "demonstration": len(tokens.demonstration_ids) - lengths.demonstration,
+        "context": len(tokens.context_ids) - lengths.context,
     }
     return {name: count for name, count in over.items() if count > 0}
 
@@ -151,11 +183,16 @@ def _too_long_message(tokens: TokenizedRow, lengths: Lengths) -> str:
     over = _excess(tokens, lengths)
     name = next(iter(over))
     limit = getattr(lengths, name)
+    counted = (
+        f"prompt {len(tokens.prompt_ids)}, teacher prompt {len(tokens.teacher_prompt_ids)}, "
+        f"demonstration {len(tokens.demonstration_ids)}"
+    )
+    if tokens.context_ids:
+        counted = f"context {len(tokens.context_ids)}"
     return (
         f"{tokens.row.origin}: too long: its {name.replace('_', ' ')} has {limit + over[name]} "
-        f"tokens, data.lengths.{name} is {limit} (prompt {len(tokens.prompt_ids)}, teacher prompt "
-        f"{len(tokens.teacher_prompt_ids)}, demonstration {len(tokens.demonstration_ids)}). Three "
-        f"remedies: raise data.lengths.{name}; leave such rows out with "
+        f"tokens, data.lengths.{name} is {limit} ({counted}). Three remedies: raise "
+        f"data.lengths.{name}; leave such rows out with "
         "data.lengths.too_long: skip; or shorten context and demonstration with "
         "data.lengths.too_long: truncate."
     )
@@ -164,6 +201,8 @@ def _too_long_message(tokens: TokenizedRow, lengths: Lengths) -> str:
 def _truncate(tokens: TokenizedRow, tokenizer: Tokenizer) -> TokenizedRow:
     limit = tokenizer.lengths.demonstration
     row = tokens.row
+    if tokens.context_ids:
+        return tokens._replace(context_ids=tokens.context_ids[: tokenizer.lengths.context])
     for _ in range(8):  # re-tokenizing a cut text may give a token more or less
         excess = _excess(tokens, tokenizer.lengths)
         over = max(excess.get("teacher_prompt", 0), 0)

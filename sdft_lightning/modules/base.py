@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,10 +22,12 @@ from sdft_lightning.policy import WeightsDtype, load_policy
 from sdft_lightning.rollout import SamplingWeights, greedy_rollout
 from sdft_lightning.rollout.weights import SamplingDtype
 from sdft_lightning.types import (
+    Demonstration,
     GenerationBatch,
     OutputHead,
     PromptBatch,
     Rollout,
+    RowNeeds,
     ScoringBatch,
 )
 
@@ -59,7 +61,14 @@ class PolicyModule(TimedModule):
             the hardware multiplies bfloat16).
         eval_max_new_tokens: Longest completion in validation, test and predict; these are greedy.
         seed: Seed of the sampled completions; set from seed_everything.
+
+    Attributes:
+        row_needs: What the method needs of every training row; the data module asks for it.
+        has_preflight: Whether `preflight` can measure the method.
     """
+
+    row_needs: ClassVar[RowNeeds] = RowNeeds()
+    has_preflight: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -110,6 +119,13 @@ class PolicyModule(TimedModule):
             self.gradient_checkpointing,
         )
         self.student, self.tokenizer, self.stop_ids = policy
+
+    def check_before_fit(self, rows: Sequence[Demonstration]) -> None:
+        """Refuse what cannot be trained, before a model is loaded or a file written.
+
+        Args:
+            rows: The rows to train on.
+        """
 
     @property
     def student_head(self) -> OutputHead:

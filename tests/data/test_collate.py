@@ -48,6 +48,15 @@ def test_one_row_without_demonstration_leaves_the_whole_batch_without_teacher_pr
     assert batch.teacher_prompt_ids.shape == batch.teacher_prompt_mask.shape == (3, 0)
 
 
+def test_contexts_are_padded_on_the_right_and_have_no_columns_where_nobody_trains_on_them() -> None:
+    rows = [tokens(0, [], [], [])._replace(context_ids=ids) for ids in ([1, 7], [5])]
+    batch = collate(rows, PAD, "task")
+    assert batch.context_ids.tolist() == [[1, 7], [5, 7]]
+    assert batch.context_mask.tolist() == [[True, True], [True, False]]
+    assert batch.prompt_ids.shape == (2, 0)
+    assert collate(ROWS, PAD, "task").context_ids.shape == (2, 0)
+
+
 def test_first_batch_of_a_window_carries_the_later_ones_in_order() -> None:
     later = [collate([ROWS[1]], PAD, "task"), collate([ROWS[0]], PAD, "task")]
     batch = collate(ROWS, PAD, "task", window=later)

@@ -11,7 +11,7 @@ from sdft_lightning.data.rows import Columns, parse_rows
 from sdft_lightning.data.sources import Rows
 from sdft_lightning.errors import UserError
 from sdft_lightning.graders import check_reference
-from sdft_lightning.types import Demonstration
+from sdft_lightning.types import Demonstration, RowNeeds
 
 ASK = {"role": "user", "content": "Q?"}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -19,11 +19,14 @@ ANSWER = {"role": "assistant", "content": "It is so."}
 
 
 def parse(
-    *rows: dict[str, Any], require: bool = True, grader: str | None = None, **columns: Any
+    *rows: dict[str, Any],
+    needs: RowNeeds = RowNeeds(),  # noqa: B008 - frozen
+    grader: str | None = None,
+    **columns: Any,
 ) -> list[Demonstration]:
     found = Rows("rows.jsonl", list(rows), [f"line {n}" for n in range(1, len(rows) + 1)])
     check = None if grader is None else partial(check_reference, grader)
-    return parse_rows(found, Columns(**columns), require, check)
+    return parse_rows(found, Columns(**columns), needs, check)
 
 
 @pytest.mark.parametrize(
@@ -66,8 +69,31 @@ def test_columns_map_all_roles_and_ids_default_to_the_number_of_the_row() -> Non
 
 
 def test_rows_without_demonstration_are_let_through_where_only_a_grade_is_wanted() -> None:
-    rows = parse({"prompt": "Q?"}, {"prompt": "R?", "demonstration": ""}, require=False)
+    rows = parse(
+        {"prompt": "Q?"}, {"prompt": "R?", "demonstration": ""}, needs=RowNeeds(demonstration=False)
+    )
     assert [row.demonstration for row in rows] == [[], []]
+
+
+def test_rows_to_pretrain_on_need_a_context_and_neither_prompt_nor_demonstration() -> None:
+    needs = RowNeeds(prompt=False, demonstration=False, context=True)
+    (row,) = parse({"text": "Source."}, needs=needs, context="text")
+    assert (row.prompt, row.demonstration, row.context) == ([], [], "Source.")
+    (row,) = parse({"prompt": "Q?", "text": "Source."}, needs=needs, context="text")
+    assert row.prompt == []
+
+
+def test_row_without_the_context_that_is_trained_on_is_named_with_the_remedy() -> None:
+    needs = RowNeeds(prompt=False, demonstration=False, context=True)
+    for empty in (None, "", " \n"):
+        with pytest.raises(UserError) as error:
+            parse({"text": "Source."}, {"text": empty}, needs=needs, context="text")
+        for word in ("rows.jsonl, line 2", "context", "'text'", "is empty", "Fill it or remove"):
+            assert word in str(error.value)
+    with pytest.raises(UserError) as error:
+        parse({"text": "Source.", "prompt": "Q?"}, needs=needs)
+    for word in ("data.columns.context", "rows.jsonl", "prompt, text", "--data.columns.context"):
+        assert word in str(error.value)
 
 
 def test_references_are_checked_only_where_rows_are_graded() -> None:

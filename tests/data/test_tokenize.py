@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -40,8 +41,50 @@ def tokenize(
 
 
 def texts(tokenizer: Any, tokens: TokenizedRow) -> tuple[str, str, str]:
-    prompt, teacher, target = (tokenizer.decode(ids) for ids in tokens[1:])
+    prompt, teacher, target = (tokenizer.decode(ids) for ids in tokens[1:4])
     return prompt, teacher, target
+
+
+@pytest.mark.parametrize("bos", [None, "<|endoftext|>"])
+def test_context_to_train_on_is_plain_text_between_bos_and_eos_where_there_are_such(
+    bos: str | None, make_tokenizer: Callable[..., Any]
+) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = bos
+    plain = Tokenizer(tokenizer, PromptStyle("turns"), WIDE, [STOP], on_context=True)
+    (tokens,) = tokenize_rows([row(context="A source.")], plain).rows
+    assert tokenizer.decode(tokens.context_ids) == (bos or "") + "A source.<|im_end|>"
+    assert tokens.prompt_ids == tokens.teacher_prompt_ids == tokens.demonstration_ids == []
+    report = length_report("train", tokenize_rows([row(context="A source.")], plain))
+    length = len("A source.") + 1 + (bos is not None)
+    assert report == (
+        f"train: 1 rows; context {length} (longest {length}); 0 skipped, 0 truncated as too long"
+    )
+
+
+def test_context_to_train_on_has_its_own_limit_and_is_cut_at_its_end(tokenizer: Any) -> None:
+    long = row("Q" * 99, "A" * 99, "Source " + "x" * 93)  # 101 tokens with EOS
+    lengths = Lengths(5, 5, 5, "error", context=100)
+    plain = Tokenizer(tokenizer, PromptStyle("turns"), lengths, [STOP], on_context=True)
+    with pytest.raises(UserError) as error:
+        tokenize_rows([long], plain)
+    for word in ("line 1: too long", "context has 101 tokens", "data.lengths.context is 100"):
+        assert word in str(error.value)
+    cut = plain._replace(lengths=Lengths(5, 5, 5, "truncate", context=100))
+    found = tokenize_rows([long], cut)
+    assert tokenizer.decode(found.rows[0].context_ids) == "Source " + "x" * 93
+    assert found.truncated == 1
+    wide = plain._replace(lengths=Lengths(5, 5, 5, context=101))
+    assert len(tokenize_rows([long], wide).rows[0].context_ids) == 101
+
+
+def test_context_of_one_token_is_refused(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    plain = Tokenizer(tokenizer, PromptStyle("turns"), WIDE, [STOP], on_context=True)
+    with pytest.raises(UserError, match=r"line 1: the context 'a' is a single token.*remove"):
+        tokenize_rows([row(context="a")], plain)
+    assert len(tokenize_rows([row(context="ab")], plain).rows[0].context_ids) == 2
 
 
 def test_row_is_rendered_for_both_roles_and_as_target(tokenizer: Any) -> None:
@@ -92,7 +135,7 @@ def test_too_long_row_is_an_error_with_all_lengths_and_three_remedies(
     with pytest.raises(UserError) as error:
         tokenize(tokenizer, [row(number=1), long._replace(origin="rows.jsonl, line 2")], lengths)
     message = str(error.value)
-    counts = [len(ids) for ids in exact[1:]]
+    counts = [len(ids) for ids in exact[1:4]]
     assert message.startswith("rows.jsonl, line 2: too long: ")
     assert words in message
     assert "prompt {}, teacher prompt {}, demonstration {}".format(*counts) in message
@@ -102,7 +145,7 @@ def test_too_long_row_is_an_error_with_all_lengths_and_three_remedies(
 
 def test_row_of_exactly_the_limit_fits(tokenizer: Any) -> None:
     exact = tokenize(tokenizer, [row()], WIDE).rows[0]
-    limits = [len(ids) for ids in exact[1:]]
+    limits = [len(ids) for ids in exact[1:4]]
     assert tokenize(tokenizer, [row()], Lengths(*limits)).rows == [exact]
     for place in range(3):
         short = [limit - (i == place) for i, limit in enumerate(limits)]
@@ -174,6 +217,7 @@ def test_truncate_refuses_a_question_that_alone_does_not_fit(tokenizer: Any) -> 
         ({"too_long": "cut"}, ["data.lengths.too_long", "'cut'", "error, skip, truncate"]),
         ({"prompt": 0}, ["data.lengths.prompt", "got 0", "1 and more"]),
         ({"teacher_prompt": -1}, ["data.lengths.teacher_prompt", "-1"]),
+        ({"context": 1}, ["data.lengths.context", "got 1", "2 and more"]),
     ],
 )
 def test_wrong_lengths_name_option_value_and_what_is_allowed(

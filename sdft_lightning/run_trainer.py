@@ -10,7 +10,7 @@ import lightning as L
 from sdft_lightning.callbacks.export import export_model
 from sdft_lightning.data import DemonstrationDataModule
 from sdft_lightning.errors import UserError
-from sdft_lightning.modules import PolicyModule, SDFTModule
+from sdft_lightning.modules import PolicyModule
 from sdft_lightning.preflight import Limits, judge, run_preflight
 from sdft_lightning.run_folder import load_checkpoint
 from sdft_lightning.tokenization import load_max_length
@@ -72,18 +72,19 @@ class RunTrainer(L.Trainer):
         Exits with code 0 (go), 1 (warn) or 2 (use SFT, or bad input); writes preflight.json.
 
         Args:
-            model: Set from the model options; an SDFTModule.
+            model: Set from the model options; an SDFTModule itself.
             datamodule: Set from the data options.
             rows: Size of the sample.
             limits: What the verdict asks for.
 
         Raises:
-            UserError: If the module has no teacher.
+            UserError: If the module has no teacher, or one that is not shown demonstrations while
+                the student samples.
         """
-        if not isinstance(model, SDFTModule):
+        if not model.has_preflight:
             raise UserError(
-                f"model: preflight measures a teacher, and {type(model).__name__} has none. Give "
-                "--model=SDFTModule."
+                "model: preflight measures a teacher with demonstrations on completions of the "
+                f"student, and {type(model).__name__} has none. Give --model=SDFTModule."
             )
         model.configure_model()
         model.trainer = self

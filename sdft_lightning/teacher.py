@@ -36,7 +36,14 @@ class Teacher(nn.Module):
         Args:
             student: A causal language model of transformers.
         """
-        model = copy.deepcopy(student)
+        self.hold(copy.deepcopy(student))
+
+    def hold(self, model: nn.Module) -> None:
+        """Keep a model that nobody else holds, in float32 and without gradients.
+
+        Args:
+            model: A causal language model of transformers; it is changed in place.
+        """
         for parameter in model.parameters():
             parameter.requires_grad_(False)
             parameter.grad = None
@@ -121,9 +128,9 @@ class FrozenTeacher(Teacher):
         self._cache = PromptCache() if cache_prompts else None
         self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
 
-    def copy_from(self, student: nn.Module) -> None:
-        """Become a copy of the student, and forget what the former model had computed."""
-        super().copy_from(student)
+    def hold(self, model: nn.Module) -> None:
+        """Keep a model, and forget what the former one had computed."""
+        super().hold(model)
         self.forget()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:

@@ -102,6 +102,37 @@ CASES = {
     "temperature_zero": Case(
         None, ["--model.sampling.temperature=0"], ["sampling.temperature", "got 0", "above 0"]
     ),
+    "cpt_without_a_context_column": Case(
+        GOOD, ["--model=CPTModule"], ["data.columns.context", "bad.jsonl", "demonstration, prompt"]
+    ),
+    "cpt_with_an_empty_context": Case(
+        line(context="Text.") + line(context=""),
+        ["--model=CPTModule", "--data.columns.context=context"],
+        ["bad.jsonl, line 2", "context", "is empty", "Fill it or remove the row"],
+    ),
+    "sft_kl_without_weight": Case(
+        None, ["--model=SFTKLModule", "--model.kl_weight=0"], ["model.kl_weight", "SFTModule"]
+    ),
+    "offline_completions_of_other_rows": Case(
+        line(id="a", completion="x"),
+        [
+            "--model=OfflineDistillationModule",
+            "--model.completions=bad.jsonl",
+            "--data.train=train.jsonl",
+            "--data.columns.id=id",
+        ],
+        ["train.jsonl, line 1", "bad.jsonl has 0 completions", "'row-0'", "Add or remove"],
+    ),
+    "offline_completions_not_there": Case(
+        None,
+        ["--model=OfflineDistillationModule", "--model.completions=absent.jsonl"],
+        ["model.completions", "absent.jsonl", "Correct the path"],
+    ),
+    "reinvoke_from_nowhere": Case(
+        None,
+        ["--model=ReinvokeModule", "--model.original_model_name=./absent/model"],
+        ["model_name", "./absent/model", "save_pretrained"],
+    ),
     "no_training_file": Case(None, ["--data.train=null"], ["data.train", "`fit` needs it"]),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.tokenization import load_config, load_tokenizer
 
 _FIELDS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
@@ -17,8 +18,49 @@ def model_identity(model: Any, model_name: str, method: type) -> dict[str, Any]:
         model_name: The name that it was loaded by.
         method: Class of the LightningModule.
     """
-    architecture = {name: getattr(model.config, name, None) for name in _FIELDS}
-    return {"model_name": model_name, "method": method.__name__, "architecture": architecture}
+    return {
+        "model_name": model_name,
+        "method": method.__name__,
+        "architecture": _architecture(model.config),
+    }
+
+
+def _architecture(config: Any) -> dict[str, Any]:
+    return {name: getattr(config, name, None) for name in _FIELDS}
+
+
+def check_same_kind(
+    model_name: str, revision: str | None, original_name: str, original_revision: str | None
+) -> None:
+    """Compare two models by their configs and tokenizers, without loading their weights.
+
+    Args:
+        model_name: The student.
+        revision: Its branch, tag or commit on the Hub.
+        original_name: The model that it is said to come from.
+        original_revision: Its branch, tag or commit on the Hub.
+
+    Raises:
+        UserError: If their architectures or their vocabularies differ, or there is no such model.
+    """
+    kinds = []
+    for name, version in ((model_name, revision), (original_name, original_revision)):
+        vocabulary = load_tokenizer(name, version).get_vocab()
+        kinds.append((_architecture(load_config(name, version)), vocabulary))
+    (student, words), (original, original_words) = kinds
+    for what, mine, theirs in (
+        ("architecture", student, original),
+        ("vocabulary", words, original_words),
+    ):
+        if mine != theirs:
+            apart = sorted(
+                key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)
+            )
+            raise UserError(
+                f"model.original_model_name: {original_name} has another {what} than {model_name} "
+                f"(they differ in {', '.join(apart[:3])}), so it cannot come from it. "
+                "Name the model that SFT started from."
+            )
 
 
 def check_same_model(saved: dict[str, Any] | None, current: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -58,6 +58,8 @@ class SDFTModule(PolicyModule):
         seed: Seed of the sampled completions; set from seed_everything.
     """
 
+    has_preflight: ClassVar[bool] = True
+
     def __init__(
         self,
         model_name: str = "embedded",
@@ -106,8 +108,12 @@ class SDFTModule(PolicyModule):
         """Load the policy, and make the teacher from it."""
         if self.student is None:
             super().configure_model()
-            student: Any = self.student
-            self.teacher.copy_from(student)
+            self.load_teacher()
+
+    def load_teacher(self) -> None:
+        """Make the teacher from the student, before any training."""
+        student: Any = self.student
+        self.teacher.copy_from(student)
 
     def configure_callbacks(self) -> list[L.Callback]:
         """The teacher moves after each optimizer step, before any checkpoint is written."""
@@ -133,7 +139,7 @@ class SDFTModule(PolicyModule):
         samples = self.sampling.completions_per_prompt
         if self.generate_from_teacher:
             model = self.teacher.network
-            prompts = [(b.teacher_prompt_ids, b.teacher_prompt_mask) for b in batches]
+            prompts = [self.teacher_prompts(batch) for batch in batches]
         else:
             model = self.sampling_weights.model(self.student, step)
             prompts = [(b.prompt_ids, b.prompt_mask) for b in batches]
@@ -151,6 +157,10 @@ class SDFTModule(PolicyModule):
             self.tokenizer.pad_token_id,
         )
         return split_rollout(rollout, [len(batch.rows) * samples for batch in batches])
+
+    def teacher_prompts(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
+        """Ids and mask `(B, Q)` of what the teacher sees: question and demonstration."""
+        return batch.teacher_prompt_ids, batch.teacher_prompt_mask
 
     def loss_mask(self, batch: PromptBatch, rollout: Rollout) -> Tensor:
         """`(R, T)` the completion tokens that count, see `masking.loss_mask`."""
@@ -181,10 +191,11 @@ class SDFTModule(PolicyModule):
     def teacher_hidden(self, batch: PromptBatch, rollout: Rollout, keep: Tensor) -> Tensor:
         """The teacher's hidden states `(N, D)` at the same tokens after its own prompt."""
         samples = self.sampling.completions_per_prompt
+        prompt_ids, prompt_mask = self.teacher_prompts(batch)  # (B, Q)
         with self.timed("teacher"):
             hidden: Tensor = self.teacher(
-                batch.teacher_prompt_ids.repeat_interleave(samples, dim=0),
-                batch.teacher_prompt_mask.repeat_interleave(samples, dim=0),
+                prompt_ids.repeat_interleave(samples, dim=0),
+                prompt_mask.repeat_interleave(samples, dim=0),
                 rollout.completion_ids,
                 rollout.completion_mask,
                 keep,
@@ -211,14 +222,11 @@ class SDFTModule(PolicyModule):
         """Grade the student's answers; in validate and test also the teacher's."""
         outputs = super().grade(batch)
         in_fit = self.trainer.state.fn == "fit"
-        taught = batch.teacher_prompt_ids.shape[1] > 0
+        prompt_ids, prompt_mask = self.teacher_prompts(batch)  # (B, Q)
+        taught = prompt_ids.shape[1] > 0
         if batch.grader and taught and (self.teacher_accuracy_in_fit or not in_fit):
             outputs["teacher"] = self.graded_completions(
-                self.teacher.network,
-                batch.teacher_prompt_ids,
-                batch.teacher_prompt_mask,
-                batch,
-                "teacher_accuracy",
+                self.teacher.network, prompt_ids, prompt_mask, batch, "teacher_accuracy"
             )
         return outputs
 

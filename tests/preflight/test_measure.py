@@ -64,6 +64,11 @@ def test_a_fit_may_follow_in_the_same_run(
     ("changes", "wanted"),
     [
         (["--model=SFTModule"], "SFTModule has none"),
+        (["--model=OfflineDistillationModule"], "OfflineDistillationModule has none"),
+        (
+            ["--model=ReinvokeModule", "--model.original_model_name={model_folder}"],
+            "ReinvokeModule has none",
+        ),
         (["--rows=1"], "preflight.rows: got 1 of 12"),
         (["--limits.gain=7"], "limits.gain"),
     ],
@@ -72,13 +77,14 @@ def test_bad_options(
     run_cli: Callable[..., None],
     preflight_args: list[str],
     capsys: pytest.CaptureFixture[str],
+    model_folder: Path,
     changes: list[str],
     wanted: str,
 ) -> None:
     args = [arg for arg in preflight_args if not arg.startswith("--model.sampling")]
     if changes[0].startswith("--model="):
         args.remove("--model=SDFTModule")
-        args.insert(1, changes[0])
+        args[1:1] = [change.format(model_folder=model_folder) for change in changes]
         changes = []
     with pytest.raises(SystemExit) as stopped:
         run_cli(*args, *changes)

@@ -1,0 +1,149 @@
+"""Completions that somebody else made, read from a JSON Lines file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sdft_lightning.errors import UserError
+from sdft_lightning.modules.kept_completions import KeptCompletion
+from sdft_lightning.types import Demonstration
+
+_FORM = (
+    'Each line must be {"id": …, "completion": …}, with "truncated": true where the text does not '
+    'end by itself, or with "token_ids": […] instead of the text.'
+)
+
+
+class CompletionTokens(NamedTuple):
+    """What tokens a completion may have.
+
+    Attributes:
+        tokenizer: A tokenizer of transformers.
+        stop_ids: Ids of which any ends a completion.
+        vocabulary: Ids that the model knows; they may be more than the tokenizer has.
+        longest: Most tokens that a completion may have.
+    """
+
+    tokenizer: Any
+    stop_ids: list[int]
+    vocabulary: int
+    longest: int
+
+
+class GivenCompletion(NamedTuple):
+    """One line of the file.
+
+    Attributes:
+        row_id: The row that it completes.
+        text: The completion, without what ends a turn; empty where there are token ids.
+        token_ids: The completion as sampled, its stop token included; or None.
+        truncated: Whether it ends without a stop token.
+        origin: `file, line n`, for messages to the user.
+    """
+
+    row_id: str
+    text: str
+    token_ids: list[int] | None
+    truncated: bool
+    origin: str
+
+    def keep(self, target: CompletionTokens) -> KeptCompletion:
+        """Tokenize it.
+
+        Raises:
+            UserError: If it has more tokens than that, or none, or ids that there are not.
+        """
+        if self.token_ids is not None:
+            ids = list(self.token_ids)
+        else:
+            ids = target.tokenizer(self.text, add_special_tokens=False).input_ids
+            ids = ids if self.truncated else [*ids, target.tokenizer.eos_token_id]
+        stops = [place for place, token in enumerate(ids) if token in target.stop_ids]
+        ids = ids[: stops[0] + 1] if stops else ids  # as a rollout ends at its first stop token
+        if not 1 <= len(ids) <= target.longest:
+            raise UserError(
+                f"{self.origin}: the completion has {len(ids)} tokens, allowed are 1 to "
+                f"{target.longest} (model.sampling.max_new_tokens). Raise that, or shorten the "
+                "completion and set truncated to true."
+            )
+        if not all(0 <= token < target.vocabulary for token in ids):
+            raise UserError(
+                f"{self.origin}: token_ids go from {min(ids)} to {max(ids)}, and the model has 0 "
+                f"to {target.vocabulary - 1}. They are of another model: give the text instead."
+            )
+        return KeptCompletion(ids, truncated=not stops)
+
+
+def read_completions(path: str, target: CompletionTokens) -> dict[str, list[KeptCompletion]]:
+    """Read and tokenize the completions of each row, in the order of the file.
+
+    Args:
+        path: A JSON Lines file, e.g. the predictions.jsonl of `predict`.
+        target: What tokens they may have.
+
+    Raises:
+        UserError: If there is no file, or a line has another form or does not fit.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(
+            f"model.completions: there is no file {path}. Correct the path, or leave it out: the "
+            "teacher then writes the completions."
+        )
+    lines = file.read_text(encoding="utf-8").splitlines()
+    found: dict[str, list[KeptCompletion]] = {}
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            given = _parse(line, f"{path}, line {number}")
+            found.setdefault(given.row_id, []).append(given.keep(target))
+    return found
+
+
+def _parse(line: str, origin: str) -> GivenCompletion:
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{origin}: malformed JSON ({error}). {_FORM}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{origin}: got a {type(found).__name__}. {_FORM}")
+    row_id, text, token_ids = found.get("id"), found.get("completion", ""), found.get("token_ids")
+    if token_ids is not None:
+        good = isinstance(token_ids, list) and all(type(token) is int for token in token_ids)
+    else:
+        good = "completion" in found and isinstance(text, str)
+    if not good or not isinstance(row_id, str | int) or isinstance(row_id, bool):
+        raise UserError(f"{origin}: got the keys {', '.join(found) or 'none'}. {_FORM}")
+    truncated = found.get("truncated", False)
+    if not isinstance(truncated, bool):
+        raise UserError(f"{origin}: truncated is {truncated!r}, allowed are true and false.")
+    return GivenCompletion(str(row_id), str(text), token_ids, truncated, origin)
+
+
+def check_completions(
+    given: Mapping[str, Sequence[KeptCompletion]],
+    rows: Sequence[Demonstration],
+    samples: int,
+    path: str,
+) -> None:
+    """Check that each row has its completions; those of other rows are not used.
+
+    Args:
+        given: What the file holds.
+        rows: The rows to train on.
+        samples: Completions of each row.
+        path: The file, for the message.
+
+    Raises:
+        UserError: Names the first row that has too few or too many.
+    """
+    for row in rows:
+        count = len(given.get(row.id, ()))
+        if count != samples:
+            raise UserError(
+                f"{row.origin}: {path} has {count} completions of the row with the id "
+                f"{row.id!r}, model.sampling.completions_per_prompt is {samples}. Add or remove "
+                "lines, or set data.columns.id to the column that holds the ids."
+            )

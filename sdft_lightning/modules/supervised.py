@@ -1,0 +1,65 @@
+"""What the methods that train on given text share: hidden states at its tokens, and the log."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sdft_lightning.bounded import bounded_cross_entropy
+from sdft_lightning.chunked import TokenLoss
+from sdft_lightning.hidden import completion_hidden_states
+from sdft_lightning.masking import sequence_weights
+from sdft_lightning.modules.base import PolicyModule
+from sdft_lightning.token_losses import cross_entropy
+from sdft_lightning.types import TokenStatistics
+
+
+class SupervisedModule(PolicyModule):
+    """Trains on text that is given and not sampled; methods add the step."""
+
+    def student_hidden(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, target_ids: Tensor, keep: Tensor
+    ) -> Tensor:
+        """The student's hidden states `(N, D)` that predict the kept target tokens.
+
+        Args:
+            prompt_ids: `(B, P)`, padded on the left.
+            prompt_mask: `(B, P)`.
+            target_ids: `(B, T)`, padded on the right.
+            keep: `(B, T)`.
+        """
+        with self.timed("student"):
+            return completion_hidden_states(
+                self.student, prompt_ids, prompt_mask, target_ids, keep, keep
+            )
+
+    def token_cross_entropy(
+        self,
+        student: Tensor,
+        target_ids: Tensor,
+        keep: Tensor,
+        token_loss: TokenLoss = cross_entropy,
+    ) -> tuple[Tensor, TokenStatistics]:
+        """Mean over the tokens of each text, then over texts, as SDFT averages its divergence.
+
+        Args:
+            student: `(N, D)`.
+            target_ids: `(B, T)`.
+            keep: `(B, T)`.
+            token_loss: Loss of each token.
+        """
+        with self.timed("divergence"):
+            return bounded_cross_entropy(
+                student,
+                self.student_head,
+                target_ids[keep],  # (N,)
+                sequence_weights(keep)[keep],  # (N,)
+                token_loss=token_loss,
+            )
+
+    def log_step(self, loss: Tensor, tokens: TokenStatistics, keep: Tensor) -> None:
+        """Log what every method on given text has."""
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+        self.log("train/cross_entropy", -tokens.student_log_probs.mean())
+        self.log("train/student_entropy", tokens.student_entropy.mean())
+        self.log("train/completion_length", keep.sum(dim=1).float().mean())
+        self.completion_tokens = int(keep.sum())

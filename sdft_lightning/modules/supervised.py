@@ -59,7 +59,7 @@ class SupervisedModule(PolicyModule):
     def log_step(self, loss: Tensor, tokens: TokenStatistics, keep: Tensor) -> None:
         """Log what every method on given text has."""
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
-        self.log("train/cross_entropy", -tokens.student_log_probs.mean())
-        self.log("train/student_entropy", tokens.student_entropy.mean())
-        self.log("train/completion_length", keep.sum(dim=1).float().mean())
+        self.log("train/cross_entropy", -tokens.student_log_probs.mean(), sync_dist=True)
+        self.log("train/student_entropy", tokens.student_entropy.mean(), sync_dist=True)
+        self.log("train/completion_length", keep.sum(dim=1).float().mean(), sync_dist=True)
         self.completion_tokens = int(keep.sum())

@@ -10,6 +10,8 @@ from torch import nn
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.hidden import check_output_head
+from sdft_lightning.lora import LoRA, add_adapter_
+from sdft_lightning.quantization import Quantization, quantization_options
 from sdft_lightning.tokenization import EMBEDDED, load_tokenizer, resolve_model, stop_ids
 
 WeightsDtype = Literal["float32", "bfloat16"]
@@ -35,6 +37,9 @@ def load_policy(
     weights_dtype: WeightsDtype = "float32",
     attn_implementation: str | None = None,
     gradient_checkpointing: bool = False,
+    lora: LoRA | None = None,
+    quantization: Quantization | None = None,
+    seed: int = 42,
 ) -> Policy:
     """Load a policy; safetensors only, and never code from the Hub.
 
@@ -45,6 +50,9 @@ def load_policy(
             away (METHOD §4).
         attn_implementation: Passed to transformers, e.g. `sdpa` or `flash_attention_2`.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        lora: Train adapters only, and freeze the model.
+        quantization: Keep the frozen linear layers in 4 bits; with `lora`, on a CUDA device.
+        seed: Adapters are drawn with it.
 
     Returns:
         The policy.
@@ -52,12 +60,25 @@ def load_policy(
     Raises:
         UserError: If there is no such model, or it is not one that can be trained here.
     """
-    model = _load_model(model_name, revision, weights_dtype, attn_implementation)
+    if quantization is not None and lora is None:
+        raise UserError(
+            f"model.quantization: got {quantization} without model.lora; 4-bit weights cannot be "
+            "trained. Set model.lora (e.g. --model.lora.r=8), or leave quantization out."
+        )
+    options = quantization_options(quantization)
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    model = _load_model(model_name, revision, weights_dtype, options)
     tokenizer = load_tokenizer(model_name, revision)
     check_vocabulary(model, tokenizer, model_name)
     disable_dropout_(model)
+    if lora is not None:
+        add_adapter_(model, lora, seed)
     check_output_head(model)
     if gradient_checkpointing:
+        if lora is not None:
+            # Else reentrant checkpoints see no input with gradient below the first adapter.
+            model.enable_input_require_grads()
         # Renamed in the course of transformers 5.
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)()
@@ -69,13 +90,10 @@ def _load_model(
     model_name: str,
     revision: str | None,
     weights_dtype: WeightsDtype,
-    attn_implementation: str | None,
+    options: dict[str, Any],
 ) -> Any:
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {}
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             resolve_model(model_name),

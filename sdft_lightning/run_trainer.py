@@ -7,7 +7,7 @@ from pathlib import Path
 
 import lightning as L
 
-from sdft_lightning.callbacks.export import export_model
+from sdft_lightning.callbacks.export import ExportFormat, check_format, export_model
 from sdft_lightning.data import DemonstrationDataModule
 from sdft_lightning.errors import UserError
 from sdft_lightning.modules import PolicyModule
@@ -25,6 +25,7 @@ class RunTrainer(L.Trainer):
         datamodule: L.LightningDataModule | None = None,
         ckpt_path: str | None = None,
         output_dir: str | None = None,
+        format: ExportFormat = "merged",
     ) -> Path:
         """Write a checkpoint as a folder that transformers and vLLM load.
 
@@ -33,12 +34,14 @@ class RunTrainer(L.Trainer):
             datamodule: Not used.
             ckpt_path: The checkpoint, or `last` for the newest of this run.
             output_dir: Where to write; <run>/exported/<checkpoint> without it. Must not exist.
+            format: merged is a whole model, into which adapters are added; adapter is a folder of
+                peft, for runs with LoRA.
 
         Returns:
             The folder.
 
         Raises:
-            UserError: If there is no such checkpoint, or the folder exists.
+            UserError: If there is no such checkpoint or format, or the folder exists.
         """
         if ckpt_path is None:
             raise UserError(
@@ -52,11 +55,12 @@ class RunTrainer(L.Trainer):
                 f"output_dir: {folder} exists already and is not overwritten. Name another with "
                 "--output_dir."
             )
+        check_format(model, format)
         checkpoint = load_checkpoint(path)
         model.configure_model()
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
-        export_model(model, folder)
+        export_model(model, folder, format)
         print(f"Exported {path} to {folder}")
         return folder
 

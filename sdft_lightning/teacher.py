@@ -2,12 +2,15 @@
 
 It is always in eval mode, never sees a gradient, keeps its weights in float32 whatever the
 student trains in, shares no storage with it, and is part of checkpoints.
+
+Where the student trains adapters (LoRA), its frozen weights are not held twice: the teacher stands
+on the same parameters, without adapters (frozen) or with float32 adapters of its own (EMA).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 from sdft_lightning.errors import UserError
 from sdft_lightning.eval_mode import eval_mode
 from sdft_lightning.hidden import completion_hidden_states, output_head
+from sdft_lightning.lora import adapter_distance, base_copy, is_adapted, sharing_copy
 from sdft_lightning.prompt_cache import PromptCache
 from sdft_lightning.types import OutputHead
 
@@ -34,21 +38,27 @@ class Teacher(nn.Module):
         """Become a copy of the student, in float32 and in storage of its own.
 
         Args:
-            student: A causal language model of transformers.
+            student: A causal language model of transformers, with adapters or without.
         """
-        self.hold(copy.deepcopy(student))
+        self.hold(self._copy_of(student), {id(parameter) for parameter in student.parameters()})
 
-    def hold(self, model: nn.Module) -> None:
-        """Keep a model that nobody else holds, in float32 and without gradients.
+    def hold(self, model: nn.Module, shared: Collection[int] = ()) -> None:
+        """Keep a model, in float32 and without gradients.
 
         Args:
             model: A causal language model of transformers; it is changed in place.
+            shared: `id` of the parameters that it shares with the student, which stay as they are.
         """
         for parameter in model.parameters():
-            parameter.requires_grad_(False)
-            parameter.grad = None
-            parameter.data = parameter.data.float()
+            if id(parameter) not in shared:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+                parameter.data = parameter.data.float()
         self.model = model.eval()
+
+    def _copy_of(self, student: nn.Module) -> nn.Module:
+        copied: nn.Module = sharing_copy(student) if is_adapted(student) else copy.deepcopy(student)
+        return copied
 
     @torch.no_grad()
     def update_(self, student: nn.Module, step: int) -> None:
@@ -92,6 +102,8 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def distance(self, student: nn.Module) -> float:
         """‖teacher − student‖ / ‖student‖ over all parameters, 0 for the same weights."""
+        if is_adapted(student):
+            return adapter_distance(self.network, student)
         apart = torch.zeros((), dtype=torch.float64)
         size = torch.zeros((), dtype=torch.float64)
         for name, mine, theirs in _pairs(self.network, student):
@@ -128,10 +140,14 @@ class FrozenTeacher(Teacher):
         self._cache = PromptCache() if cache_prompts else None
         self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
 
-    def hold(self, model: nn.Module) -> None:
+    def hold(self, model: nn.Module, shared: Collection[int] = ()) -> None:
         """Keep a model, and forget what the former one had computed."""
-        super().hold(model)
+        super().hold(model, shared)
         self.forget()
+
+    def _copy_of(self, student: nn.Module) -> nn.Module:
+        copied: nn.Module = base_copy(student) if is_adapted(student) else super()._copy_of(student)
+        return copied
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:
         """A move to another device leaves the cache behind."""
@@ -240,7 +256,7 @@ def ema_(average: Tensor, value: Tensor, rate: float) -> None:
 
 
 def _pairs(teacher: nn.Module, student: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
-    """Parameters of both, matched by name; tied ones once.
+    """Parameters of both, matched by name; tied ones once, and without those that both share.
 
     Raises:
         UserError: If the names differ.
@@ -250,4 +266,4 @@ def _pairs(teacher: nn.Module, student: nn.Module) -> list[tuple[str, Tensor, Te
     if mine.keys() != theirs.keys():
         odd = sorted(mine.keys() ^ theirs.keys())[:3]
         raise UserError(f"teacher: its parameters are not the student's, e.g. {odd}.")
-    return [(name, mine[name], theirs[name]) for name in mine]
+    return [(name, mine[name], theirs[name]) for name in mine if mine[name] is not theirs[name]]

@@ -143,6 +143,23 @@ def make_model(tokenizer: Any) -> Callable[..., Any]:
 
 
 @pytest.fixture
+def make_adapted(tokenizer: Any) -> Callable[..., Any]:
+    """Build a tiny model with adapters that have moved from their start (unless `moved=False`)."""
+    from sdft_lightning.lora import LoRA, add_adapter_
+
+    def make(lora: LoRA | None = None, moved: bool = True, **changes: Any) -> Any:
+        model = build_model(tokenizer, **changes)
+        add_adapter_(model, lora or LoRA(r=4), seed=0)
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if moved and "lora_" in name:
+                parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+        return model
+
+    return make
+
+
+@pytest.fixture
 def make_tokenizer() -> Callable[..., Any]:
     """Build a tiny tokenizer with another chat template, or with none."""
     return build_tokenizer

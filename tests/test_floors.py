@@ -25,6 +25,8 @@ FLOORS: dict[str, float] = {
     "masking": 0.5,
     "divergence": 1,
     "kv_cache": 0,
+    "lora": 1,
+    "quantization": 1,
     "prefix": 1,
     "scoring": 1.5,
     "prompts": 1,

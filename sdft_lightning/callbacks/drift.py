@@ -12,6 +12,7 @@ from sdft_lightning.bounded import bounded_divergence
 from sdft_lightning.divergence import Divergence
 from sdft_lightning.errors import UserError
 from sdft_lightning.hidden import completion_hidden_states, output_head
+from sdft_lightning.lora import base_copy
 from sdft_lightning.masking import sequence_weights
 from sdft_lightning.policy import load_policy
 from sdft_lightning.types import OutputHead, Rollout
@@ -29,7 +30,7 @@ class DriftMonitor(L.Callback):
 
     The mean is over the tokens of each answer, then over answers. The base model is loaded by
     the name of the policy at the first validation, also in a resumed run, and only its answers
-    and output head are kept.
+    and output head are kept. With LoRA it is the student with its adapters off.
 
     Args:
         held_out: Names of the sets in data.held_out.
@@ -106,13 +107,7 @@ class DriftMonitor(L.Callback):
     @torch.no_grad()
     def _answer(self, module: Any, batch: Any) -> _BaseAnswers:
         if self._base is None:
-            policy = load_policy(
-                module.model_name,
-                module.revision,
-                module.weights_dtype,
-                module.attn_implementation,
-            )
-            self._base = policy.model.to(module.device).eval().requires_grad_(False)
+            self._base = _base_model(module)
             head = output_head(self._base)
             self._head = head._replace(weight=head.weight.clone())
         rollout = module.greedy_completions(self._base, batch.prompt_ids, batch.prompt_mask)
@@ -125,3 +120,12 @@ class DriftMonitor(L.Callback):
             rollout.completion_mask,
         )  # (N, D)
         return _BaseAnswers(rollout, hidden)
+
+
+def _base_model(module: Any) -> Any:
+    if module.lora is not None:
+        return base_copy(module.student).eval()
+    policy = load_policy(
+        module.model_name, module.revision, module.weights_dtype, module.attn_implementation
+    )
+    return policy.model.to(module.device).eval().requires_grad_(False)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import lightning as L
 
 from sdft_lightning.callbacks.run_files import run_folder, unused_path
+from sdft_lightning.errors import UserError, check_choice
+from sdft_lightning.lora import is_adapted, merged_copy, save_adapter
+from sdft_lightning.tokenization import resolve_model
+
+ExportFormat = Literal["merged", "adapter"]
 
 
 class ExportModel(L.Callback):
@@ -17,12 +22,24 @@ class ExportModel(L.Callback):
         at_end: Export when training ends, to <run>/exported/final.
         every_n_steps: Optimizer steps between further exports, to <run>/exported/step-<n>; none
             without it.
+        format: merged is a whole model, into which adapters are added; adapter is a folder of
+            peft, for runs with LoRA.
     """
 
-    def __init__(self, at_end: bool = True, every_n_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        at_end: bool = True,
+        every_n_steps: int | None = None,
+        format: ExportFormat = "merged",
+    ) -> None:
         self.at_end = at_end
         self.every_n_steps = every_n_steps
+        self.format: ExportFormat = format
         self._exported_at = 0
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse before training what could not be exported after it."""
+        check_format(pl_module, self.format)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Nothing is due before the next optimizer step, also in a resumed run."""
@@ -46,16 +63,47 @@ class ExportModel(L.Callback):
     def _export(self, trainer: L.Trainer, module: Any, name: str) -> None:
         if trainer.is_global_zero:
             # A resumed run may come by here again; the older export stays.
-            export_model(module, unused_path(run_folder(trainer) / "exported" / name))
+            folder = unused_path(run_folder(trainer) / "exported" / name)
+            export_model(module, folder, self.format)
 
 
-def export_model(module: Any, folder: Path) -> None:
+def export_model(module: Any, folder: Path, format: ExportFormat = "merged") -> None:
     """Save the student and its tokenizer, in safetensors.
 
     Args:
         module: A `PolicyModule` with its model loaded.
         folder: Must not exist yet.
+        format: merged or adapter, see `ExportModel`.
+
+    Raises:
+        UserError: If the student has no such format.
     """
+    check_format(module, format)
     folder.mkdir(parents=True)
-    module.student.save_pretrained(folder)
+    student = module.student
+    if format == "adapter":
+        save_adapter(student, folder, resolve_model(module.model_name), module.revision)
+    else:
+        model = merged_copy(student) if is_adapted(student) else student
+        model.save_pretrained(folder)
     module.tokenizer.save_pretrained(folder)
+
+
+def check_format(module: Any, format: ExportFormat) -> None:
+    """Refuse a format that a module cannot be exported in.
+
+    Raises:
+        UserError: If there are no adapters, or they cannot be merged.
+    """
+    check_choice("format", format, get_args(ExportFormat))
+    if format == "adapter" and module.lora is None:
+        raise UserError(
+            "format: got adapter, but this run trains the whole model and has no adapters. Use "
+            "merged, or train with LoRA (--model.lora.r=8)."
+        )
+    if format == "merged" and module.quantization is not None:
+        raise UserError(
+            "format: got merged, but adapters cannot be added to 4-bit weights. Use adapter "
+            "(--format=adapter; for the callback ExportModel, format: adapter) and merge with peft "
+            "into the model as it was before quantization."
+        )

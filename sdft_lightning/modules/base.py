@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from sdft_lightning.errors import UserError
 from sdft_lightning.graders import Judge, grade_rows
 from sdft_lightning.hidden import output_head
+from sdft_lightning.lora import LoRA, keep_adapters_only_
 from sdft_lightning.modules.accuracy import TaskAccuracies
 from sdft_lightning.modules.capability import CapabilityScores, CapabilityTrack
 from sdft_lightning.modules.identity import check_same_model, model_identity
@@ -19,6 +20,7 @@ from sdft_lightning.modules.judging import log_usage
 from sdft_lightning.modules.schedule import Schedule
 from sdft_lightning.modules.timing import TimedModule
 from sdft_lightning.policy import WeightsDtype, load_policy
+from sdft_lightning.quantization import Quantization
 from sdft_lightning.rollout import SamplingWeights, greedy_rollout
 from sdft_lightning.rollout.weights import SamplingDtype
 from sdft_lightning.types import (
@@ -55,6 +57,9 @@ class PolicyModule(TimedModule):
         weights_dtype: Dtype of the trained weights; bfloat16 starves small updates.
         attn_implementation: Passed to transformers, e.g. sdpa or flash_attention_2.
         gradient_checkpointing: Recompute activations in the backward pass, to save memory.
+        lora: Train low-rank adapters only (needs the extra `lora`), e.g. --model.lora.r=8.
+        quantization: Keep what is frozen below the adapters in 4 bits, nf4 or fp4; on CUDA devices
+            (needs the extra `qlora`).
         optimizer: Called with the student's trainable parameters only.
         schedule: How the learning rate moves.
         sampling_dtype: Weights to sample with: same, a bfloat16 copy, or auto (the copy where
@@ -77,6 +82,8 @@ class PolicyModule(TimedModule):
         weights_dtype: WeightsDtype = "float32",
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
+        lora: LoRA | None = None,
+        quantization: Quantization | None = None,
         optimizer: OptimizerFactory = lambda p: torch.optim.AdamW(p, lr=2e-5, weight_decay=0.0),
         schedule: Schedule = Schedule(),  # noqa: B008 - frozen
         sampling_dtype: SamplingDtype = "auto",
@@ -89,6 +96,8 @@ class PolicyModule(TimedModule):
         self.weights_dtype: WeightsDtype = weights_dtype
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
+        self.lora = lora
+        self.quantization: Quantization | None = quantization
         self.optimizer_factory = optimizer
         self.schedule = schedule
         self.eval_max_new_tokens = eval_max_new_tokens
@@ -117,8 +126,13 @@ class PolicyModule(TimedModule):
             self.weights_dtype,
             self.attn_implementation,
             self.gradient_checkpointing,
+            self.lora,
+            self.quantization,
+            self.seed,
         )
         self.student, self.tokenizer, self.stop_ids = policy
+        if self.lora is not None:
+            keep_adapters_only_(self, self.student)
 
     def check_before_fit(self, rows: Sequence[Demonstration]) -> None:
         """Refuse what cannot be trained, before a model is loaded or a file written.
@@ -136,6 +150,12 @@ class PolicyModule(TimedModule):
         """Put the student into train mode: `from_pretrained` and Lightning leave it in eval."""
         self.student.train()
         self.sampling_weights.forget()
+        if self.lora is not None:
+            trained = self.student.num_parameters(only_trainable=True)
+            total = self.student.num_parameters()
+            self.print(
+                f"LoRA: {trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
+            )
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the student's trainable parameters, and its schedule."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.lora import adapter_identity
 from sdft_lightning.tokenization import load_config, load_tokenizer
 
 _FIELDS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -18,10 +19,14 @@ def model_identity(model: Any, model_name: str, method: type) -> dict[str, Any]:
         model_name: The name that it was loaded by.
         method: Class of the LightningModule.
     """
+    adapter = adapter_identity(model)
     return {
         "model_name": model_name,
         "method": method.__name__,
         "architecture": _architecture(model.config),
+        "adapter": adapter,
+        # Only a checkpoint of adapters leaves the weights below them to this run.
+        "base model": None if adapter is None else model.base_fingerprint,
     }
 
 
@@ -74,11 +79,12 @@ def check_same_model(saved: dict[str, Any] | None, current: dict[str, Any]) -> N
             "ckpt_path: this checkpoint was not written by sdft_lightning. Load a model folder "
             "with --model.model_name instead."
         )
-    for name in ("architecture", "method"):
-        if saved[name] != current[name]:
+    for name in ("architecture", "method", "adapter", "base model"):
+        # Checkpoints from before there were adapters name none.
+        if saved.get(name) != current[name]:
             raise UserError(
                 f"ckpt_path: the checkpoint is of another {name}: it was written for "
-                f"{saved['model_name']} with {saved[name]}, this run has {current['model_name']} "
-                f"with {current[name]}. Give the checkpoint of this run, or the config that wrote "
-                "it."
+                f"{saved['model_name']} with {saved.get(name)}, this run has "
+                f"{current['model_name']} with {current[name]}. Give the checkpoint of this run, "
+                "or the config that wrote it."
             )

@@ -14,12 +14,14 @@ from sdft_lightning.bounded import bounded_divergence
 from sdft_lightning.divergence import Divergence
 from sdft_lightning.errors import UserError
 from sdft_lightning.hidden import completion_hidden_states
+from sdft_lightning.lora import LoRA
 from sdft_lightning.masking import loss_mask, sequence_weights
 from sdft_lightning.modules.base import OptimizerFactory, PolicyModule
 from sdft_lightning.modules.schedule import Schedule
 from sdft_lightning.modules.teacher_update import TeacherUpdate
 from sdft_lightning.modules.window import SampledWindow, join_prompts, split_rollout
 from sdft_lightning.policy import WeightsDtype
+from sdft_lightning.quantization import Quantization
 from sdft_lightning.rollout import Sampling, generate_rollout
 from sdft_lightning.rollout.weights import SamplingDtype
 from sdft_lightning.teacher import EMATeacher, Teacher
@@ -43,6 +45,9 @@ class SDFTModule(PolicyModule):
         weights_dtype: Dtype of the trained weights; bfloat16 starves small updates.
         attn_implementation: Passed to transformers, e.g. sdpa or flash_attention_2.
         gradient_checkpointing: Recompute activations in the backward pass, to save memory.
+        lora: Train low-rank adapters only (needs the extra `lora`), e.g. --model.lora.r=8.
+        quantization: Keep what is frozen below the adapters in 4 bits, nf4 or fp4; on CUDA devices
+            (needs the extra `qlora`).
         optimizer: Called with the student's trainable parameters only.
         schedule: How the learning rate moves.
         sampling: How completions are sampled; its temperature is also that of the loss.
@@ -67,6 +72,8 @@ class SDFTModule(PolicyModule):
         weights_dtype: WeightsDtype = "float32",
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
+        lora: LoRA | None = None,
+        quantization: Quantization | None = None,
         optimizer: OptimizerFactory = lambda p: torch.optim.AdamW(p, lr=2e-5, weight_decay=0.0),
         schedule: Schedule = Schedule(),  # noqa: B008 - frozen
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen
@@ -85,6 +92,8 @@ class SDFTModule(PolicyModule):
             weights_dtype,
             attn_implementation,
             gradient_checkpointing,
+            lora,
+            quantization,
             optimizer,
             schedule,
             sampling_dtype,

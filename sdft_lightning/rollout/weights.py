@@ -51,7 +51,8 @@ class SamplingWeights:
                 for target, source in zip(
                     self._copy.parameters(), student.parameters(), strict=True
                 ):
-                    target.copy_(source)
+                    if source.requires_grad:  # all else stays, e.g. below adapters
+                        target.copy_(source)
             self._version = version
         return self._copy
 
@@ -59,6 +60,8 @@ class SamplingWeights:
         """Whether a copy is used for this model on its device."""
         if self.dtype == "same" or next(student.parameters()).dtype != torch.float32:
             return False
+        if getattr(student, "is_quantized", False):
+            return False  # its layers read 4 bits and nothing else
         return self.dtype == "bfloat16" or has_native_bfloat16(_device(student))
 
     def forget(self) -> None:

@@ -71,6 +71,15 @@ VARIANTS: dict[str, tuple[int, list[str]]] = {
     "reinvoke": (10, ["--model=ReinvokeModule", "--model.original_model_name=./original"]),
     # Killed in the second epoch: the text of the first comes out of the checkpoint.
     "offline": (10, ["--model=OfflineDistillationModule"]),
+    "lora": (10, ["--model.lora.r=4", "--trainer.accumulate_grad_batches=2"]),
+    "lora_frozen_cached": (
+        10,
+        [
+            "--model.lora.r=4",
+            "--model.teacher=FrozenTeacher",
+            "--model.teacher.cache_prompts=true",
+        ],
+    ),
 }
 
 
@@ -147,6 +156,7 @@ SLOW = {
     "cpt",
     "sft_kl",
     "reinvoke",
+    "lora_frozen_cached",
 }
 
 KILL = ["--trainer.callbacks+=killer.KillAt", "--trainer.callbacks.step=7"]

@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from sdft_lightning.errors import UserError
 from sdft_lightning.eval_mode import eval_mode
 from sdft_lightning.hidden import completion_hidden_states, output_head
-from sdft_lightning.lora import adapter_distance, base_copy, is_adapted, sharing_copy
+from sdft_lightning.lora import (
+    adapter_distance,
+    adapter_parameters,
+    base_copy,
+    is_adapted,
+    sharing_copy,
+)
 from sdft_lightning.prompt_cache import PromptCache
 from sdft_lightning.types import OutputHead
 
@@ -256,14 +262,18 @@ def ema_(average: Tensor, value: Tensor, rate: float) -> None:
 
 
 def _pairs(teacher: nn.Module, student: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
-    """Parameters of both, matched by name; tied ones once, and without those that both share.
+    """Parameters of both, matched by name; tied ones once; of an adapted student its adapters.
 
     Raises:
         UserError: If the names differ.
     """
-    mine = dict(teacher.named_parameters())
-    theirs = dict(student.named_parameters())
+    read = adapter_parameters if is_adapted(student) else _named_parameters
+    mine, theirs = read(teacher), read(student)
     if mine.keys() != theirs.keys():
         odd = sorted(mine.keys() ^ theirs.keys())[:3]
         raise UserError(f"teacher: its parameters are not the student's, e.g. {odd}.")
-    return [(name, mine[name], theirs[name]) for name in mine if mine[name] is not theirs[name]]
+    return [(name, mine[name], theirs[name]) for name in mine]
+
+
+def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(model.named_parameters())

@@ -259,12 +259,13 @@ def fit_module(model_folder: Path, train_file: Path, tmp_path: Path) -> Callable
             }
         )
         defaults: dict[str, Any] = {
+            "model_name": str(model_folder),
             "train": str(train_file),
             "prompts": PromptStyle("turns"),
             "batch_size": 2,
             "columns": Columns(reference="reference", id="id"),
         }
-        rows = DemonstrationDataModule(str(model_folder), **{**defaults, **(data or {})})
+        rows = DemonstrationDataModule(**{**defaults, **(data or {})})
         options: dict[str, Any] = {
             "max_steps": 1,
             "accelerator": "cpu",

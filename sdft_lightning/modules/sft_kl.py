@@ -62,16 +62,16 @@ class SFTKLModule(SupervisedModule):
         seed: int = 42,
     ) -> None:
         super().__init__(
-            model_name,
-            revision,
-            weights_dtype,
-            attn_implementation,
-            gradient_checkpointing,
-            optimizer,
-            schedule,
-            sampling_dtype,
-            eval_max_new_tokens,
-            seed,
+            model_name=model_name,
+            revision=revision,
+            weights_dtype=weights_dtype,
+            attn_implementation=attn_implementation,
+            gradient_checkpointing=gradient_checkpointing,
+            optimizer=optimizer,
+            schedule=schedule,
+            sampling_dtype=sampling_dtype,
+            eval_max_new_tokens=eval_max_new_tokens,
+            seed=seed,
         )
         if not kl_weight > 0:
             raise UserError(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from sdft_lightning.bounded import bounded_divergence
 from sdft_lightning.divergence import Divergence, forward_kl
@@ -142,9 +144,10 @@ def test_reentrant_checkpointing_reaches_the_adapters_too(
     model_folder: Path, batch: tuple[Tensor, ...]
 ) -> None:
     model = load_policy(str(model_folder), gradient_checkpointing=True, lora=LoRA(r=4)).model
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    arguments = {"use_reentrant": True}
-    (enable or model.gradient_checkpointing_enable)(gradient_checkpointing_kwargs=arguments)
+    layers = [part for part in model.modules() if hasattr(part, "_gradient_checkpointing_func")]
+    assert layers
+    for layer in layers:
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=True)
     completion_hidden_states(model, *batch).sum().backward()
     first = model.model.layers[0].self_attn.q_proj.lora_B["default"].weight
     assert float(first.grad.abs().max()) > 0

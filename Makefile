@@ -3,7 +3,7 @@ PYTHON_BIN := .venv/bin/python
 STAMP := .venv/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model test demo lint clean
+.PHONY: help setup model test demo perf lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,11 @@ test: model ## run all tests on the CPU (5 to 10 minutes)
 
 demo: model ## teach the embedded model facts on the CPU (16 to 24 minutes)
 	$(PYTHON_BIN) -m sdft_lightning.demo
+
+perf: model ## time our step, loss and sampling against TRL's and plain ones (about an hour)
+	$(PYTHON_BIN) -m pip freeze --exclude-editable > .venv/.installed # none of these may change
+	$(PYTHON_BIN) -m pip install -qq --constraint .venv/.installed --editable ".[perf]"
+	$(PYTHON_BIN) tests/perf/run.py
 
 lint: $(STAMP) ## check style, format and types (about 1 minute)
 	$(PYTHON_BIN) -m ruff check .

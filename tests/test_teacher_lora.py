@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.lora import LoRA, adapter_parameters
+from sdft_lightning.lora import LoRA, adapter_parameters, add_adapter_
 from sdft_lightning.teacher import EMATeacher, FrozenTeacher, LiveTeacher, Teacher
 
 Make = Callable[..., Any]
@@ -170,6 +170,19 @@ def test_a_cast_to_bfloat16_leaves_the_average_float32_and_the_base_shared(
     moved = adapter_parameters(student)[name].float()
     torch.testing.assert_close(before[name], 0.99 * value + 0.01 * moved, rtol=0, atol=1e-6)
     assert states(teacher).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [EMATeacher, FrozenTeacher])
+def test_a_base_in_bfloat16_stays_bfloat16_below_a_float32_average(
+    make_model: Make, kind: type[Teacher]
+) -> None:
+    student = make_model().to(torch.bfloat16)
+    add_adapter_(student, LoRA(r=4), 0)
+    teacher = taught(kind(), student)
+    dtypes = {n: p.dtype for n, p in student.named_parameters() if "lora_" not in n}
+    assert set(dtypes.values()) == {torch.bfloat16}
+    assert {p.dtype for p in adapter_parameters(teacher.network).values()} <= {torch.float32}
+    assert states(teacher).dtype == torch.bfloat16
 
 
 def test_other_adapters_are_refused_and_not_paired_by_place(make_adapted: Make) -> None:

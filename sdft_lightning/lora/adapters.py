@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sdft_lightning.errors import UserError, check_choice
 
-ALL_LINEAR = "all-linear"
+ALL_LINEAR: Literal["all-linear"] = "all-linear"
 # peft's own name for the only adapter of a model; it is part of the parameters' names.
 ADAPTER = "default"
 # Values of each parameter that the fingerprint of a base model reads.

@@ -23,8 +23,8 @@ def keep_adapters_only_(module: nn.Module, student: Any) -> None:
         student: Its adapted model.
     """
     adapters = frozenset(adapter_parameters(student))
-    module.register_state_dict_post_hook(partial(_drop_frozen, adapters))  # type: ignore[no-untyped-call]
-    module.register_load_state_dict_post_hook(partial(_forgive_frozen, adapters))  # type: ignore[no-untyped-call]
+    module.register_state_dict_post_hook(partial(_drop_frozen, adapters))
+    module.register_load_state_dict_post_hook(partial(_forgive_frozen, adapters))
 
 
 def _is_frozen(adapters: frozenset[str], key: str) -> bool:

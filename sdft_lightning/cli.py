@@ -1,7 +1,9 @@
-"""The command line: LightningCLI's commands, `preflight` and `export`."""
+"""The command line: LightningCLI's commands, `preflight`, `export` and `continual`."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from sdft_lightning.callbacks import (
     RunProgressBar,
     ValidateAtEnds,
 )
+from sdft_lightning.continual import run_continual
 from sdft_lightning.data import DemonstrationDataModule
 from sdft_lightning.data.benchmarks import Benchmarks
 from sdft_lightning.errors import UserError
@@ -153,36 +156,62 @@ def main(args: ArgsType = None) -> None:
     Exits with code 2 and a message where the user gave something wrong.
     """
     quieten()
+    given = sys.argv[1:] if args is None else args
     try:
-        SDFTCLI(
-            PolicyModule,
-            DemonstrationDataModule,
-            subclass_mode_model=True,
-            trainer_class=RunTrainer,
-            trainer_defaults={
-                "callbacks": [
-                    MetricsLog(),
-                    PredictionWriter(),
-                    ResultTable(),
-                    RunProgressBar(),
-                    ValidateAtEnds(),
-                ]
-            },
-            save_config_callback=SaveRunConfig,
-            parser_kwargs={
-                "description": "Self-distillation fine-tuning: a new skill, old ones kept.",
-                **{name: {"description": text} for name, text in _DESCRIPTIONS.items()},
-            },
-            seed_everything_default=42,
-            auto_configure_optimizers=False,
-            args=args,
-        )
+        if isinstance(given, list) and given[:1] == ["continual"]:
+            run_continual(given[1:], main, run_problem)
+        else:
+            _run_command(args)
     except (ArgumentError, ValueError) as error:
         found = _user_error(error)
         if found is None:
             raise
         print(f"error: {found}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def _run_command(args: ArgsType) -> None:
+    SDFTCLI(
+        PolicyModule,
+        DemonstrationDataModule,
+        subclass_mode_model=True,
+        trainer_class=RunTrainer,
+        trainer_defaults={
+            "callbacks": [
+                MetricsLog(),
+                PredictionWriter(),
+                ResultTable(),
+                RunProgressBar(),
+                ValidateAtEnds(),
+            ]
+        },
+        save_config_callback=SaveRunConfig,
+        parser_kwargs={
+            "description": "Self-distillation fine-tuning: a new skill, old ones kept. Besides the "
+            "commands below there is `continual` (methods x stages x seeds from one YAML).",
+            **{name: {"description": text} for name, text in _DESCRIPTIONS.items()},
+        },
+        seed_everything_default=42,
+        auto_configure_optimizers=False,
+        args=args,
+    )
+
+
+def run_problem(command: str, options: str) -> str:
+    """What the command's own parser finds wrong with options in JSON, or nothing."""
+    before, sys.argv = sys.argv, sys.argv[:1]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            _run_command([command, f"--config={options}", "--print_config"])
+    except SystemExit as stop:
+        if stop.code in (None, 0):
+            return ""
+        return str(stop.__context__ or f"exit code {stop.code}")
+    except (ArgumentError, ValueError) as error:
+        return str(_user_error(error) or error)
+    finally:
+        sys.argv = before
+    raise AssertionError("--print_config ends the command")
 
 
 def _user_error(error: BaseException) -> BaseException | None:

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-RUNS = sorted(CONFIGS.glob("*.yaml"))
+PLANS = sorted(CONFIGS.glob("continual_*.yaml"))
+RUNS = sorted(set(CONFIGS.glob("*.yaml")) - set(PLANS))
 # configs/benchmarks holds tasks of lm-evaluation-harness (tests/data/benchmarks), no fragments.
 FRAGMENTS = sorted(p for p in CONFIGS.glob("*/*.yaml") if p.parent.name != "benchmarks")
 
@@ -48,6 +49,30 @@ def test_fragment_parses_beside_a_model(
     config = parse([f"--config={CONFIGS / 'model' / 'sdft.yaml'}", f"--config={path}"])
     for section, values in yaml.safe_load(path.read_text(encoding="utf-8")).items():
         assert values.keys() <= config[section].keys()
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_plan_opens_with_its_command_and_all_its_runs_parse(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sdft_lightning import modules
+    from sdft_lightning.cli import run_problem
+    from sdft_lightning.continual import checks
+    from sdft_lightning.continual.plan_file import build_plan, read_options
+
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    assert first == f"# python cli.py continual --config configs/{path.name}"
+    options = read_options([str(path)], [])
+    assert options["name"] == path.stem
+    assert set(options["methods"]) == {"sdft", "sft", "dft"}
+    options["methods"] = {
+        name: method
+        for name, method in options["methods"].items()
+        if hasattr(modules, method["model"]["class_path"])
+    }
+    # The real data lie beside the repository, or nowhere.
+    monkeypatch.setattr(checks, "local_path", lambda source, option: None)
+    checks.check_plan(build_plan(options), run_problem)
 
 
 def test_later_config_wins(parse: Callable[[list[str]], dict[str, Any]]) -> None:

@@ -3,21 +3,25 @@
 from sdft_lightning.callbacks.completion_log import CompletionLog
 from sdft_lightning.callbacks.drift import DriftMonitor
 from sdft_lightning.callbacks.export import ExportModel
+from sdft_lightning.callbacks.item_scores import ItemScores
 from sdft_lightning.callbacks.kl_strip import KLStrip
 from sdft_lightning.callbacks.metrics_log import MetricsLog
 from sdft_lightning.callbacks.predictions import PredictionWriter
 from sdft_lightning.callbacks.progress import RunProgressBar
 from sdft_lightning.callbacks.result_table import ResultTable
+from sdft_lightning.callbacks.token_budget import TokenBudget
 from sdft_lightning.callbacks.validate_at_ends import ValidateAtEnds
 
 __all__ = [
     "CompletionLog",
     "DriftMonitor",
     "ExportModel",
+    "ItemScores",
     "KLStrip",
     "MetricsLog",
     "PredictionWriter",
     "ResultTable",
     "RunProgressBar",
+    "TokenBudget",
     "ValidateAtEnds",
 ]

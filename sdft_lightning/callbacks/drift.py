@@ -28,16 +28,23 @@ class _BaseAnswers(NamedTuple):
 class DriftMonitor(L.Callback):
     """Logs val/drift/<set>: KL(base ‖ student) in nats a token, on the base model's own answers.
 
-    The mean is over the tokens of each answer, then over answers. The base model is loaded by
-    the name of the policy at the first validation, also in a resumed run, and only its answers
-    and output head are kept. With LoRA it is the student with its adapters off.
+    In a test it is test/drift/<set>. The mean is over the tokens of each answer, then over
+    answers. The base model is loaded at the first validation, also in a resumed run, and only its
+    answers and output head are kept. With LoRA it is the student with its adapters off, unless
+    another is named.
 
     Args:
         held_out: Names of the sets in data.held_out.
+        model_name: The base model to compare with; the model that the run starts from without it.
+        revision: Its branch, tag or commit on the Hub.
     """
 
-    def __init__(self, held_out: list[str]) -> None:
+    def __init__(
+        self, held_out: list[str], model_name: str | None = None, revision: str | None = None
+    ) -> None:
         self.held_out = held_out
+        self.model_name = model_name
+        self.revision = revision
         self._base: Any = None
         self._head: OutputHead | None = None
         self._answers: dict[tuple[str, int], _BaseAnswers] = {}
@@ -96,18 +103,37 @@ class DriftMonitor(L.Callback):
         sums = torch.stack([mean.detach() * rows, torch.full_like(mean, rows)])  # (2,)
         self._sums[batch.task] = self._sums.get(batch.task, torch.zeros_like(sums)) + sums
 
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """As `on_validation_batch_end`."""
+        self.on_validation_batch_end(trainer, module, outputs, batch, batch_idx, dataloader_idx)
+
     def on_validation_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
         """Log the mean of each set over all ranks."""
+        self._log(trainer, module, "val")
+
+    def on_test_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
+        """As `on_validation_epoch_end`."""
+        self._log(trainer, module, "test")
+
+    def _log(self, trainer: L.Trainer, module: Any, stage: str) -> None:
         for name, sums in self._sums.items():
             total, rows = trainer.strategy.reduce(sums, reduce_op="sum")
-            module.log(f"val/drift/{name}", total / rows, rank_zero_only=False)
+            module.log(f"{stage}/drift/{name}", total / rows, rank_zero_only=False)
         self._sums = {}
         self._base = None  # its answers are kept; they take a few megabytes
 
     @torch.no_grad()
     def _answer(self, module: Any, batch: Any) -> _BaseAnswers:
         if self._base is None:
-            self._base = _base_model(module)
+            self._base = self._base_model(module)
             head = output_head(self._base)
             self._head = head._replace(weight=head.weight.clone())
         rollout = module.greedy_completions(self._base, batch.prompt_ids, batch.prompt_mask)
@@ -121,11 +147,14 @@ class DriftMonitor(L.Callback):
         )  # (N, D)
         return _BaseAnswers(rollout, hidden)
 
-
-def _base_model(module: Any) -> Any:
-    if module.lora is not None:
-        return base_copy(module.student).eval()
-    policy = load_policy(
-        module.model_name, module.revision, module.weights_dtype, module.attn_implementation
-    )
-    return policy.model.to(module.device).eval().requires_grad_(False)
+    def _base_model(self, module: Any) -> Any:
+        if self.model_name is None and module.lora is not None:
+            return base_copy(module.student).eval()
+        named = self.model_name is not None
+        policy = load_policy(
+            self.model_name or module.model_name,
+            self.revision if named else module.revision,
+            module.weights_dtype,
+            module.attn_implementation,
+        )
+        return policy.model.to(module.device).eval().requires_grad_(False)

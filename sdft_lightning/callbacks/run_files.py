@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -16,10 +17,21 @@ def run_folder(trainer: L.Trainer) -> Path:
 
 
 def append_lines(path: Path, records: list[dict[str, Any]]) -> None:
-    """Append records to a JSON Lines file, made if absent."""
+    """Append records to a JSON Lines file, made if absent.
+
+    Where a killed process left a line without its end, the new ones begin on a line of their own.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    with path.open("ab+") as file:
+        if file.tell() and _last_byte(file) != b"\n":
+            file.write(b"\n")
+        for record in records:
+            file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+
+
+def _last_byte(file: BinaryIO) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1)
 
 
 def unused_path(path: Path) -> Path:

@@ -174,8 +174,13 @@ class DemonstrationDataModule(L.LightningDataModule):
             rows = [row._replace(demonstration=[]) for row in rows]
         taught = next((row for row in rows if row.demonstration), None)
         if taught is not None:
-            check_same_header(tokenizer.tokenizer, taught, self.prompts)
-        tokenized = tokenize_rows(rows, tokenizer._replace(on_context=planned.needs.context))
+            check_same_header(tokenizer.tokenizer, taught, planned.prompts or self.prompts)
+        tokenizer = tokenizer._replace(
+            style=planned.prompts or tokenizer.style,
+            lengths=planned.lengths or tokenizer.lengths,
+            on_context=planned.needs.context,
+        )
+        tokenized = tokenize_rows(rows, tokenizer)
         self._left_out[planned.key] = tokenized.skipped + tokenized.truncated
         log.info(length_report(planned.key, tokenized))
         return PromptDataset(tokenized.rows, self._pad_id, planned.task, planned.grader or "")

@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 from sdft_lightning.data.rows import Columns
 from sdft_lightning.data.sources import Source
+from sdft_lightning.data.tokenize import Lengths
 from sdft_lightning.errors import UserError, check_choice
 from sdft_lightning.graders import JUDGED, JudgeSettings, get_grader, grader_names
+from sdft_lightning.prompts import PromptStyle
 from sdft_lightning.types import RowNeeds
 
 _SPLITS = {
@@ -28,15 +30,22 @@ class HeldOut:
         source: File or Hub data set.
         grader: Name of its grader.
         columns: Its column map.
+        prompts: How its questions are rendered; as data.prompts without it.
+        lengths: What of it fits; as data.lengths without it.
     """
 
     source: Source
     grader: str
     columns: Columns = field(default_factory=lambda: Columns(reference="reference"))
+    prompts: PromptStyle | None = None
+    lengths: Lengths | None = None
 
 
 class PlannedSet(NamedTuple):
-    """A set that a stage needs: where it is, what it is called, what it holds, how it is graded."""
+    """A set that a stage needs: where it is, what it is called, what it holds, how it is graded.
+
+    Prompts and lengths are None where those of the task stand.
+    """
 
     key: str
     task: str
@@ -44,6 +53,8 @@ class PlannedSet(NamedTuple):
     columns: Columns
     needs: RowNeeds
     grader: str | None
+    prompts: PromptStyle | None = None
+    lengths: Lengths | None = None
 
     @property
     def is_taught(self) -> bool:
@@ -95,16 +106,16 @@ class TaskSets(NamedTuple):
 
         Args:
             stage: fit, validate, test or predict.
-            benchmarks: Whether there are benchmarks, so that `validate` and `test` have something
-                to do without a set.
+            benchmarks: Whether there are benchmarks; with them, or with held-out sets, `validate`
+                and `test` have something to do without a set of their own.
             training_needs: What every row to train on must have.
 
         Raises:
             UserError: If the stage's own set is not given.
         """
         splits = _SPLITS[stage]
-        only_benchmarks = stage in ("validate", "test") and benchmarks
-        if self.sources[splits[0]] is None and not only_benchmarks:
+        others = stage in ("validate", "test") and (benchmarks or bool(self.held_out))
+        if self.sources[splits[0]] is None and not others:
             raise UserError(
                 f"data.{splits[0]}: `{stage}` needs it and it is not given. Set it to a file, e.g. "
                 f"--data.{splits[0]}=my/{splits[0]}.jsonl."
@@ -119,7 +130,16 @@ class TaskSets(NamedTuple):
                 sets.append(PlannedSet(split, self.task, source, self.columns, needs, grader))
         if stage != "predict":
             sets.extend(
-                PlannedSet(f"held_out.{name}", name, held.source, held.columns, graded, held.grader)
+                PlannedSet(
+                    f"held_out.{name}",
+                    name,
+                    held.source,
+                    held.columns,
+                    graded,
+                    held.grader,
+                    held.prompts,
+                    held.lengths,
+                )
                 for name, held in self.held_out.items()
             )
         return sets

@@ -92,7 +92,7 @@ def test_all_rows_load_with_a_prompt_and_the_demonstrations_and_references_there
 
 
 def texts(tokenizer: Any, tokens: TokenizedRow) -> tuple[str, str, str]:
-    prompt, teacher, target = (tokenizer.decode(ids) for ids in tokens[1:])
+    prompt, teacher, target = (tokenizer.decode(ids) for ids in tokens[1:4])
     return prompt, teacher, target
 
 

@@ -1,0 +1,42 @@
+"""Writes the score of every answer of a test down, so that two models can be compared by item."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning as L
+
+from sdft_lightning.callbacks.run_files import append_lines, run_folder
+
+
+class ItemScores(L.Callback):
+    """One line a graded answer in items.jsonl: task, id, score, completion.
+
+    The score is null where a judge gave no verdict. Each rank writes its own file.
+    """
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Append the answers of a batch."""
+        graded = (outputs or {}).get("graded")
+        if graded is None or not graded.scores:
+            return
+        rank = f"-rank{trainer.global_rank}" if trainer.world_size > 1 else ""
+        records = [
+            {
+                "task": graded.task,
+                "id": row.id,
+                "score": None if math.isnan(score) else score,
+                "completion": text,
+            }
+            for row, score, text in zip(batch.rows, graded.scores, graded.completions, strict=True)
+        ]
+        append_lines(run_folder(trainer) / f"items{rank}.jsonl", records)

@@ -1,0 +1,116 @@
+"""How a run's command is carried out: in this process, or in one of its own."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO
+
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+Command = Callable[[list[str]], None]
+_LAST_LINES = 20
+# Of a process that a person or a scheduler ended.
+_STOPPED = (-signal.SIGINT, -signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+
+
+class RunFailed(Exception):
+    """A command has failed; the text says why."""
+
+
+class Stopped(Exception):
+    """Someone has asked this process, or the one of a command, to end."""
+
+
+def in_this_process(main: Callable[[], None]) -> Command:
+    """Carry commands out here.
+
+    Args:
+        main: The command line's entry; reads sys.argv, as everything below it may.
+    """
+
+    def run(args: list[str]) -> None:
+        try:
+            with _as_command_line(args):
+                main()
+        except (Exception, SystemExit) as error:
+            if _is_stop(error):
+                raise Stopped from error
+            if not isinstance(error, SystemExit) or error.code not in (None, 0):
+                raise RunFailed(_reason(error)) from error
+        finally:
+            gc.collect()  # the modules of a run hold each other, and their tensors
+
+    return run
+
+
+@contextmanager
+def _as_command_line(args: list[str]) -> Iterator[None]:
+    before = sys.argv
+    sys.argv = [before[0], *args]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+def _is_stop(error: BaseException) -> bool:
+    # Lightning turns Ctrl-C into an exit with code 1.
+    return any(isinstance(each, KeyboardInterrupt | SIGTERMException) for each in _chain(error))
+
+
+def _reason(error: BaseException) -> str:
+    """The first cause that says something: an exit code does not."""
+    for each in _chain(error):
+        if not isinstance(each, SystemExit):
+            return f"{type(each).__name__}: {each}"
+    return f"exit code {error.code}" if isinstance(error, SystemExit) else str(error)
+
+
+def in_own_process(locks: tuple[int, ...] = ()) -> Command:
+    """Carry each command out in a process of its own.
+
+    Args:
+        locks: Files that the process keeps open: should this one be killed, the locks stay until
+            the other has ended, and nobody starts a second run in its folder.
+    """
+
+    def run(args: list[str]) -> None:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sdft_lightning.cli", *args],
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            pass_fds=locks,
+        )
+        assert process.stderr is not None
+        last = _show(process.stderr)
+        code = process.wait()
+        if code in _STOPPED:
+            raise Stopped
+        if code:
+            how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            raise RunFailed("\n".join([f"{how}; the last lines of its messages:", *last]))
+
+    return run
+
+
+def _show(stream: IO[str]) -> list[str]:
+    """Pass messages on as they come, and keep the last ones."""
+    last: deque[str] = deque(maxlen=_LAST_LINES)
+    for line in stream:
+        sys.stderr.write(line)
+        last.append(line.rstrip("\n"))
+    return list(last)

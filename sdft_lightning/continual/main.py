@@ -1,0 +1,74 @@
+"""The command `continual`: reads a plan, checks it, and works through it."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable
+
+from sdft_lightning.continual.checks import Parse, check_plan
+from sdft_lightning.continual.commands import Stopped, in_own_process, in_this_process
+from sdft_lightning.continual.drive import Work, work_through
+from sdft_lightning.continual.identity import canonical_plan, claim_folder, plan_hash
+from sdft_lightning.continual.overview import overview
+from sdft_lightning.continual.plan import ContinualPlan
+from sdft_lightning.continual.plan_file import build_plan, read_options
+from sdft_lightning.continual.records import all_records
+from sdft_lightning.continual.units import parse_shard, plan_folder
+
+DESCRIPTION = "Methods x stages x seeds from one YAML; started again, it goes on where it was."
+_STOPPED = 143
+
+
+def plan_parser() -> ArgumentParser:
+    """The command's own options; those of the plan follow in the help."""
+    about = (ContinualPlan.__doc__ or "").partition("Args:")[2]
+    parser = ArgumentParser(
+        prog="continual",
+        description=DESCRIPTION,
+        epilog=f"options of the plan, in YAML or as --name=value:{about}",
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", action="append", required=True, help="the plan; may be repeated, later wins"
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="print the plan and its state, and write nothing"
+    )
+    parser.add_argument("--shard", help="only every n-th chain, e.g. 2/8 for the second of eight")
+    return parser
+
+
+def run_continual(args: list[str], main: Callable[[], None], parse: Parse) -> None:
+    """Carry out the command.
+
+    Args:
+        args: Its arguments.
+        main: The whole command line's entry, which the runs go through; reads sys.argv.
+        parse: Parses the options of a run as its command does.
+
+    Exits with code 1 if a run has failed, and with 143 if someone has asked it to end.
+    """
+    own, overrides = plan_parser().parse_known_args(args)
+    plan, shard = build_plan(read_options(own.config, overrides)), parse_shard(own.shard)
+    check_plan(plan, parse)
+    canonical = canonical_plan(plan)
+    folder, found = plan_folder(plan), plan_hash(canonical)
+    claim_folder(folder, canonical, write=not own.dry_run)
+    records = all_records(folder, found)
+    print(overview(plan, shard, records), flush=True)
+    if own.dry_run:
+        return
+    same = plan.processes == "same"
+    work = Work(
+        plan, found, shard, lambda locks: in_this_process(main) if same else in_own_process(locks)
+    )
+    try:
+        failed = work_through(work)
+    except Stopped as stop:
+        print("Stopped. Give the same command to go on.", flush=True)
+        raise SystemExit(_STOPPED) from stop
+    print(f"\nResults: {work.results}", flush=True)
+    if failed:
+        print(f"{failed} failed; give the same command to try again.", flush=True)
+        raise SystemExit(1)

@@ -1,4 +1,4 @@
-"""The command line: LightningCLI's commands, `preflight`, `export` and `continual`."""
+"""The command line: LightningCLI's commands, `preflight`, `export`, `continual` and `report`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from sdft_lightning.data.benchmarks import Benchmarks
 from sdft_lightning.errors import UserError
 from sdft_lightning.modules import PolicyModule
 from sdft_lightning.quiet import quieten
+from sdft_lightning.report import report_command
 from sdft_lightning.run_folder import (
     SaveRunConfig,
     check_run_folder,
@@ -157,9 +158,13 @@ def main(args: ArgsType = None) -> None:
     """
     quieten()
     given = sys.argv[1:] if args is None else args
+    command = given[0] if isinstance(given, list) and given else None
     try:
-        if isinstance(given, list) and given[:1] == ["continual"]:
+        # Two commands without a model and a trainer, which LightningCLI would build.
+        if command == "continual":
             run_continual(given[1:], main, run_problem)
+        elif command == "report":
+            report_command(given[1:])
         else:
             _run_command(args)
     except (ArgumentError, ValueError) as error:
@@ -188,7 +193,8 @@ def _run_command(args: ArgsType) -> None:
         save_config_callback=SaveRunConfig,
         parser_kwargs={
             "description": "Self-distillation fine-tuning: a new skill, old ones kept. Besides the "
-            "commands below there is `continual` (methods x stages x seeds from one YAML).",
+            "commands below there are `continual` (methods x stages x seeds from one YAML) and "
+            "`report` (tables, plots and a page of its results).",
             **{name: {"description": text} for name, text in _DESCRIPTIONS.items()},
         },
         seed_everything_default=42,

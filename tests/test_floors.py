@@ -48,6 +48,7 @@ FLOORS: dict[str, float] = {
     "preflight": 3.5,
     "callbacks": 4,
     "continual": 5,
+    "report": 5.25,
     "run_folder": 5,
     "run_trainer": 5.5,
     "cli": 6,

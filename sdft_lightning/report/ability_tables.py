@@ -32,22 +32,23 @@ def summary_table(summaries: Sequence[Summary]) -> Table:
         "Method",
         "Seeds",
         "New tasks, %",
-        "SD",
+        "SD, new tasks",
         "Retained, %",
-        "SD",
-        "Change, points",
+        "SD, retained",
+        "Against base, points",
         *(f"KL, {name}" for name in drifts),
     )
     rows = []
     for each in summaries:
-        drift = [_drift(each, name) for name in drifts]
+        done = 1 if each.is_base() else len(each.complete)
+        drift = [_drift(each, name, done) for name in drifts]
         rows.append(
             (
                 each.label,
-                NOTHING if each.is_base() else seed_count(len(each.complete), each.expected),
-                mean(each.new, each.expected),
+                _seeds(each),
+                mean(each.new, done),
                 percent(each.new.spread if each.new else None),
-                mean(each.retained, each.expected),
+                mean(each.retained, done),
                 percent(each.retained.spread if each.retained else None),
                 points(each.retained_change),
                 *drift,
@@ -56,7 +57,8 @@ def summary_table(summaries: Sequence[Summary]) -> Table:
     note = (
         "After the last stage. New tasks: mean accuracy over the tasks of all stages. Retained: "
         "mean over the held-out abilities. In brackets: 95 % interval over items. SD: standard "
-        "deviation over seeds. Change: retained now less retained by the base."
+        "deviation over seeds. Against base: retained now less what the base has. Means are over the "
+        "complete seeds, and are marked where some of these lack the figure."
     )
     if drifts:
         note += " KL: from the base, nats a token."
@@ -67,11 +69,16 @@ def _drift_names(summaries: Sequence[Summary]) -> list[str]:
     return list(dict.fromkeys(n for each in summaries for p in each.points for n in p.drift))
 
 
-def _drift(summary: Summary, name: str) -> str:
+def _seeds(summary: Summary) -> str:
+    """How many seeds of how many are complete; nothing for the base."""
+    return NOTHING if summary.is_base() else seed_count(len(summary.complete), summary.expected)
+
+
+def _drift(summary: Summary, name: str, done: int) -> str:
     values = [point.drift[name] for point in summary.points if name in point.drift]
     if not values:
         return NOTHING
-    return f"{fmean(values):.3f}" + fewer(len(values), summary.expected)
+    return f"{fmean(values):.3f}" + fewer(len(values), done)
 
 
 def scores_table(summaries: Sequence[Summary]) -> Table | None:
@@ -87,17 +94,21 @@ def scores_table(summaries: Sequence[Summary]) -> Table | None:
             if found is None:
                 cells.append(NOTHING)
                 continue
-            value, deviation, seeds = found
+            value, deviation = found
             shown = percent(value) if name == "average_accuracy" else points(value)
             around = "" if deviation is None else f" ± {percent(deviation)}"
-            cells.append(shown + around + fewer(seeds, each.expected))
-        rows.append((each.label, *cells))
+            cells.append(shown + around)
+        rows.append((each.label, _seeds(each), *cells))
     note = (
         "Mean over seeds ± standard deviation over seeds. Forgetting: best earlier accuracy less "
         "the last, below 0 for a gain. Forward transfer is measured from the base model."
     )
     return Table(
-        "continual", "Continual-learning figures", ("Method", *_SCORES.values()), tuple(rows), note
+        "continual",
+        "Continual-learning figures",
+        ("Method", "Seeds", *_SCORES.values()),
+        tuple(rows),
+        note,
     )
 
 

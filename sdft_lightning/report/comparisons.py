@@ -112,13 +112,13 @@ def compare(results: Results) -> Comparisons:
     """
     pooled: list[Pooled] = []
     by_seed: list[OfSeed] = []
-    untested: dict[str, None] = {}
+    untested: dict[str, list[str]] = {}
     for first, second in _pairs(results):
         for kind, name in _sets(first, second):
             scores = _aligned(kind, name, first, second)
             if scores is None:
-                why = f"{kind}.{name}: {first.label} and {second.label} share no scored items"
-                untested[why] = None
+                pair = f"{first.label} and {second.label}"
+                untested.setdefault(f"{kind}.{name}", []).append(pair)
                 continue
             seeds, ours, theirs = scores
             pooled.append(_pooled(kind, name, first, second, seeds, ours, theirs))
@@ -132,7 +132,10 @@ def compare(results: Results) -> Comparisons:
             one._replace(corrected=p)
             for one, p in zip(by_seed, holm([each.p for each in by_seed]), strict=True)
         ),
-        tuple(untested),
+        tuple(
+            f"{where}, for want of scored items in common: {'; '.join(pairs)}"
+            for where, pairs in untested.items()
+        ),
     )
 
 

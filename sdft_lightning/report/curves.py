@@ -33,26 +33,25 @@ def learning_curves(methods: Sequence[Method]) -> dict[str, list[Line]]:
     """
     found: dict[str, list[Line]] = {}
     for method in methods:
-        by_seed = {seed: _points(method, seed) for seed in method.seeds}
-        names = dict.fromkeys(name for points in by_seed.values() for name in points)
-        for name in names:
+        by_seed = {seed: _values(method, seed) for seed in method.seeds}
+        for name in dict.fromkeys(name for values in by_seed.values() for name in values):
             lines = found.setdefault(name, [])
-            for seed, points in by_seed.items():
-                if name in points:
-                    steps, values = zip(*points[name], strict=True)
-                    lines.append(Line(method.label, seed, steps, values))
-            mean = _mean(method.label, [points.get(name, []) for points in by_seed.values()])
-            if mean is not None:
-                lines.append(mean)
+            for seed, values in by_seed.items():
+                if name in values:
+                    lines.append(_line(method.label, seed, values[name]))
+            mean = _mean([values.get(name, {}) for values in by_seed.values()])
+            if mean:
+                lines.append(_line(method.label, None, mean))
     return found
 
 
-_Points = list[tuple[float, float]]
+# (stage, step since the base model): where a stage ends and the next begins, both have a value.
+_Values = dict[tuple[int, float], float]
 
 
-def _points(method: Method, seed: int) -> dict[str, _Points]:
-    """(step, value) by name, up to the first stage that is missing."""
-    found: dict[str, _Points] = {}
+def _values(method: Method, seed: int) -> dict[str, _Values]:
+    """What was measured, by name, up to the first stage that is missing."""
+    found: dict[str, _Values] = {}
     before = 0.0
     for stage in range(1, len(method.stages) + 1):
         record = method.runs.get((seed, stage))
@@ -61,19 +60,19 @@ def _points(method: Method, seed: int) -> dict[str, _Points]:
         for point in record.curve:
             for name, value in point.items():
                 if name != "step":
-                    found.setdefault(name, []).append((before + point["step"], value))
+                    found.setdefault(name, {})[stage, before + point["step"]] = value
         last = max((point["step"] for point in record.curve), default=0.0)
         before += last if record.updates is None else record.updates
     return found
 
 
-def _mean(label: str, seeds: Sequence[_Points]) -> Line | None:
-    by_step = [dict(points) for points in seeds]  # of a stage's end and the next one's start: this
-    shared = [step for step in by_step[0] if all(step in each for each in by_step)]
-    if not shared:
-        return None
-    values = tuple(fmean(each[step] for each in by_step) for step in shared)
-    return Line(label, None, tuple(shared), values)
+def _line(label: str, seed: int | None, values: _Values) -> Line:
+    return Line(label, seed, tuple(step for _, step in values), tuple(values.values()))
+
+
+def _mean(seeds: Sequence[_Values]) -> _Values:
+    shared = [place for place in seeds[0] if all(place in values for values in seeds)]
+    return {place: fmean(values[place] for values in seeds) for place in shared}
 
 
 def stage_starts(methods: Sequence[Method]) -> list[tuple[float, str]]:
@@ -87,3 +86,12 @@ def stage_starts(methods: Sequence[Method]) -> list[tuple[float, str]]:
                 before += method.runs[seed, stage].updates or 0
             found.add(tuple(starts[1:]))
     return list(found.pop()) if len(found) == 1 else []
+
+
+def curve_title(name: str) -> str:
+    """The name of a curve in words: `task/<name>/<metric>` and `drift/<name>` are taken apart."""
+    kind, _, rest = name.partition("/")
+    if kind == "drift" and rest:
+        return f"{rest}: KL from base"
+    task, slash, metric = rest.rpartition("/")
+    return f"{task}: {metric}" if slash else name

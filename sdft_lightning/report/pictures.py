@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from sdft_lightning.report.curves import Line, learning_curves, stage_starts
+from sdft_lightning.report.curves import Line, curve_title, learning_curves, stage_starts
 from sdft_lightning.report.heat_map import matrix
 from sdft_lightning.report.looks import Look, plain_text
 from sdft_lightning.report.plots import curve, pareto
@@ -85,8 +85,9 @@ def _curves(results: Results, styles: Mapping[str, Look]) -> list[Picture]:
         figure, bare = (curve(name, lines, starts, styles, legend) for legend in (True, False))
         key = f"curve-{number}-{slug(name)}"
         description = _ends(lines)
-        svg = inline_svg(bare, key, name, description)
-        found.append(Picture(key, f"Learning curve: {name}", description, figure, svg))
+        title = f"Learning curve of {curve_title(name)}"
+        svg = inline_svg(bare, key, title, description)
+        found.append(Picture(key, title, description, figure, svg))
     return found
 
 

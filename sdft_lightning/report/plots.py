@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from sdft_lightning.report.curves import Line
+from sdft_lightning.report.curves import Line, curve_title
 from sdft_lightning.report.estimates import Estimate
 from sdft_lightning.report.looks import MUTED, Look, add_legend, panel
 from sdft_lightning.report.summary import Summary
@@ -146,7 +146,7 @@ def curve(
         )
     unit = "%" if share else "nats a token" if name.startswith("drift/") else ""
     axes.set(xlabel="optimizer steps", ylabel=unit)
-    axes.set_title(name)
+    axes.set_title(curve_title(name))
     if legend:
         add_legend(figure, axes)
     return figure

@@ -105,15 +105,15 @@ class Summary(NamedTuple):
         """Whether this is the model before training."""
         return any(point.seed is None for point in self.points)
 
-    def mean_score(self, name: str) -> tuple[float, float | None, int] | None:
-        """Mean, standard deviation over seeds and number of seeds of a continual-learning figure.
+    def mean_score(self, name: str) -> tuple[float, float | None] | None:
+        """Mean over the complete seeds and standard deviation of a continual-learning figure.
 
         None where no seed has it, or where a complete seed lacks it.
         """
         values = [float(getattr(scores, name)) for scores in self.scores.values()]
         if not values or any(math.isnan(value) for value in values):
             return None
-        return fmean(values), spread(values), len(values)
+        return fmean(values), spread(values)
 
 
 def summarise(results: Results) -> list[Summary]:

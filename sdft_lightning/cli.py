@@ -158,13 +158,14 @@ def main(args: ArgsType = None) -> None:
     """
     quieten()
     given = sys.argv[1:] if args is None else args
-    command = given[0] if isinstance(given, list) and given else None
+    words = list(given) if isinstance(given, list) else []
+    command = words[0] if words else None
     try:
         # Two commands without a model and a trainer, which LightningCLI would build.
         if command == "continual":
-            run_continual(given[1:], main, run_problem)
+            run_continual(words[1:], main, run_problem)
         elif command == "report":
-            report_command(given[1:])
+            report_command(words[1:])
         else:
             _run_command(args)
     except (ArgumentError, ValueError) as error:

@@ -18,7 +18,7 @@ model: $(STAMP) ## fetch and convert the embedded model into the cache (first ti
 	$(PYTHON_BIN) -m sdft_lightning.embedded
 
 test: model ## run all tests on the CPU (5 to 10 minutes)
-	$(PYTHON_BIN) -m pytest -q
+	$(PYTHON_BIN) -m pytest -q -n 2 --dist loadfile
 
 demo: model ## teach the embedded model facts on the CPU (16 to 24 minutes)
 	$(PYTHON_BIN) -m sdft_lightning.demo

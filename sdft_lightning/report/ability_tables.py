@@ -57,8 +57,8 @@ def summary_table(summaries: Sequence[Summary]) -> Table:
     note = (
         "After the last stage. New tasks: mean accuracy over the tasks of all stages. Retained: "
         "mean over the held-out abilities. In brackets: 95 % interval over items. SD: standard "
-        "deviation over seeds. Against base: retained now less what the base has. Means are over the "
-        "complete seeds, and are marked where some of these lack the figure."
+        "deviation over seeds. Against base: retained now less what the base has. Means are over "
+        "the complete seeds, and are marked where some of these lack the figure."
     )
     if drifts:
         note += " KL: from the base, nats a token."

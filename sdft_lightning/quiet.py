@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
+from typing import Any
 
 _WARNINGS = (
     ".*does not have many workers.*",
@@ -29,6 +31,19 @@ class _Drop(logging.Filter):
         return not any(notice in text for notice in _NOTICES)
 
 
+class _CurrentStderr(logging.StreamHandler[Any]):
+    """Writes to what is standard error now, which whoever captures output exchanges."""
+
+    @property
+    def stream(self) -> Any:
+        """Standard error."""
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: Any) -> None:
+        """Nothing is kept."""
+
+
 def quieten() -> None:
     """Drop these notices; show the package's own messages."""
     for pattern in _WARNINGS:
@@ -37,7 +52,7 @@ def quieten() -> None:
         logging.getLogger(name).addFilter(_Drop())
     ours = logging.getLogger("sdft_lightning")
     if not ours.handlers:
-        handler = logging.StreamHandler()
+        handler = _CurrentStderr()
         handler.setFormatter(logging.Formatter("%(message)s"))
         ours.addHandler(handler)
         ours.setLevel(logging.INFO)

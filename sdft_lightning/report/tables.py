@@ -77,10 +77,10 @@ def seed_count(seeds: int, expected: int) -> str:
 
 
 def p_value(p: float) -> str:
-    """A p value: two figures, or an upper bound."""
+    """A p value, finer near the limits that are asked for, or an upper bound."""
     if p < 0.0001:
         return "< 0.0001"
-    return f"{p:.4f}" if p < 0.01 else f"{p:.2f}"
+    return f"{p:.4f}" if p < 0.01 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
 def as_text(table: Table) -> str:

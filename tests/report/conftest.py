@@ -122,3 +122,26 @@ def write(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return to_file
+
+
+@pytest.fixture
+def by_hand() -> list[Raw]:
+    """Base and one method, two stages, two seeds, ten items a set, with round figures."""
+
+    def share(name: str, right: int) -> Raw:
+        return measured({f"{name}{i}": float(i < right) for i in range(10)})
+
+    def scores(a: int, b: int, general: int) -> tuple[Raw, Raw]:
+        return {"a": share("a", a), "b": share("b", b)}, {"general": share("general", general)}
+
+    rows: list[tuple[str, int | None, int, tuple[int, int, int]]] = [
+        ("base", None, 0, (1, 2, 8)),
+        ("sdft", 1, 1, (8, 3, 7)),
+        ("sdft", 1, 2, (6, 9, 6)),
+        ("sdft", 2, 1, (6, 2, 8)),
+        ("sdft", 2, 2, (6, 7, 7)),
+    ]
+    return [
+        record(method, seed, stage, *scores(*values), stages=["a", "b"])
+        for method, seed, stage, values in rows
+    ]

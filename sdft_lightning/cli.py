@@ -36,6 +36,7 @@ from sdft_lightning.run_folder import (
     resolve_checkpoint,
 )
 from sdft_lightning.run_trainer import RunTrainer
+from sdft_lightning.strategies import check_strategy
 
 _DESCRIPTIONS = {
     "fit": "Train: see configs/ for whole runs, e.g. --config configs/quickstart.yaml.",
@@ -88,6 +89,7 @@ class SDFTCLI(LightningCLI):
         """Refuse a folder in use and a missing checkpoint before anything is loaded."""
         command = self.config["subcommand"]
         config = self.config[command]
+        check_strategy(config["trainer"].get("strategy"))
         self.run_folder = Path(config["run"]["root"]) / config["run"]["name"]
         if "ckpt_path" in config:  # preflight has none
             config["ckpt_path"] = resolve_checkpoint(config["ckpt_path"], self.run_folder)

@@ -19,6 +19,7 @@ from sdft_lightning.prefix import (
     split_if_worth,
     takes_own_mask,
 )
+from sdft_lightning.sharding import gathered
 from sdft_lightning.types import OutputHead
 
 # Greatest relative difference between the model's own logits and those of `output_head`.
@@ -121,7 +122,7 @@ def output_head(model: Any) -> OutputHead:
         model: A causal language model of transformers.
 
     Returns:
-        Views of the model's own parameters.
+        The model's own parameters, or whole ones gathered from its shards, with gradient.
 
     Raises:
         UserError: If the model has no linear head.
@@ -136,7 +137,8 @@ def output_head(model: Any) -> OutputHead:
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
     scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    return OutputHead(head.weight, head.bias, float(scale), softcap)
+    bias = None if head.bias is None else gathered(head.bias)
+    return OutputHead(gathered(head.weight), bias, float(scale), softcap)
 
 
 def apply_head(head: OutputHead, hidden: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.kv_cache import cache_of
+from sdft_lightning.sharding import is_sharded
 
 # Below this many shared tokens an extra forward pass is not worth its overhead.
 SHORTEST = 8
@@ -36,9 +37,12 @@ def can_share(model: Any) -> bool:
     """Whether keys and values can be computed apart for this model.
 
     Not with gradient checkpointing (it does without a cache), with a sliding window (its cache
-    drops keys), or with attention kernels that want unbroken rows.
+    drops keys), or with attention kernels that want unbroken rows. Nor where parameters are spread
+    over processes: one whose prompts share nothing would make a pass less than the others, which
+    would wait for it for ever.
     """
-    return takes_own_mask(model) and not (model.training and _checkpoints_activations(model))
+    recomputes = model.training and _checkpoints_activations(model)
+    return takes_own_mask(model) and not recomputes and not is_sharded(model)
 
 
 def takes_own_mask(model: Any) -> bool:

@@ -27,6 +27,7 @@ from sdft_lightning.lora import (
     sharing_copy,
 )
 from sdft_lightning.prompt_cache import PromptCache
+from sdft_lightning.sharding import local, shard_, summed
 from sdft_lightning.types import OutputHead
 
 
@@ -65,6 +66,15 @@ class Teacher(nn.Module):
     def _copy_of(self, student: nn.Module) -> nn.Module:
         copied: nn.Module = sharing_copy(student) if is_adapted(student) else copy.deepcopy(student)
         return copied
+
+    def shard_(self, mesh: Any) -> None:
+        """Spread the weights over processes as the student's are.
+
+        Args:
+            mesh: One-dimensional device mesh.
+        """
+        if self.model is not None:
+            shard_(self.model, mesh)
 
     @torch.no_grad()
     def update_(self, student: nn.Module, step: int) -> None:
@@ -116,7 +126,8 @@ class Teacher(nn.Module):
             del name
             apart += (mine.float() - theirs.float()).square().sum().double().cpu()
             size += theirs.float().square().sum().double().cpu()
-        return float((apart / size).sqrt())
+        sums = summed(torch.stack([apart, size]), student)  # (2,)
+        return float((sums[0] / sums[1]).sqrt())
 
     def train(self, mode: bool = True) -> Teacher:
         """Stay in eval mode, whatever is asked."""
@@ -154,6 +165,20 @@ class FrozenTeacher(Teacher):
     def _copy_of(self, student: nn.Module) -> nn.Module:
         copied: nn.Module = base_copy(student) if is_adapted(student) else super()._copy_of(student)
         return copied
+
+    def shard_(self, mesh: Any) -> None:
+        """As `Teacher.shard_`.
+
+        Raises:
+            UserError: If prompts are to be cached.
+        """
+        if self._cache is not None:
+            raise UserError(
+                "teacher.cache_prompts: got true, allowed under fsdp2 is false: a process that "
+                "finds its prompts in the cache makes a pass less than the others, which would "
+                "wait for it. Set it to false, or use ddp."
+            )
+        super().shard_(mesh)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:
         """A move to another device leaves the cache behind."""
@@ -262,7 +287,9 @@ def ema_(average: Tensor, value: Tensor, rate: float) -> None:
 
 
 def _pairs(teacher: nn.Module, student: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
-    """Parameters of both, matched by name; tied ones once; of an adapted student its adapters.
+    """Parameters of both, or this process's shards of them, matched by name; tied ones once.
+
+    Of an adapted student they are its adapters.
 
     Raises:
         UserError: If the names differ.
@@ -272,7 +299,7 @@ def _pairs(teacher: nn.Module, student: nn.Module) -> list[tuple[str, Tensor, Te
     if mine.keys() != theirs.keys():
         odd = sorted(mine.keys() ^ theirs.keys())[:3]
         raise UserError(f"teacher: its parameters are not the student's, e.g. {odd}.")
-    return [(name, mine[name], theirs[name]) for name in mine]
+    return [(name, local(mine[name]), local(theirs[name])) for name in mine]
 
 
 def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -23,6 +23,8 @@ FLOORS: dict[str, float] = {
     "types": 0,
     "uniforms": 0,
     "masking": 0.5,
+    "sharding": 0.5,
+    "strategies": 0.5,
     "divergence": 1,
     "kv_cache": 0,
     "lora": 1,

@@ -81,8 +81,9 @@ class DriftMonitor(L.Callback):
             self._answers[key] = self._answer(module, batch)
         answers = self._answers[key]
         mask = answers.rollout.completion_mask  # (B, T)
+        student = module.whole_student
         hidden = completion_hidden_states(
-            module.student,
+            student,
             batch.prompt_ids,
             batch.prompt_mask,
             answers.rollout.completion_ids,
@@ -94,7 +95,7 @@ class DriftMonitor(L.Callback):
             answers.hidden,
             self._head,
             hidden,
-            module.student_head,
+            output_head(student),
             answers.rollout.completion_ids[mask],
             sequence_weights(mask)[mask],
             Divergence("forward_kl"),

@@ -10,6 +10,7 @@ import lightning as L
 from sdft_lightning.callbacks.run_files import run_folder, unused_path
 from sdft_lightning.errors import UserError, check_choice
 from sdft_lightning.lora import is_adapted, merged_copy, save_adapter
+from sdft_lightning.sharding import is_sharded, whole_state_dict
 from sdft_lightning.tokenization import resolve_model
 
 ExportFormat = Literal["merged", "adapter"]
@@ -61,19 +62,27 @@ class ExportModel(L.Callback):
             self._export(trainer, module, "final")
 
     def _export(self, trainer: L.Trainer, module: Any, name: str) -> None:
+        # Spread weights are gathered by all processes together.
+        weights = whole_state_dict(module.student) if is_sharded(module.student) else None
         if trainer.is_global_zero:
             # A resumed run may come by here again; the older export stays.
             folder = unused_path(run_folder(trainer) / "exported" / name)
-            export_model(module, folder, self.format)
+            export_model(module, folder, self.format, weights)
 
 
-def export_model(module: Any, folder: Path, format: ExportFormat = "merged") -> None:
+def export_model(
+    module: Any,
+    folder: Path,
+    format: ExportFormat = "merged",
+    weights: dict[str, Any] | None = None,
+) -> None:
     """Save the student and its tokenizer, in safetensors.
 
     Args:
         module: A `PolicyModule` with its model loaded.
         folder: Must not exist yet.
         format: merged or adapter, see `ExportModel`.
+        weights: The student's whole weights by name, where it is spread over processes.
 
     Raises:
         UserError: If the student has no such format.
@@ -85,7 +94,7 @@ def export_model(module: Any, folder: Path, format: ExportFormat = "merged") -> 
         save_adapter(student, folder, resolve_model(module.model_name), module.revision)
     else:
         model = merged_copy(student) if is_adapted(student) else student
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
     module.tokenizer.save_pretrained(folder)
 
 

@@ -23,6 +23,8 @@ from sdft_lightning.policy import WeightsDtype, load_policy
 from sdft_lightning.quantization import Quantization
 from sdft_lightning.rollout import SamplingWeights, greedy_rollout
 from sdft_lightning.rollout.weights import SamplingDtype
+from sdft_lightning.sharding import data_parallel_mesh, is_sharded, shard_
+from sdft_lightning.teacher import Teacher
 from sdft_lightning.types import (
     Demonstration,
     GenerationBatch,
@@ -70,7 +72,10 @@ class PolicyModule(TimedModule):
     Attributes:
         row_needs: What the method needs of every training row; the data module asks for it.
         has_preflight: Whether `preflight` can measure the method.
+        student: The model being trained; None until `configure_model`.
     """
+
+    student: Any
 
     row_needs: ClassVar[RowNeeds] = RowNeeds()
     has_preflight: ClassVar[bool] = False
@@ -106,7 +111,9 @@ class PolicyModule(TimedModule):
             raise UserError(
                 f"model.eval_max_new_tokens: got {eval_max_new_tokens}, allowed are 1 and more."
             )
-        self.student: Any = None
+        # Before any teacher, so that a checkpoint numbers the optimizer's parameters alike whether
+        # it was written under fsdp2, which counts those of the whole module, or not.
+        self.register_module("student", None)
         self.tokenizer: Any = None
         self.stop_ids: list[int] = []
         self.sampling_weights = SamplingWeights(sampling_dtype)
@@ -117,9 +124,26 @@ class PolicyModule(TimedModule):
     # --- the policy -------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Load the policy once, on whatever stage comes first."""
-        if self.student is not None:
-            return
+        """Load the models once, and spread them over processes where the strategy asks for it."""
+        if self.student is None:
+            self.load_models()
+        if self.device_mesh is not None and not is_sharded(self.student):
+            self.shard_models(data_parallel_mesh(self.device_mesh))
+
+    def shard_models(self, mesh: Any) -> None:
+        """Spread the student and its teacher over processes (FSDP2).
+
+        Args:
+            mesh: One-dimensional device mesh.
+        """
+        self.sampling_weights.prepare(self.student)
+        shard_(self.student, mesh)
+        for module in list(self.children()):
+            if isinstance(module, Teacher):
+                module.shard_(mesh)
+
+    def load_models(self) -> None:
+        """Load the policy."""
         policy = load_policy(
             self.model_name,
             self.revision,
@@ -142,6 +166,21 @@ class PolicyModule(TimedModule):
         """
 
     @property
+    def whole_student(self) -> Any:
+        """The student as a model that this process can call alone, not to be trained.
+
+        Under fsdp2 this is the copy to sample with, which `gather` brings up to date.
+        """
+        if not is_sharded(self.student):
+            return self.student
+        return self.sampling_weights.model(self.student, self.trainer.global_step)
+
+    def gather(self) -> None:
+        """Bring the whole copies up to date on all processes at once, before they go their ways."""
+        if is_sharded(self.student):
+            self.sampling_weights.model(self.student, self.trainer.global_step)
+
+    @property
     def student_head(self) -> OutputHead:
         """The student's output head."""
         return output_head(self.student)
@@ -149,6 +188,10 @@ class PolicyModule(TimedModule):
     def on_fit_start(self) -> None:
         """Put the student into train mode: `from_pretrained` and Lightning leave it in eval."""
         self.student.train()
+        self.forget_copies()
+
+    def forget_copies(self) -> None:
+        """Drop what was copied from weights that may have changed from outside."""
         self.sampling_weights.forget()
         if self.lora is not None:
             trained = self.student.num_parameters(only_trainable=True)
@@ -202,7 +245,7 @@ class PolicyModule(TimedModule):
             checkpoint.get(IDENTITY_KEY), model_identity(self.student, self.model_name, type(self))
         )
         self.capability.load(checkpoint.get(CAPABILITY_KEY))
-        self.sampling_weights.forget()
+        self.forget_copies()
 
     # --- evaluation -------------------------------------------------------------------------
 
@@ -269,11 +312,17 @@ class PolicyModule(TimedModule):
 
     def on_validation_epoch_start(self) -> None:
         """Decide whether the benchmarks are due."""
+        self.gather()
         self.capability.begin(self.trainer)
 
     def on_test_epoch_start(self) -> None:
         """As `on_validation_epoch_start`."""
+        self.gather()
         self.capability.begin(self.trainer)
+
+    def on_predict_epoch_start(self) -> None:
+        """As `on_validation_epoch_start`."""
+        self.gather()
 
     def on_validation_epoch_end(self) -> None:
         """Log the accuracy of each task with its 95 % interval, and the benchmarks."""

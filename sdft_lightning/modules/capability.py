@@ -47,13 +47,13 @@ class CapabilityScores:
         if not batch.requests:
             return
         if isinstance(batch, ScoringBatch):
-            scores = score_continuations(module.student, batch)
+            scores = score_continuations(module.whole_student, batch)
             self.responses += [
                 RequestResponse(request, 0, score, None)
                 for request, score in zip(batch.requests, scores, strict=True)
             ]
             return
-        texts = answer_requests(module.student, module.tokenizer, batch, module.stop_ids)
+        texts = answer_requests(module.whole_student, module.tokenizer, batch, module.stop_ids)
         self.responses += [
             RequestResponse(request, copy, ContinuationScore(0.0, False), text)
             for request, copy, text in zip(batch.requests, batch.copies, texts, strict=True)

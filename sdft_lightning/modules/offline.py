@@ -20,6 +20,7 @@ from sdft_lightning.modules.sdft import SDFTModule
 from sdft_lightning.policy import WeightsDtype
 from sdft_lightning.rollout import Sampling
 from sdft_lightning.rollout.weights import SamplingDtype
+from sdft_lightning.sharding import is_sharded
 from sdft_lightning.teacher import FrozenTeacher
 from sdft_lightning.tokenization import load_config, load_stop_ids, load_tokenizer
 from sdft_lightning.types import Demonstration, PromptBatch, Rollout
@@ -123,6 +124,9 @@ class OfflineDistillationModule(SDFTModule):
         super().on_fit_start()
         known = getattr(getattr(self.trainer, "datamodule", None), "training_rows", list)
         self.check_before_fit(known())
+        # Later one process may have texts to write while another has none.
+        if is_sharded(self.student) and self.completions is None:
+            assert self.whole_teacher is not None
 
     def sample_rollouts(self, batches: list[PromptBatch], step: int) -> list[Rollout]:
         """The kept completions of several micro-batches; the teacher writes what is not there."""

@@ -22,9 +22,10 @@ from sdft_lightning.modules.teacher_update import TeacherUpdate
 from sdft_lightning.modules.window import SampledWindow, join_prompts, split_rollout
 from sdft_lightning.policy import WeightsDtype
 from sdft_lightning.quantization import Quantization
-from sdft_lightning.rollout import Sampling, generate_rollout
+from sdft_lightning.rollout import Sampling, SamplingWeights, generate_rollout
 from sdft_lightning.rollout.weights import SamplingDtype
-from sdft_lightning.teacher import EMATeacher, Teacher
+from sdft_lightning.sharding import is_sharded
+from sdft_lightning.teacher import EMATeacher, FrozenTeacher, Teacher
 from sdft_lightning.tokenization import token_id
 from sdft_lightning.types import PromptBatch, Rollout, TokenStatistics
 from sdft_lightning.uniforms import row_uniforms
@@ -111,18 +112,47 @@ class SDFTModule(PolicyModule):
         self.num_loss_tokens_to_skip = num_loss_tokens_to_skip
         self.generate_from_teacher = generate_from_teacher
         self.teacher_accuracy_in_fit = teacher_accuracy_in_fit
+        self._teacher_weights = SamplingWeights("same")
         self._window = SampledWindow()
 
-    def configure_model(self) -> None:
+    def load_models(self) -> None:
         """Load the policy, and make the teacher from it."""
-        if self.student is None:
-            super().configure_model()
-            self.load_teacher()
+        super().load_models()
+        self.load_teacher()
 
     def load_teacher(self) -> None:
         """Make the teacher from the student, before any training."""
-        student: Any = self.student
-        self.teacher.copy_from(student)
+        self.teacher.copy_from(self.student)
+
+    def shard_models(self, mesh: Any) -> None:
+        """As `PolicyModule.shard_models`; the teacher, too, is asked for whole completions."""
+        self._teacher_weights.prepare(self.teacher.network)
+        super().shard_models(mesh)
+
+    def forget_copies(self) -> None:
+        """As `PolicyModule.forget_copies`, with the teacher's."""
+        super().forget_copies()
+        self._teacher_weights.forget()
+
+    @property
+    def whole_teacher(self) -> Any:
+        """The teacher as a model that this process can call alone, to sample or to be graded."""
+        if self.teacher.network is self.student:
+            return self.whole_student
+        # A frozen teacher is gathered once, and the processes need not ask for it together again.
+        step = 0 if isinstance(self.teacher, FrozenTeacher) else self.trainer.global_step
+        return self._teacher_weights.model(self.teacher.network, step)
+
+    def gather(self) -> None:
+        """As `PolicyModule.gather`, and the teacher where it will be graded."""
+        super().gather()
+        if is_sharded(self.student) and self.grades_teacher:
+            assert self.whole_teacher is not None
+
+    @property
+    def grades_teacher(self) -> bool:
+        """Whether the running command grades the teacher beside the student."""
+        return self.teacher_accuracy_in_fit or self.trainer.state.fn != "fit"
 
     def configure_callbacks(self) -> list[L.Callback]:
         """The teacher moves after each optimizer step, before any checkpoint is written."""
@@ -147,7 +177,7 @@ class SDFTModule(PolicyModule):
         """The completions of several micro-batches, sampled at once, for an optimizer step."""
         samples = self.sampling.completions_per_prompt
         if self.generate_from_teacher:
-            model = self.teacher.network
+            model = self.whole_teacher
             prompts = [self.teacher_prompts(batch) for batch in batches]
         else:
             model = self.sampling_weights.model(self.student, step)
@@ -230,12 +260,11 @@ class SDFTModule(PolicyModule):
     def grade(self, batch: PromptBatch) -> dict[str, Any]:
         """Grade the student's answers; in validate and test also the teacher's."""
         outputs = super().grade(batch)
-        in_fit = self.trainer.state.fn == "fit"
         prompt_ids, prompt_mask = self.teacher_prompts(batch)  # (B, Q)
         taught = prompt_ids.shape[1] > 0
-        if batch.grader and taught and (self.teacher_accuracy_in_fit or not in_fit):
+        if batch.grader and taught and self.grades_teacher:
             outputs["teacher"] = self.graded_completions(
-                self.teacher.network, prompt_ids, prompt_mask, batch, "teacher_accuracy"
+                self.whole_teacher, prompt_ids, prompt_mask, batch, "teacher_accuracy"
             )
         return outputs
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -82,12 +82,10 @@ class SFTKLModule(SupervisedModule):
         self.penalised = PenalisedCrossEntropy(kl_weight, Divergence(kl_direction))
         self.base = FrozenTeacher()
 
-    def configure_model(self) -> None:
+    def load_models(self) -> None:
         """Load the policy, and keep the model that it starts from."""
-        if self.student is None:
-            super().configure_model()
-            student: Any = self.student
-            self.base.copy_from(student)
+        super().load_models()
+        self.base.copy_from(self.student)
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         """As SFT, with λ · KL at each token beside its cross-entropy."""

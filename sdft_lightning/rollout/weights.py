@@ -1,4 +1,4 @@
-"""Weights to sample with: the student's own, or a bfloat16 copy of them where that is faster."""
+"""Weights to sample with: the student's own or a copy, in bfloat16 where that is faster."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from sdft_lightning.sharding import empty_copy, fill_, is_sharded
+
 SamplingDtype = Literal["auto", "same", "bfloat16"]
 
 
 class SamplingWeights:
     """Keeps a bfloat16 copy of a model and refreshes it when the model has moved.
 
-    The copy is no part of any module: it is never trained, moved or saved.
+    The copy is no part of any module: it is never trained, moved or saved. Of a model that is
+    spread over processes a whole copy is kept in any case: each process samples until its own rows
+    are finished, and cannot wait for the others at every token.
 
     Args:
         dtype: same samples with the trained weights, bfloat16 with a copy; auto takes the copy
@@ -25,6 +29,11 @@ class SamplingWeights:
         self.dtype = dtype
         self._copy: Any = None
         self._version: object = None
+        self._empty: Any = None
+
+    def prepare(self, student: nn.Module) -> None:
+        """Remember the form of a model that is about to be spread over processes."""
+        self._copy, self._empty = None, empty_copy(student)
 
     def model(self, student: Any, version: object) -> Any:
         """The model to sample with.
@@ -34,8 +43,11 @@ class SamplingWeights:
             version: Anything that changes whenever the weights do, e.g. the optimizer step.
 
         Returns:
-            `student` itself or its up-to-date copy in eval mode.
+            `student` itself or its up-to-date copy in eval mode. Of a model that is spread over
+            processes all must ask for a new version at the same time.
         """
+        if is_sharded(student):
+            return self._whole(student, version)
         if not self.uses_copy(student):
             return student
         if self._copy is None or _device(self._copy) != _device(student):
@@ -56,8 +68,17 @@ class SamplingWeights:
             self._version = version
         return self._copy
 
+    def _whole(self, student: nn.Module, version: object) -> Any:
+        if self._copy is None or version != self._version:
+            with torch.inference_mode(False):
+                whole = copy.deepcopy(self._empty) if self._copy is None else self._copy
+                fill_(whole, student, torch.bfloat16 if self.uses_copy(student) else None)
+                self._copy = whole.to(_device(student))  # the buffers
+            self._version = version
+        return self._copy
+
     def uses_copy(self, student: nn.Module) -> bool:
-        """Whether a copy is used for this model on its device."""
+        """Whether this model is sampled from a bfloat16 copy on its device."""
         if self.dtype == "same" or next(student.parameters()).dtype != torch.float32:
             return False
         if getattr(student, "is_quantized", False):

@@ -1,0 +1,96 @@
+"""Lightning strategies by name: FSDP2 over all devices; what is asked of DeepSpeed."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from importlib.util import find_spec
+from typing import Any
+
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+
+from sdft_lightning.errors import UserError
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Lightning's ModelParallelStrategy over all devices of all nodes, one file a checkpoint.
+
+    Args:
+        process_group_backend: nccl or gloo; by the device without it.
+        timeout: How long a process waits for the others.
+    """
+
+    def __init__(
+        self,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,  # `export` and resume read one file
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+
+    def setup_environment(self) -> None:
+        """Take all processes: Lightning's `auto` would be one for each node."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+
+StrategyRegistry.register(
+    "fsdp2", FSDP2Strategy, description="Parameters of student and teacher spread over processes"
+)
+
+
+def check_strategy(strategy: Any) -> None:
+    """Refuse, before anything is loaded, strategies that cannot work.
+
+    Args:
+        strategy: `trainer.strategy` of the config: a name, or a mapping with `class_path`.
+
+    Raises:
+        UserError: For FSDP 1, DeepSpeed's stage 3, DeepSpeed without its extra, or sharded files.
+    """
+    name, options = _name(strategy), _options(strategy)
+    if name == "fsdp" or name.startswith("fsdp_") or name.endswith("FSDPStrategy"):
+        raise UserError(
+            f"trainer.strategy: {name} is FSDP 1, which hides parameters from everything but a "
+            "forward call. Use --trainer.strategy=fsdp2."
+        )
+    if name.endswith("ModelParallelStrategy") and options.get("save_distributed_checkpoint", True):
+        raise UserError(
+            "trainer.strategy: save_distributed_checkpoint is true, allowed is false: `export` and "
+            "--ckpt_path read one file. Use --trainer.strategy=fsdp2, which sets it."
+        )
+    if "deepspeed" not in name.lower():
+        return
+    stage = options.get("stage", 3 if "stage_3" in name else 2)
+    if stage == 3 or options.get("offload_parameters") or options.get("config"):
+        raise UserError(
+            "trainer.strategy: of DeepSpeed, stages 1 and 2 are supported, without a config file. "
+            "Stage 3 gives weights to forward calls only, and the loss, the teacher and sampling "
+            "need them outside of these. Use --trainer.strategy=fsdp2, which shards the same."
+        )
+    if find_spec("deepspeed") is None:
+        raise UserError(
+            "trainer.strategy: DeepSpeed is not installed. Install the extra: "
+            "pip install 'sdft-lightning[deepspeed]'."
+        )
+
+
+def _name(strategy: Any) -> str:
+    if isinstance(strategy, str):
+        return strategy
+    return str((strategy or {}).get("class_path", "") if hasattr(strategy, "get") else "")
+
+
+def _options(strategy: Any) -> dict[str, Any]:
+    if isinstance(strategy, str) or not hasattr(strategy, "get"):
+        return {}
+    options = strategy.get("init_args") or {}
+    return {
+        key: options.get(key)
+        for key in ("stage", "offload_parameters", "config")
+        if options.get(key) is not None
+    } | {"save_distributed_checkpoint": options.get("save_distributed_checkpoint", True)}

@@ -32,6 +32,7 @@ from sdft_lightning.run_folder import (
     SaveRunConfig,
     check_run_folder,
     command_folder,
+    is_deepspeed_folder,
     load_checkpoint,
     resolve_checkpoint,
 )
@@ -126,7 +127,8 @@ class SDFTCLI(LightningCLI):
         if command == "fit":
             self.model.check_before_fit(self.datamodule.training_rows())
         path = self._get(self.config, "ckpt_path")
-        if path is not None:
+        # DeepSpeed's folders are read, and checked, when its strategy has started.
+        if path is not None and not is_deepspeed_folder(path):
             self.model.configure_model()
             self.model.on_load_checkpoint(load_checkpoint(path))
 

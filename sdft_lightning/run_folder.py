@@ -51,6 +51,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: If it cannot be read as a checkpoint.
     """
+    if Path(path).is_dir():
+        raise UserError(
+            f"ckpt_path: {path} is a folder, as DeepSpeed writes them; this command reads files. "
+            "Export in the run itself, with the callback ExportModel."
+        )
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
@@ -59,6 +64,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             "have been cut short. Name an older one of the run's checkpoints/ folder."
         ) from error
     return content
+
+
+def is_deepspeed_folder(path: str | Path) -> bool:
+    """Whether a checkpoint is a folder that Lightning's DeepSpeed strategy wrote."""
+    return (Path(path) / "checkpoint").is_dir()
 
 
 def check_run_folder(folder: Path, ckpt_path: str | None) -> None:

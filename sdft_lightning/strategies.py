@@ -66,11 +66,12 @@ def check_strategy(strategy: Any) -> None:
     if "deepspeed" not in name.lower():
         return
     stage = options.get("stage", 3 if "stage_3" in name else 2)
-    if stage == 3 or options.get("offload_parameters") or options.get("config"):
+    if stage == 3 or options.get("config") is not None:
         raise UserError(
-            "trainer.strategy: of DeepSpeed, stages 1 and 2 are supported, without a config file. "
-            "Stage 3 gives weights to forward calls only, and the loss, the teacher and sampling "
-            "need them outside of these. Use --trainer.strategy=fsdp2, which shards the same."
+            f"trainer.strategy: got {name} with stage {stage}; of DeepSpeed, stages 1 and 2 are "
+            "allowed, without a config file. Stage 3 has weights in forward calls only, and the "
+            "loss, the teacher and sampling need them outside of these. "
+            "Use --trainer.strategy=fsdp2, which spreads the same."
         )
     if find_spec("deepspeed") is None:
         raise UserError(
@@ -82,15 +83,13 @@ def check_strategy(strategy: Any) -> None:
 def _name(strategy: Any) -> str:
     if isinstance(strategy, str):
         return strategy
-    return str((strategy or {}).get("class_path", "") if hasattr(strategy, "get") else "")
+    return str(strategy["class_path"]) if _is_mapping(strategy) else ""
 
 
 def _options(strategy: Any) -> dict[str, Any]:
-    if isinstance(strategy, str) or not hasattr(strategy, "get"):
-        return {}
-    options = strategy.get("init_args") or {}
-    return {
-        key: options.get(key)
-        for key in ("stage", "offload_parameters", "config")
-        if options.get(key) is not None
-    } | {"save_distributed_checkpoint": options.get("save_distributed_checkpoint", True)}
+    return dict(strategy.get("init_args") or {}) if _is_mapping(strategy) else {}
+
+
+def _is_mapping(strategy: Any) -> bool:
+    # jsonargparse's namespaces have `get`; a strategy object of a Python caller has not.
+    return hasattr(strategy, "get") and strategy.get("class_path") is not None

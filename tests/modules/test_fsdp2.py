@@ -91,7 +91,7 @@ def evaluated(fit: Any, folder: Path, devices: int) -> Any:
         {"class_path": "DriftMonitor", "init_args": {"held_out": ["general"]}},
         {"class_path": "ExportModel"},
     ]
-    held_out = {"general": {"path": "five.jsonl", "grader": "contains"}}
+    held_out = {"general": {"source": "five.jsonl", "grader": "contains"}}
     benchmarks = {"tasks": [{"name": "choice.yaml", "metric": "acc"}], "batch_size": 2}
     return fit(
         f"evaluated{devices}",
@@ -100,6 +100,7 @@ def evaluated(fit: Any, folder: Path, devices: int) -> Any:
         "--model.optimizer.lr=1e-2",
         "--model.teacher_accuracy_in_fit=true",
         "--model.eval_max_new_tokens=8",
+        "--data.name=five",
         "--data.validation=five.jsonl",
         "--data.grader=contains",
         "--data.columns.reference=reference",
@@ -120,8 +121,8 @@ def test_evaluation_and_export_at_the_end_are_those_of_one_process(
     names = (
         "val/drift/general",
         "val/capability/tiny_choice/acc",
-        "val/task/data/accuracy",
-        "val/task/data/teacher_accuracy",
+        "val/task/five/accuracy",
+        "val/task/five/teacher_accuracy",
     )
     for name in names:
         assert len(one.logged(name, "validation")) == 2, one.keys("validation")

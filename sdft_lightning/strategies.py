@@ -6,8 +6,8 @@ from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any
 
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch.distributed.constants import default_pg_timeout
 
 from sdft_lightning.errors import UserError
 

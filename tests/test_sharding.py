@@ -179,3 +179,11 @@ def test_cached_prompts_are_refused_before_anything_is_cut(model: Any) -> None:
     with pytest.raises(UserError, match=r"teacher.cache_prompts: got true.*false"):
         teacher.shard_(None)
     assert not is_sharded(teacher)
+
+
+def test_adapters_are_refused_before_anything_is_cut(fit_module: Any) -> None:
+    from sdft_lightning.lora import LoRA
+
+    module = fit_module(model={"lora": LoRA(r=2)})
+    with pytest.raises(UserError, match=r"model\.lora: adapters under fsdp2"):
+        module.shard_models(None)

@@ -135,7 +135,15 @@ class PolicyModule(TimedModule):
 
         Args:
             mesh: One-dimensional device mesh.
+
+        Raises:
+            UserError: With adapters, whose teacher shares the frozen weights.
         """
+        if self.lora is not None:
+            raise UserError(
+                "model.lora: adapters under fsdp2 are not supported, since student and teacher "
+                "share the frozen weights. Use --trainer.strategy=ddp, or train without adapters."
+            )
         self.sampling_weights.prepare(self.student)
         shard_(self.student, mesh)
         for module in list(self.children()):

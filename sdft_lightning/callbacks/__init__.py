@@ -1,5 +1,6 @@
 """One act a file: what is written down, shown and exported while a run goes on."""
 
+from sdft_lightning.callbacks.collapse_guard import CollapseGuard
 from sdft_lightning.callbacks.completion_log import CompletionLog
 from sdft_lightning.callbacks.drift import DriftMonitor
 from sdft_lightning.callbacks.export import ExportModel
@@ -13,6 +14,7 @@ from sdft_lightning.callbacks.token_budget import TokenBudget
 from sdft_lightning.callbacks.validate_at_ends import ValidateAtEnds
 
 __all__ = [
+    "CollapseGuard",
     "CompletionLog",
     "DriftMonitor",
     "ExportModel",

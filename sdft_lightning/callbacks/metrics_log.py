@@ -28,7 +28,7 @@ class MetricsLog(L.Callback):
         step = trainer.global_step
         if step != self._logged_at and step % trainer.log_every_n_steps == 0:
             self._logged_at = step
-            self._write(trainer, "train", ("train/", "perf/"))
+            self._write(trainer, "train", ("train/", "perf/", "guard/"))
 
     def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
         """Write the validation metrics."""

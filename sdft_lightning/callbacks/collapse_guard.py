@@ -1,0 +1,132 @@
+"""Stops a run that has collapsed, says why, and keeps the checkpoint from before."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+
+from sdft_lightning.callbacks import collapse_signs as signs
+from sdft_lightning.callbacks.collapse_signs import CollapseLimits
+from sdft_lightning.callbacks.kept_checkpoint import best_checkpoint, keep_checkpoint
+from sdft_lightning.callbacks.run_files import append_lines, run_folder, unused_path
+from sdft_lightning.errors import UserError
+
+log = logging.getLogger(__name__)
+_IN_VALIDATION = ("teacher_no_better",)
+
+
+class CollapseGuard(L.Callback):
+    """Stops, or warns, when signs of collapse last; writes stopped.json and guard/<sign>.
+
+    guard/<sign> counts the steps in a row that showed a sign. When the first sign shows, the best
+    checkpoint (by the monitored metric; without one, the newest) is kept under a second name,
+    checkpoints/kept-<its name>; the run's own clearing up does not touch it.
+
+    Args:
+        action: stop the run, or only warn.
+        steps: Optimizer steps in a row that must show a sign. A loss that is no number: one.
+        validations: Validations in a row in which the teacher must not beat the student.
+        limits: Where the signs begin.
+    """
+
+    def __init__(
+        self,
+        action: Literal["stop", "warn"] = "stop",
+        steps: int = 5,
+        validations: int = 2,
+        limits: CollapseLimits = CollapseLimits(),  # noqa: B008 - frozen
+    ) -> None:
+        for name, value in (("steps", steps), ("validations", validations)):
+            if value < 1:
+                raise UserError(f"CollapseGuard.{name}: got {value}, allowed are 1 and more.")
+        self.action = action
+        self.steps = steps
+        self.validations = validations
+        self.limits = limits
+        self._judged_at = 0
+        self._first: dict[str, float] = {}
+        self._in_a_row: dict[str, int] = {}
+        self._kept = ""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the judgement of later steps depends on."""
+        return {"first": self._first, "in_a_row": self._in_a_row, "kept": self._kept}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from it."""
+        self._first, self._kept = dict(state_dict["first"]), state_dict["kept"]
+        self._in_a_row = dict(state_dict["in_a_row"])
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Nothing is judged before the next optimizer step, also in a resumed run."""
+        self._judged_at = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Judge each optimizer step."""
+        if trainer.global_step == self._judged_at:
+            return
+        self._judged_at = trainer.global_step
+        logged = trainer.callback_metrics
+        names = [name for name in signs.WATCHED if f"train/{name}" in logged]
+        values = torch.stack([logged[f"train/{name}"].float() for name in names])  # (names,)
+        # The mean over ranks, so that all come to the same decision.
+        means = trainer.strategy.reduce(values.to(module.device), reduce_op="mean").tolist()
+        now = dict(zip(names, means, strict=True))
+        self._first = self._first or now
+        vocabulary = module.student_head.weight.shape[0]
+        judged = signs.known_signs(names)
+        self._count(trainer, signs.step_signs(now, self._first, self.limits, vocabulary), judged)
+        for name in judged:
+            module.log(f"guard/{name}", float(self._in_a_row[name]))
+
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        """Judge the teacher's lead, where both were graded in this validation."""
+        measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if not trainer.sanity_checking and any("/teacher_accuracy" in name for name in measured):
+            self._count(trainer, signs.validation_signs(measured, self.limits), _IN_VALIDATION)
+
+    def _count(self, trainer: Any, found: dict[str, str], judged: Iterable[str]) -> None:
+        for name in judged:
+            self._in_a_row[name] = self._in_a_row.get(name, 0) + 1 if name in found else 0
+        self._keep_or_release(trainer, any(self._in_a_row.values()))
+        for name, sentence in found.items():
+            unit, needed = ("steps", 1 if name == "loss" else self.steps)
+            if name in _IN_VALIDATION:
+                unit, needed = "validations", self.validations
+            times = self._in_a_row[name]
+            if times == needed or (times > needed and self.action == "stop"):
+                self._act(trainer, name, f"{sentence} ({times} {unit} in a row)")
+                return
+
+    def _keep_or_release(self, trainer: Any, suspicious: bool) -> None:
+        """Keep the best checkpoint while signs show; its second name goes when they pass."""
+        if suspicious and not self._kept and trainer.is_global_zero:
+            best = best_checkpoint(trainer)
+            self._kept = "" if best is None else str(keep_checkpoint(best))
+        elif not suspicious and self._kept:
+            Path(self._kept).unlink(missing_ok=True)
+            self._kept = ""
+
+    def _act(self, trainer: Any, sign: str, reason: str) -> None:
+        stop = self.action == "stop"
+        trainer.should_stop = trainer.should_stop or stop
+        if not trainer.is_global_zero:
+            return
+        step, kept = trainer.global_step, self._kept or None
+        record = {"stage": "guard", "step": step, "action": self.action, "sign": sign}
+        record |= {"reason": reason, "best_checkpoint": kept}
+        append_lines(run_folder(trainer) / "metrics.jsonl", [record])
+        if stop:
+            text = json.dumps(record, indent=2, ensure_ascii=False)
+            unused_path(run_folder(trainer) / "stopped.json").write_text(text, encoding="utf-8")
+        done = "Stopped" if stop else "Warning"
+        best = kept or "none was written before the first sign"
+        log.warning(f"CollapseGuard: {done} at step {step}: {reason}. Best checkpoint: {best}.")

@@ -1,0 +1,209 @@
+"""A run that collapses is stopped, its reason given and its best checkpoint kept."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from sdft_lightning import embedded
+from sdft_lightning.callbacks import CollapseGuard
+from sdft_lightning.data import Columns, DemonstrationDataModule
+from sdft_lightning.divergence import Divergence
+from sdft_lightning.errors import UserError
+from sdft_lightning.modules import SDFTModule
+from sdft_lightning.prompts import PromptStyle
+from sdft_lightning.rollout import Sampling
+from sdft_lightning.teacher import LiveTeacher
+
+FitModule = Callable[..., Any]
+HEALTHY = {
+    "loss": 0.9,
+    "distinct_2": 0.8,
+    "truncated_fraction": 0.4,
+    "student_entropy": 1.0,
+    "teacher_entropy": 0.9,
+}
+REPEATING = {**HEALTHY, "distinct_2": 0.01, "truncated_fraction": 0.6}
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, dict[str, float]]], Any]:
+    """Let the guard read scripted values instead of the step's own."""
+
+    def script(steps: dict[int, dict[str, float]]) -> None:
+        def metrics(trainer: L.Trainer) -> dict[str, torch.Tensor]:
+            values = steps.get(trainer.global_step, HEALTHY)
+            return {f"train/{name}": torch.tensor(value) for name, value in values.items()}
+
+        monkeypatch.setattr(L.Trainer, "callback_metrics", property(metrics))
+
+    return script
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_stops_after_so_many_steps_in_a_row_and_keeps_the_checkpoint_from_before_the_first(
+    fit_module: FitModule,
+    scripted: Callable[[dict[int, dict[str, float]]], None],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    # Steps 3 and 4 recover; the sign lasts from 6 on.
+    scripted({step: REPEATING for step in (3, 4, 6, 7, 8, 9)})
+    saver = ModelCheckpoint(tmp_path / "checkpoints", "step-{step}", every_n_train_steps=1)
+    guard = CollapseGuard(steps=3)
+    module = fit_module(
+        max_steps=20, max_epochs=-1, enable_checkpointing=True, callbacks=[saver, guard]
+    )
+    assert module.trainer.global_step == 8
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["kept-step-step=5.ckpt", "step-step=8.ckpt"]
+    kept = torch.load(tmp_path / "checkpoints" / names[0], weights_only=True)
+    assert kept["global_step"] == 5
+    stopped = json.loads((tmp_path / "stopped.json").read_text())
+    assert stopped["sign"] == "repetition"
+    assert stopped["step"] == 8
+    assert stopped["reason"] == (
+        "completions repeat themselves: distinct_2 0.01, at the first step 0.8 (3 steps in a row)"
+    )
+    assert stopped["best_checkpoint"] == str(tmp_path / "checkpoints" / names[0])
+    assert records(tmp_path / "metrics.jsonl") == [stopped]
+    assert "Stopped at step 8: completions repeat themselves" in caplog.text
+    assert "kept-step-step=5.ckpt" in caplog.text
+
+
+def test_warning_is_given_once_and_the_run_goes_on(
+    fit_module: FitModule,
+    scripted: Callable[[dict[int, dict[str, float]]], None],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    scripted({step: REPEATING for step in range(2, 7)})
+    module = fit_module(max_steps=8, max_epochs=-1, callbacks=[CollapseGuard("warn", steps=2)])
+    assert module.trainer.global_step == 8
+    assert caplog.text.count("CollapseGuard: Warning at step 3") == 1
+    assert caplog.text.count("CollapseGuard") == 1
+    assert "none was written before the first sign" in caplog.text
+    assert not (tmp_path / "stopped.json").exists()
+
+
+def test_loss_that_is_no_number_stops_at_once(
+    fit_module: FitModule, scripted: Callable[[dict[int, dict[str, float]]], None], tmp_path: Path
+) -> None:
+    scripted({4: {**HEALTHY, "loss": math.nan}})
+    module = fit_module(max_steps=8, max_epochs=-1, callbacks=[CollapseGuard(steps=50)])
+    assert module.trainer.global_step == 4
+    assert json.loads((tmp_path / "stopped.json").read_text())["sign"] == "loss"
+
+
+def test_count_goes_on_in_a_resumed_run(
+    fit_module: FitModule, scripted: Callable[[dict[int, dict[str, float]]], None]
+) -> None:
+    scripted({step: REPEATING for step in range(2, 9)})
+    first = CollapseGuard(steps=4)
+    fit_module(max_steps=3, max_epochs=-1, callbacks=[first])
+    state = json.loads(json.dumps(first.state_dict()))
+    assert state["in_a_row"]["repetition"] == 2
+    second = CollapseGuard(steps=4)
+    second.load_state_dict(state)
+    # Starts at step 1 again, which is healthy and would reset the count: so no script for it.
+    scripted({step: REPEATING for step in range(1, 9)})
+    module = fit_module(max_steps=8, max_epochs=-1, callbacks=[second])
+    assert module.trainer.global_step == 2
+
+
+def test_teacher_that_no_longer_beats_its_student_stops_after_two_validations(
+    fit_module: FitModule, train_file: Path, tmp_path: Path
+) -> None:
+    # A random model answers nothing: teacher and student have 0 of 12.
+    module = fit_module(
+        model={"teacher_accuracy_in_fit": True},
+        data={"validation": str(train_file), "grader": "exact"},
+        callbacks=[CollapseGuard()],
+        max_steps=12,
+        max_epochs=-1,
+        val_check_interval=3,
+        check_val_every_n_epoch=None,
+    )
+    assert module.trainer.global_step == 6
+    stopped = json.loads((tmp_path / "stopped.json").read_text())
+    assert stopped["sign"] == "teacher_no_better"
+    assert "teacher_accuracy 0, accuracy 0" in stopped["reason"]
+    assert "(2 validations in a row)" in stopped["reason"]
+
+
+def test_counts_are_logged_and_options_come_from_the_fragment(
+    run_cli: Callable[..., None], fit_args: list[str], tmp_path: Path
+) -> None:
+    fragment = Path(__file__).parents[2] / "configs" / "callbacks" / "collapse_guard.yaml"
+    run_cli(
+        *fit_args,
+        f"--config={fragment}",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.max_steps=3",
+    )
+    (config,) = (tmp_path / "runs" / "a").glob("config.yaml")
+    assert "CollapseGuard" in config.read_text()
+    lines = records(tmp_path / "runs" / "a" / "metrics.jsonl")
+    assert [line["guard/repetition"] for line in lines] == [0.0, 0.0, 0.0]
+    assert {name for name in lines[0] if name.startswith("guard/")} == {
+        f"guard/{sign}"
+        for sign in ("loss", "repetition", "truncation", "entropy", "teacher_uniform")
+    }
+
+
+def test_options_out_of_range_are_refused() -> None:
+    with pytest.raises(UserError, match=r"CollapseGuard\.steps: got 0, allowed are 1 and more"):
+        CollapseGuard(steps=0)
+
+
+# The paper's ablation: nothing holds a live teacher where it was, and reverse KL pulls both to one
+# certain word. A frozen teacher does not collapse so soon (30 steps at the same rate did not).
+COLLAPSING = {"divergence": Divergence("reverse_kl"), "teacher": LiveTeacher()}
+
+
+@pytest.mark.slow
+@pytest.mark.embedded
+@pytest.mark.skipif(
+    not embedded.is_prepared(), reason="the embedded model is not in the cache: `make model`"
+)
+def test_embedded_model_made_to_collapse_is_stopped_within_30_steps_and_the_cause_named(
+    tmp_path: Path,
+) -> None:
+    L.seed_everything(42, verbose=False)
+    module = SDFTModule(
+        sampling=Sampling(max_new_tokens=16),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0),
+        **COLLAPSING,
+    )
+    rows = DemonstrationDataModule(
+        train="example:front_desk/train.jsonl",
+        prompts=PromptStyle("context"),
+        columns=Columns(context="context", id="id"),
+        batch_size=4,
+    )
+    trainer = L.Trainer(
+        max_steps=30,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        callbacks=[CollapseGuard()],
+    )
+    trainer.fit(module, rows)
+    stopped = json.loads((tmp_path / "stopped.json").read_text())
+    assert stopped["step"] == trainer.global_step < 30
+    assert stopped["sign"] in ("repetition", "entropy")
+    assert "at the first step" in stopped["reason"]

@@ -127,7 +127,7 @@ class _WeightedLoss(torch.autograd.Function):
         student = cast_side(hidden, head, size)
         gradients = _Gradients(hidden, weight, bias, token_weights, ctx.needs_input_grad)
         tokens = hidden.shape[0]
-        statistics = torch.zeros(7, tokens, device=hidden.device)  # (7, N)
+        statistics = torch.zeros(7, tokens, dtype=torch.float32, device=hidden.device)  # (7, N)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, tokens, chunk):
                 part = slice(start, min(start + chunk, tokens))

@@ -81,7 +81,9 @@ def _forward_kl(first: Tensor, second: Tensor) -> Tensor:
 
 def _generalized_jsd(teacher: Tensor, student: Tensor, teacher_weight: float) -> Tensor:
     log_weight = torch.log(
-        torch.tensor([teacher_weight, 1 - teacher_weight], device=teacher.device)
+        torch.tensor(
+            [teacher_weight, 1 - teacher_weight], dtype=teacher.dtype, device=teacher.device
+        )
     )
     mixture = torch.logaddexp(teacher + log_weight[0], student + log_weight[1])  # (..., V)
     to_teacher = _forward_kl(teacher, mixture)

@@ -18,9 +18,10 @@ _WARNINGS = (
     ".*Checkpoint directory.*exists and is not empty.*",  # the run's own, on resume
 )
 _NOTICES = (
+    "is an Enum subclass and is now natively supported by torch.compile",
     "litlogger",
     "litmodels",
-    "override existing callbacks passed to Trainer: TeacherUpdate",
+    "override existing callbacks passed to Trainer: ",
 )
 
 
@@ -50,6 +51,10 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", message=pattern)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(_Drop())
+    # torchao (extra low-memory), which transformers imports where it is installed, tells of GPU
+    # libraries that it does not find and of its own deprecated calls.
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    logging.getLogger("torch.utils._pytree").addFilter(_Drop())
     ours = logging.getLogger("sdft_lightning")
     if not ours.handlers:
         handler = _CurrentStderr()

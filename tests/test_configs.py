@@ -48,7 +48,30 @@ def test_fragment_parses_beside_a_model(
 ) -> None:
     config = parse([f"--config={CONFIGS / 'model' / 'sdft.yaml'}", f"--config={path}"])
     for section, values in yaml.safe_load(path.read_text(encoding="utf-8")).items():
-        assert values.keys() <= config[section].keys()
+        # `callbacks+` adds to what an earlier config has.
+        assert {name.removesuffix("+") for name in values} <= config[section].keys()
+
+
+def test_collapse_guard_is_added_to_the_callbacks_of_the_run_before_it(
+    parse: Callable[[list[str]], dict[str, Any]],
+) -> None:
+    guard = CONFIGS / "callbacks" / "collapse_guard.yaml"
+    config = parse([f"--config={CONFIGS / 'quickstart.yaml'}", f"--config={guard}"])
+    names = [each["class_path"].rpartition(".")[2] for each in config["trainer"]["callbacks"]]
+    assert names == ["CompletionLog", "KLStrip", "ExportModel", "CollapseGuard"]
+    assert config["trainer"]["callbacks"][-1]["init_args"]["limits"]["distinct_2"] == 0.25
+
+
+def test_low_memory_takes_the_place_of_the_runs_optimizer_and_leaves_its_teacher(
+    parse: Callable[[list[str]], dict[str, Any]],
+) -> None:
+    low = CONFIGS / "model" / "low_memory.yaml"
+    model = parse([f"--config={CONFIGS / 'quickstart.yaml'}", f"--config={low}"])["model"]
+    options = model["init_args"]
+    assert options["optimizer"]["class_path"] == "sdft_lightning.low_memory.LowMemoryAdamW"
+    assert options["optimizer"]["init_args"]["eight_bit"] is True
+    assert options["weights_dtype"] == "bfloat16"
+    assert options["teacher"]["class_path"].endswith("FrozenTeacher")
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)

@@ -29,10 +29,14 @@ class TaskAccuracies:
         """Add the scores of a batch; NaN (a judge gave no verdict) is left out."""
         scores = [score for score in scores if not math.isnan(score)]
         if name not in self._sums:
-            self._sums[name] = (SumMetric().to(device), SumMetric().to(device))
+            # Not the default dtype, which Lightning's bf16-true makes bfloat16: it counts to 256.
+            new = [SumMetric() for _ in range(2)]
+            for metric in new:
+                metric.set_dtype(torch.float32).to(device)
+            self._sums[name] = (new[0], new[1])
         total, number = self._sums[name]
-        total.update(torch.tensor(scores, device=device))
-        number.update(torch.tensor(float(len(scores)), device=device))
+        total.update(torch.tensor(scores, dtype=torch.float32, device=device))
+        number.update(torch.tensor(len(scores), dtype=torch.float32, device=device))
 
     def take(self) -> dict[str, Accuracy]:
         """The accuracy of each task that was graded since the last call."""

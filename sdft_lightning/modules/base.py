@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import lightning as L
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -15,6 +16,7 @@ from sdft_lightning.hidden import output_head
 from sdft_lightning.lora import LoRA, keep_adapters_only_
 from sdft_lightning.modules.accuracy import TaskAccuracies
 from sdft_lightning.modules.capability import CapabilityScores, CapabilityTrack
+from sdft_lightning.modules.effective_update import EffectiveUpdate
 from sdft_lightning.modules.identity import check_same_model, model_identity
 from sdft_lightning.modules.judging import log_usage
 from sdft_lightning.modules.schedule import Schedule
@@ -207,6 +209,10 @@ class PolicyModule(TimedModule):
             self.print(
                 f"LoRA: {trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
             )
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Each run is told whether its updates arrive, see `EffectiveUpdate`."""
+        return [EffectiveUpdate()]
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the student's trainable parameters, and its schedule."""

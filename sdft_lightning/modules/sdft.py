@@ -156,7 +156,7 @@ class SDFTModule(PolicyModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """The teacher moves after each optimizer step, before any checkpoint is written."""
-        return [TeacherUpdate()]
+        return [TeacherUpdate(), *super().configure_callbacks()]
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """One step of METHOD §1: sample, score under both roles, compare, average."""

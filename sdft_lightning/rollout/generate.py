@@ -72,7 +72,7 @@ def generate_rollout(
     device = prompt_ids.device
     ids = torch.full(shape, pad_id, dtype=torch.long, device=device)  # (R, T)
     mask = torch.zeros(shape, dtype=torch.bool, device=device)  # (R, T)
-    log_probs = torch.zeros(shape, device=device)  # (R, T)
+    log_probs = torch.zeros(shape, dtype=torch.float32, device=device)  # (R, T)
     stops = torch.tensor(stop_ids, device=device)  # (S,)
     alive = torch.arange(rows, device=device)  # rows that are still sampled
     length = 0

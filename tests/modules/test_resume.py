@@ -80,7 +80,13 @@ VARIANTS: dict[str, tuple[int, list[str]]] = {
             "--model.teacher.cache_prompts=true",
         ],
     ),
+    "low_memory": (10, ["--model.weights_dtype=bfloat16"]),
 }
+# Rounds stochastically; named behind the other options, since later ones win.
+LOW_MEMORY = [
+    "--model.optimizer=sdft_lightning.low_memory.LowMemoryAdamW",
+    "--model.optimizer.lr=0.01",
+]
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +143,7 @@ def run_args(model_folder: Path, name: str, extra: list[str]) -> list[str]:
         "--trainer.callbacks+=CompletionLog",
         "--trainer.callbacks.every_n_steps=1",
         f"--run.name={name}",
+        *(LOW_MEMORY if "--model.weights_dtype=bfloat16" in extra else []),
     ]
 
 

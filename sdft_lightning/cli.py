@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import io
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sdft_lightning.callbacks import (
     MetricsLog,
     PredictionWriter,
     ResultTable,
     RunProgressBar,
+    SaveOnSignal,
     ValidateAtEnds,
 )
+from sdft_lightning.checkpoint_io import WholeCheckpointIO
 from sdft_lightning.continual import run_continual
 from sdft_lightning.data import DemonstrationDataModule
 from sdft_lightning.data.benchmarks import Benchmarks
+from sdft_lightning.data.loader import dead_worker
 from sdft_lightning.errors import UserError
 from sdft_lightning.modules import PolicyModule
 from sdft_lightning.quiet import quieten
@@ -34,11 +40,13 @@ from sdft_lightning.run_folder import (
     command_folder,
     is_deepspeed_folder,
     load_checkpoint,
+    requeued_checkpoint,
     resolve_checkpoint,
 )
 from sdft_lightning.run_trainer import RunTrainer
 from sdft_lightning.strategies import check_strategy
 
+_TERMINATED = 128 + signal.SIGTERM  # what a shell reports of a process that SIGTERM ended
 _DESCRIPTIONS = {
     "fit": "Train: see configs/ for whole runs, e.g. --config configs/quickstart.yaml.",
     "validate": "Accuracy of student and teacher on the validation split, and on held-out sets.",
@@ -95,6 +103,7 @@ class SDFTCLI(LightningCLI):
         if "ckpt_path" in config:  # preflight has none
             config["ckpt_path"] = resolve_checkpoint(config["ckpt_path"], self.run_folder)
         if command == "fit":
+            config["ckpt_path"] = config["ckpt_path"] or requeued_checkpoint(self.run_folder)
             check_run_folder(self.run_folder, config["ckpt_path"])
         self.folder = command_folder(self.run_folder, command)
 
@@ -141,7 +150,10 @@ class SDFTCLI(LightningCLI):
         options = self._get(self.config_init, "trainer")
         if options["max_epochs"] is None and options["max_steps"] == -1:
             kwargs["max_epochs"] = 1  # as in the paper; Lightning would take 1000
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the user named no other
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        return trainer
 
     def _parse_ckpt_path(self) -> None:
         """Checkpoints hold no options: the config of the run does."""
@@ -158,7 +170,7 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: The command line as a list; that of the process without it.
 
-    Exits with code 2 and a message where the user gave something wrong.
+    Exits with code 2 and a message where the user gave something wrong, and with 143 after SIGTERM.
     """
     quieten()
     given = sys.argv[1:] if args is None else args
@@ -172,7 +184,9 @@ def main(args: ArgsType = None) -> None:
             report_command(words[1:])
         else:
             _run_command(args)
-    except (ArgumentError, ValueError) as error:
+    except SIGTERMException as stop:
+        raise SystemExit(_TERMINATED) from stop
+    except (ArgumentError, ValueError, RuntimeError) as error:
         found = _user_error(error)
         if found is None:
             raise
@@ -192,6 +206,7 @@ def _run_command(args: ArgsType) -> None:
                 PredictionWriter(),
                 ResultTable(),
                 RunProgressBar(),
+                SaveOnSignal(),
                 ValidateAtEnds(),
             ]
         },
@@ -226,11 +241,13 @@ def run_problem(command: str, options: str) -> str:
 
 
 def _user_error(error: BaseException) -> BaseException | None:
-    """The error that the user can mend, also where jsonargparse has wrapped it."""
+    """The error that the user can mend, also where jsonargparse or torch has wrapped it."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UserError):
             return cause
+        if isinstance(cause, RuntimeError) and dead_worker(cause) is not None:
+            return dead_worker(cause)  # raised wherever the program was when the worker died
         cause = cause.__cause__ or cause.__context__
     return error if isinstance(error, ArgumentError) else None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import pickle
 import re
 from pathlib import Path
@@ -12,6 +14,8 @@ import torch
 from lightning.pytorch.cli import SaveConfigCallback
 
 from sdft_lightning.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def resolve_checkpoint(ckpt_path: str | None, folder: Path) -> str | None:
@@ -25,18 +29,62 @@ def resolve_checkpoint(ckpt_path: str | None, folder: Path) -> str | None:
         The path of an existing file, or None.
 
     Raises:
-        UserError: If there is none.
+        UserError: If there is none, or for `last` none that can be read.
     """
     if ckpt_path is None:
         return None
-    path = folder / "checkpoints" / "last.ckpt" if ckpt_path == "last" else Path(ckpt_path)
+    if ckpt_path == "last":
+        return str(_last_whole(folder))
+    path = Path(ckpt_path)
     if not path.exists():
-        known = sorted(str(found) for found in (folder / "checkpoints").glob("*.ckpt"))
-        raise UserError(
-            f"ckpt_path: there is no checkpoint {path}. This run has "
-            f"{', '.join(known) or 'none yet'}."
-        )
+        raise _no_checkpoint(path, folder)
     return str(path)
+
+
+def _last_whole(folder: Path) -> Path:
+    """last.ckpt; the newest checkpoint that can be read where that is newer, missing or broken."""
+    last = folder / "checkpoints" / "last.ckpt"
+    requeued = sorted(folder.glob("hpc_ckpt_*.ckpt"), key=_written)  # SLURM's, of Lightning
+    others = [path for path in (folder / "checkpoints").glob("*.ckpt") if path != last]
+    first = [last] if last.exists() else []
+    if requeued and (not first or _written(requeued[-1]) > _written(last)):
+        first.insert(0, requeued[-1])
+    candidates = [*first, *sorted({*others, *requeued} - {*first}, key=_written, reverse=True)]
+    for path in candidates:
+        try:
+            load_checkpoint(path)
+        except UserError as error:
+            log.warning(f"{error} It is skipped.")
+        else:
+            if path != last:
+                log.warning(f"ckpt_path: last stands for {path}, the newest that can be read.")
+            return path
+    raise _no_checkpoint(last, folder)
+
+
+def _written(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def _no_checkpoint(path: Path, folder: Path) -> UserError:
+    known = sorted(str(found) for found in (folder / "checkpoints").glob("*.ckpt"))
+    what = "is no checkpoint that can be read" if path.exists() else f"is no checkpoint {path}"
+    return UserError(f"ckpt_path: there {what}. This run has {', '.join(known) or 'none yet'}.")
+
+
+def requeued_checkpoint(folder: Path) -> str | None:
+    """What a job that SLURM has started again goes on from, without being told.
+
+    Args:
+        folder: The run's folder.
+
+    Returns:
+        The newest checkpoint of the run; None in a job's first life, or if there is none.
+    """
+    again = int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0) > 0
+    if not again or not [*folder.glob("hpc_ckpt_*.ckpt"), *folder.glob("checkpoints/*.ckpt")]:
+        return None
+    return resolve_checkpoint("last", folder)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

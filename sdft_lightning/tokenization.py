@@ -110,12 +110,23 @@ def load_stop_ids(model_name: str, tokenizer: Any, revision: str | None = None) 
 
 
 def load_config(model_name: str, revision: str | None = None) -> Any:
-    """The config of a model by name, that of its language model where it has several parts."""
+    """The config of a model by name, that of its language model where it has several parts.
+
+    Raises:
+        UserError: If there is no such model, or the Hub cannot be reached.
+    """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(
-        resolve_model(model_name), revision=revision, trust_remote_code=False
-    )
+    try:
+        config = AutoConfig.from_pretrained(
+            resolve_model(model_name), revision=revision, trust_remote_code=False
+        )
+    except OSError as error:
+        raise UserError(
+            f"model_name: no config could be loaded from {model_name}: {error} Allowed are "
+            f"`{EMBEDDED}`, a folder written by save_pretrained, or a Hub id that this machine can "
+            "reach."
+        ) from error
     return getattr(config, "text_config", None) or config
 
 
@@ -129,6 +140,9 @@ def load_max_length(model_name: str, tokenizer: Any, revision: str | None = None
 
     Returns:
         Tokens.
+
+    Raises:
+        UserError: If there is no such model, or the Hub cannot be reached.
     """
     config = load_config(model_name, revision)
     for name in ("n_positions", "max_position_embeddings", "n_ctx"):

@@ -278,8 +278,10 @@ def test_checkpoint_of_another_method_is_refused(
 def test_broken_checkpoint_is_refused_without_a_traceback(
     trained: Path, run_cli: RunCli, fit_args: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (trained / "checkpoints" / "last.ckpt").write_bytes(b"no checkpoint")
-    assert_refused(run_cli, [*fit_args, "--ckpt_path=last"], ["ckpt_path", "last.ckpt"], capsys)
+    path = trained / "checkpoints" / "last.ckpt"
+    path.write_bytes(b"no checkpoint")
+    words = ["ckpt_path", "last.ckpt", "cannot be read as a checkpoint"]
+    assert_refused(run_cli, [*fit_args, f"--ckpt_path={path}"], words, capsys)
 
 
 def test_lightning_checkpoint_of_another_program_is_refused(

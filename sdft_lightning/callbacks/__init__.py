@@ -10,6 +10,7 @@ from sdft_lightning.callbacks.metrics_log import MetricsLog
 from sdft_lightning.callbacks.predictions import PredictionWriter
 from sdft_lightning.callbacks.progress import RunProgressBar
 from sdft_lightning.callbacks.result_table import ResultTable
+from sdft_lightning.callbacks.save_on_signal import SaveOnSignal
 from sdft_lightning.callbacks.token_budget import TokenBudget
 from sdft_lightning.callbacks.validate_at_ends import ValidateAtEnds
 
@@ -24,6 +25,7 @@ __all__ = [
     "PredictionWriter",
     "ResultTable",
     "RunProgressBar",
+    "SaveOnSignal",
     "TokenBudget",
     "ValidateAtEnds",
 ]

@@ -12,6 +12,7 @@ from sdft_lightning.errors import UserError, check_choice
 from sdft_lightning.lora import is_adapted, merged_copy, save_adapter
 from sdft_lightning.sharding import is_sharded, whole_state_dict
 from sdft_lightning.tokenization import resolve_model
+from sdft_lightning.whole_files import whole_folder
 
 ExportFormat = Literal["merged", "adapter"]
 
@@ -80,7 +81,7 @@ def export_model(
 
     Args:
         module: A `PolicyModule` with its model loaded.
-        folder: Must not exist yet.
+        folder: Must not exist yet; it appears when it is complete.
         format: merged or adapter, see `ExportModel`.
         weights: The student's whole weights by name, where it is spread over processes.
 
@@ -88,14 +89,14 @@ def export_model(
         UserError: If the student has no such format.
     """
     check_format(module, format)
-    folder.mkdir(parents=True)
     student = module.student
-    if format == "adapter":
-        save_adapter(student, folder, resolve_model(module.model_name), module.revision)
-    else:
-        model = merged_copy(student) if is_adapted(student) else student
-        model.save_pretrained(folder, state_dict=weights)
-    module.tokenizer.save_pretrained(folder)
+    with whole_folder(folder) as unfinished:
+        if format == "adapter":
+            save_adapter(student, unfinished, resolve_model(module.model_name), module.revision)
+        else:
+            model = merged_copy(student) if is_adapted(student) else student
+            model.save_pretrained(unfinished, state_dict=weights)
+        module.tokenizer.save_pretrained(unfinished)
 
 
 def check_format(module: Any, format: ExportFormat) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
+
+from sdft_lightning.whole_files import append_whole
 
 
 def run_folder(trainer: L.Trainer) -> Path:
@@ -17,21 +18,8 @@ def run_folder(trainer: L.Trainer) -> Path:
 
 
 def append_lines(path: Path, records: list[dict[str, Any]]) -> None:
-    """Append records to a JSON Lines file, made if absent.
-
-    Where a killed process left a line without its end, the new ones begin on a line of their own.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        if file.tell() and _last_byte(file) != b"\n":
-            file.write(b"\n")
-        for record in records:
-            file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
-
-
-def _last_byte(file: BinaryIO) -> bytes:
-    file.seek(-1, os.SEEK_END)
-    return file.read(1)
+    """Append records to a JSON Lines file, made if absent; no line is ever half there."""
+    append_whole(path, "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in records))
 
 
 def unused_path(path: Path) -> Path:

@@ -18,6 +18,7 @@ from sdft_lightning.data.loader import (
     EvaluationSampler,
     PromptDataset,
     ResumableLoader,
+    TellingLoader,
     WindowSampler,
 )
 from sdft_lightning.data.planned import HeldOut, PlannedSet, TaskSets
@@ -261,4 +262,4 @@ class DemonstrationDataModule(L.LightningDataModule):
             trainer.global_rank if trainer else 0,
             trainer.world_size if trainer else 1,
         )
-        return DataLoader(rows, batch_size=None, sampler=sampler, num_workers=self.num_workers)
+        return TellingLoader(rows, batch_size=None, sampler=sampler, num_workers=self.num_workers)

@@ -150,7 +150,45 @@ class EvaluationSampler(DistributedSampler[Any]):
         return iter(self.batches)
 
 
-class ResumableLoader(DataLoader[PromptBatch]):
+class TellingLoader(DataLoader[Any]):
+    """A loader that says what it means when one of its processes has died."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Yield the batches.
+
+        Raises:
+            UserError: If a process that prepares them has died.
+        """
+        try:
+            yield from super().__iter__()
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            told = dead_worker(error)
+            if self.num_workers == 0 or told is None:
+                raise
+            raise told from error
+
+
+def dead_worker(error: BaseException) -> UserError | None:
+    """What to tell the user of an error that the death of a loader process brings about.
+
+    Args:
+        error: Raised while batches were fetched. torch names its own; the others come from
+            connections whose other end is gone.
+
+    Returns:
+        The error with its remedy, or None if it is another.
+    """
+    gone = isinstance(error, ConnectionError | EOFError)
+    if not gone and not str(error).startswith("DataLoader worker"):
+        return None
+    return UserError(
+        f"data.num_workers: a process that prepares batches has died ({error!r}). Most often the "
+        "machine ran out of memory, or of shared memory (/dev/shm). Give --data.num_workers=0, "
+        "and go on with --ckpt_path=last."
+    )
+
+
+class ResumableLoader(TellingLoader):
     """A loader that Lightning saves and restores with its place in the epoch.
 
     Args:

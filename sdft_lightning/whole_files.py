@@ -1,0 +1,152 @@
+"""Files and folders that appear whole or not at all, whatever stops the process writing them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from sdft_lightning.errors import UserError
+
+_MEANINGS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "your disk quota is used up",
+    errno.EFBIG: "the file is larger than this process may write (ulimit -f)",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "you may not write there",
+    errno.EPERM: "you may not write there",
+}
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """Write a file under a temporary name in the same folder; it takes its name when complete.
+
+    An older file of that name stays until then, and stays for good if something goes wrong.
+
+    Args:
+        path: The file.
+
+    Yields:
+        The open file.
+
+    Raises:
+        UserError: If it cannot be written: no space, no permission.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _clear(path)
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise_user_error(error, path)
+        raise
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Fill a folder under a temporary name beside it; it takes its name when complete.
+
+    Args:
+        path: The folder; must not exist.
+
+    Yields:
+        The folder to write into.
+
+    Raises:
+        UserError: If it cannot be written: no space, no permission.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _clear(path)
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as content:
+                    os.fsync(content.fileno())
+        os.rename(temporary, path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise_user_error(error, path)
+        raise
+
+
+def _clear(path: Path) -> None:
+    """Remove what a killed process has left unfinished of the same file or folder."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a new name in a folder survive a power cut; not all systems can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def raise_user_error(error: BaseException, path: Path) -> None:
+    """Say what a failed write means, if the operating system refused it.
+
+    Args:
+        error: What was raised, maybe by a library that wraps the system's own error.
+        path: What was to be written.
+
+    Raises:
+        UserError: With the reason and the remedy; nothing is raised for other errors.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _MEANINGS:
+            raise UserError(
+                f"{path} could not be written: {_MEANINGS[cause.errno]} ({cause.strerror}). What "
+                "was there before is untouched. Make room or give another folder (--run.root), "
+                "then go on with --ckpt_path=last."
+            ) from error
+        cause = cause.__cause__ or cause.__context__
+
+
+def append_whole(path: Path, lines: str) -> None:
+    """Append lines to a text file; half a line that a killed process left behind goes first.
+
+    Args:
+        path: The file; made if absent.
+        lines: Text that ends with a newline.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        end = file.tell()
+        while end > 0 and _byte_before(file, end) != b"\n":
+            end -= 1
+        file.truncate(end)
+        file.write(lines.encode("utf-8"))
+
+
+def _byte_before(file: IO[bytes], place: int) -> bytes:
+    file.seek(place - 1)
+    return file.read(1)

@@ -3,7 +3,7 @@ PYTHON_BIN := .venv/bin/python
 STAMP := .venv/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model test demo perf lint clean
+.PHONY: help setup model test soak demo perf lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,8 +17,12 @@ $(STAMP): pyproject.toml scripts/setup.sh
 model: $(STAMP) ## fetch and convert the embedded model into the cache (first time about 1 minute)
 	$(PYTHON_BIN) -m sdft_lightning.embedded
 
-test: model ## run all tests on the CPU (5 to 10 minutes)
+test: model ## run all tests on the CPU (10 to 20 minutes)
 	$(PYTHON_BIN) -m pytest -q -n 2 --dist loadfile
+
+soak: $(STAMP) ## kill and resume a run again and again; 100,000 broken rows (about 10 minutes)
+	$(PYTHON_BIN) scripts/soak.py
+	$(PYTHON_BIN) scripts/fuzz_rows.py
 
 demo: model ## teach the embedded model facts on the CPU (16 to 24 minutes)
 	$(PYTHON_BIN) -m sdft_lightning.demo

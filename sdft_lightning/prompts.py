@@ -198,9 +198,19 @@ def _apply_template(
         ]
         header = [_PLAIN_HEADER] if generation_prompt else []
         return (tokenizer.bos_token or "") + "\n\n".join(paragraphs + header)
-    text: str = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=generation_prompt, **args
-    )
+    from jinja2 import TemplateError
+
+    try:
+        text: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generation_prompt, **args
+        )
+    except TemplateError as error:
+        roles = ", ".join(str(message["role"]) for message in messages)
+        raise UserError(
+            f"prompts: the model's chat template refuses a conversation of the roles {roles}: "
+            f"{error} It ends with {str(messages[-1]['content'])[:60]!r}. Change its turns, or the "
+            "style (data.prompts.style)."
+        ) from error
     return text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from sdft_lightning.errors import UserError
 
 EXAMPLE_PREFIX = "example:"
 _EXAMPLES = Path(__file__).parent / "examples"
+_LONE_HALF = re.compile("[\ud800-\udfff]")
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
@@ -142,12 +144,19 @@ def _from_list(path: Path, rows: Any) -> Rows:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
         column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         raise UserError(
             f"{where}: malformed JSON{column}: {error}. Each line must be one JSON object."
         ) from error
+    # Half of a pair like \\ud83d\\ude00 is no character: it can be neither tokenized nor written.
+    if "\\ud" in text.lower() and _LONE_HALF.search(json.dumps(value, ensure_ascii=False)):
+        raise UserError(
+            f"{where}: a lone surrogate (\\ud800 to \\udfff), half of a character. Write the "
+            "character itself, or both halves."
+        )
+    return value
 
 
 def _as_dict(row: Any, path: Path, place: str) -> dict[str, Any]:

@@ -173,6 +173,7 @@ COLLAPSING = {"divergence": Divergence("reverse_kl"), "teacher": LiveTeacher()}
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # nine steps; more than the usual limit on a busy machine
 @pytest.mark.embedded
 @pytest.mark.skipif(
     not embedded.is_prepared(), reason="the embedded model is not in the cache: `make model`"

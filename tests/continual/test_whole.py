@@ -52,11 +52,11 @@ def test_malformed_line_in_the_middle_is_an_error_with_its_number(tmp_path: Path
         read_records(path)
 
 
-def test_log_lines_after_a_torn_one_stand_on_their_own(tmp_path: Path) -> None:
+def test_a_torn_log_line_goes_before_the_next_ones(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"st')
     append_lines(path, [{"step": 2}, {"step": 3}])
-    assert path.read_text() == '{"step": 1}\n{"st\n{"step": 2}\n{"step": 3}\n'
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
 
 
 HOLDER = """

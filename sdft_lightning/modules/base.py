@@ -199,16 +199,16 @@ class PolicyModule(TimedModule):
         """Put the student into train mode: `from_pretrained` and Lightning leave it in eval."""
         self.student.train()
         self.forget_copies()
-
-    def forget_copies(self) -> None:
-        """Drop what was copied from weights that may have changed from outside."""
-        self.sampling_weights.forget()
         if self.lora is not None:
             trained = self.student.num_parameters(only_trainable=True)
             total = self.student.num_parameters()
             self.print(
                 f"LoRA: {trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
             )
+
+    def forget_copies(self) -> None:
+        """Drop what was copied from weights that may have changed from outside."""
+        self.sampling_weights.forget()
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Each run is told whether its updates arrive, see `EffectiveUpdate`."""

@@ -18,10 +18,11 @@ RunCli = Callable[..., None]
 ROOT = Path(__file__).resolve().parents[2]
 FRAGMENTS = ROOT / "configs" / "model"
 
-GIVEN = {"loss", "cross_entropy", "student_entropy", "completion_length"}
+GIVEN = {"loss", "effective_update", "cross_entropy", "student_entropy", "completion_length"}
 SAMPLED = {
     "loss",
     "kl",
+    "effective_update",
     "student_entropy",
     "teacher_entropy",
     "top1_agreement",
@@ -38,7 +39,7 @@ METHODS: dict[str, tuple[str, set[str], set[str]]] = {
     "offline": ("OfflineDistillationModule", SAMPLED, {"student", "teacher"}),
     "reinvoke": ("ReinvokeModule", SAMPLED, {"student", "teacher"}),
     "sdft_frozen": ("SDFTModule", SAMPLED, {"student", "teacher"}),
-    "sdft_ema": ("SDFTModule", SAMPLED, {"student", "teacher"}),
+    "sdft_ema": ("SDFTModule", SAMPLED | {"effective_teacher_update"}, {"student", "teacher"}),
     "sdft_live": ("SDFTModule", SAMPLED, {"student"}),
 }
 

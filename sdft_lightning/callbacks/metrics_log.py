@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
 
 from sdft_lightning.callbacks.run_files import append_lines, run_folder
 
@@ -17,9 +18,12 @@ class MetricsLog(L.Callback):
         self._start = time.monotonic()
         self._logged_at = 0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Nothing is due before the next optimizer step, also in a resumed run."""
         self._logged_at = trainer.global_step
+        # Lightning puts a module's callbacks behind the user's; those that log what an optimizer
+        # step did (the teacher's distance, the effective update) would be read a step late.
+        trainer.callbacks = _before_checkpoints(self, trainer.callbacks)
 
     def on_train_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -50,6 +54,13 @@ class MetricsLog(L.Callback):
         seconds = round(time.monotonic() - self._start, 1)
         record = {"stage": stage, "step": trainer.global_step, "seconds": seconds, **values}
         append_lines(run_folder(trainer) / "metrics.jsonl", [record])
+
+
+def _before_checkpoints(callback: L.Callback, callbacks: list[L.Callback]) -> list[L.Callback]:
+    """The callbacks in their order, but this one the last before those that write checkpoints."""
+    others = [other for other in callbacks if other is not callback]
+    checkpoints = [other for other in others if isinstance(other, Checkpoint)]
+    return [*(o for o in others if o not in checkpoints), callback, *checkpoints]
 
 
 def measured_prefixes(module: Any, stage: str) -> tuple[str, ...]:

@@ -20,9 +20,10 @@ model: $(STAMP) ## fetch and convert the embedded model into the cache (first ti
 test: model ## run all tests on the CPU (10 to 20 minutes)
 	$(PYTHON_BIN) -m pytest -q -n 2 --dist loadfile
 
-soak: $(STAMP) ## kill and resume a run again and again; 100,000 broken rows (about 10 minutes)
+soak: $(STAMP) ## kill and resume runs and plans; 100,000 broken rows (about 15 minutes)
 	$(PYTHON_BIN) scripts/soak.py
 	$(PYTHON_BIN) scripts/fuzz_rows.py
+	SDFT_SOAK=1 $(PYTHON_BIN) -m pytest -q tests/continual/test_kill.py
 
 demo: model ## teach the embedded model facts on the CPU (16 to 24 minutes)
 	$(PYTHON_BIN) -m sdft_lightning.demo

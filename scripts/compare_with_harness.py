@@ -33,7 +33,7 @@ class _Module:
     """As much of a LightningModule as responses need."""
 
     def __init__(self, policy: Any) -> None:
-        self.student, self.tokenizer, self.stop_ids = policy
+        self.whole_student, self.tokenizer, self.stop_ids = policy
 
 
 def compare(name: str, limit: int, options: argparse.Namespace, policy: Any, theirs: Any) -> str:

@@ -23,6 +23,7 @@ from sdft_lightning.data.tokenize import Lengths, Tokenizer, tokenize_rows
 from sdft_lightning.errors import UserError
 from sdft_lightning.graders import GRADERS, check_reference, get_grader
 from sdft_lightning.prompts import PromptStyle
+from sdft_lightning.types import RowNeeds
 
 CALLS = [{"Action": "open", "Action_Input": '{"door": "yellow"}'}]
 GOOD: list[dict[str, Any]] = [
@@ -107,7 +108,8 @@ def load(path: Path, tokenizer: Any, chance: random.Random) -> None:
         optional["reference"] = "reference"
     check = None if grader is None else partial(check_reference, grader)
     found = read_rows(str(path), "data.train")
-    rows = parse_rows(found, Columns(**optional), chance.random() < 0.8, check)
+    needs = RowNeeds(demonstration=chance.random() < 0.8)
+    rows = parse_rows(found, Columns(**optional), needs, check)
     style = PromptStyle(chance.choice(STYLES))  # type: ignore[arg-type]
     lengths = Lengths(200, 300, 100, chance.choice(["error", "skip", "truncate"]))
     for tokens in tokenize_rows(rows, Tokenizer(tokenizer, style, lengths, [2])).rows:

@@ -19,7 +19,7 @@ from sdft_lightning.errors import UserError
 from sdft_lightning.graders import GRADERS, check_reference, get_grader
 from sdft_lightning.masking import completion_mask, loss_mask, position_ids, sequence_weights
 from sdft_lightning.prompts import PromptStyle, render_student, render_teacher
-from sdft_lightning.types import Demonstration
+from sdft_lightning.types import Demonstration, RowNeeds
 
 # One machine's slowness is no failure, and the same examples are tried every time.
 lenient = settings(
@@ -69,7 +69,8 @@ def test_rows_are_parsed_into_what_the_rest_relies_on_or_refused(
         check_reference(grader, reference, where)
 
     found = Rows("rows.jsonl", rows, places)
-    parsed, refusal = tried(parse_rows, found, columns, require, None if grader is None else check)
+    needs = RowNeeds(demonstration=require)
+    parsed, refusal = tried(parse_rows, found, columns, needs, None if grader is None else check)
     if refusal:
         assert "rows.jsonl" in refusal
         return

@@ -20,7 +20,7 @@ class _Module:
     """As much of a module as responses need."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        self.student = model
+        self.whole_student = model
         self.tokenizer = tokenizer
         self.stop_ids = [tokenizer.eos_token_id]
 

@@ -19,6 +19,7 @@ from sdft_lightning.modules.capability import CapabilityScores, CapabilityTrack
 from sdft_lightning.modules.effective_update import EffectiveUpdate
 from sdft_lightning.modules.identity import check_same_model, model_identity
 from sdft_lightning.modules.judging import log_usage
+from sdft_lightning.modules.precision import warn_of_slow_precision
 from sdft_lightning.modules.schedule import Schedule
 from sdft_lightning.modules.timing import TimedModule
 from sdft_lightning.policy import WeightsDtype, load_policy
@@ -199,6 +200,7 @@ class PolicyModule(TimedModule):
         """Put the student into train mode: `from_pretrained` and Lightning leave it in eval."""
         self.student.train()
         self.forget_copies()
+        warn_of_slow_precision(str(self.trainer.precision), self.device)
         if self.lora is not None:
             trained = self.student.num_parameters(only_trainable=True)
             total = self.student.num_parameters()

@@ -45,6 +45,7 @@ from sdft_lightning.run_folder import (
 )
 from sdft_lightning.run_trainer import RunTrainer
 from sdft_lightning.strategies import check_strategy
+from sdft_lightning.whole_files import check_can_make, no_room
 
 _TERMINATED = 128 + signal.SIGTERM  # what a shell reports of a process that SIGTERM ended
 _DESCRIPTIONS = {
@@ -106,6 +107,8 @@ class SDFTCLI(LightningCLI):
             config["ckpt_path"] = config["ckpt_path"] or requeued_checkpoint(self.run_folder)
             check_run_folder(self.run_folder, config["ckpt_path"])
         self.folder = command_folder(self.run_folder, command)
+        if command != "export":
+            check_can_make(self.folder)
 
     def before_fit(self) -> None:
         """Check all data and the checkpoint before Lightning writes its first file."""
@@ -186,8 +189,10 @@ def main(args: ArgsType = None) -> None:
             _run_command(args)
     except SIGTERMException as stop:
         raise SystemExit(_TERMINATED) from stop
-    except (ArgumentError, ValueError, RuntimeError) as error:
+    except (ArgumentError, ValueError, RuntimeError, OSError) as error:
         found = _user_error(error)
+        if found is None and isinstance(error, OSError):  # written by a library
+            found = no_room(error, error.filename or "a file of the run")
         if found is None:
             raise
         print(f"error: {found}", file=sys.stderr)

@@ -42,24 +42,37 @@ def resolve_checkpoint(ckpt_path: str | None, folder: Path) -> str | None:
 
 
 def _last_whole(folder: Path) -> Path:
-    """last.ckpt; the newest checkpoint that can be read where that is newer, missing or broken."""
+    """last.ckpt, if it can be read and none was written later and further on; else the newest.
+
+    Later alone would not do: a copied folder has new times, and further alone neither: a run that
+    was put back to an older checkpoint is not where it once was.
+    """
     last = folder / "checkpoints" / "last.ckpt"
-    requeued = sorted(folder.glob("hpc_ckpt_*.ckpt"), key=_written)  # SLURM's, of Lightning
-    others = [path for path in (folder / "checkpoints").glob("*.ckpt") if path != last]
-    first = [last] if last.exists() else []
-    if requeued and (not first or _written(requeued[-1]) > _written(last)):
-        first.insert(0, requeued[-1])
-    candidates = [*first, *sorted({*others, *requeued} - {*first}, key=_written, reverse=True)]
-    for path in candidates:
+    steps: dict[Path, int] = {}
+    for path in sorted(_checkpoints(folder), key=_written, reverse=True):
         try:
-            load_checkpoint(path)
-        except UserError as error:
+            # What DeepSpeed writes only its strategy can read.
+            deepspeed = is_deepspeed_folder(path)
+            steps[path] = -1 if deepspeed else int(load_checkpoint(path)["global_step"])
+        except (UserError, KeyError) as error:
             log.warning(f"{error} It is skipped.")
-        else:
-            if path != last:
-                log.warning(f"ckpt_path: last stands for {path}, the newest that can be read.")
-            return path
-    raise _no_checkpoint(last, folder)
+    if not steps:
+        raise _no_checkpoint(last, folder)
+    found = last if last in steps else next(iter(steps))
+    further = [
+        path
+        for path, step in steps.items()
+        if step > steps[found] and _written(path) > _written(found)
+    ]
+    found = max(further, key=lambda path: (steps[path], _written(path)), default=found)
+    if found != last:
+        log.warning(f"ckpt_path: last stands for {found}, the newest that can be read.")
+    return found
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints of a run, with those that Lightning writes for SLURM."""
+    return [*(folder / "checkpoints").glob("*.ckpt"), *folder.glob("hpc_ckpt_*.ckpt")]
 
 
 def _written(path: Path) -> float:
@@ -81,10 +94,11 @@ def requeued_checkpoint(folder: Path) -> str | None:
     Returns:
         The newest checkpoint of the run; None in a job's first life, or if there is none.
     """
-    again = int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0) > 0
-    if not again or not [*folder.glob("hpc_ckpt_*.ckpt"), *folder.glob("checkpoints/*.ckpt")]:
-        return None
-    return resolve_checkpoint("last", folder)
+    return resolve_checkpoint("last", folder) if _is_requeued() and _checkpoints(folder) else None
+
+
+def _is_requeued() -> bool:
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0) > 0
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -131,6 +145,13 @@ def check_run_folder(folder: Path, ckpt_path: str | None) -> None:
     """
     if not folder.is_dir() or all(_is_command_folder(path) for path in folder.iterdir()):
         return
+    if ckpt_path is None and not _checkpoints(folder):
+        if _is_requeued():
+            return  # ended before its first checkpoint: it starts anew, beside what it wrote
+        raise UserError(
+            f"run.name: the folder {folder} already holds a run, which has no checkpoint yet, and "
+            "nothing is overwritten. Choose another name with --run.name, or move the folder away."
+        )
     if ckpt_path is None:
         raise UserError(
             f"run.name: the folder {folder} already holds a run, and nothing is overwritten. "

@@ -7,6 +7,7 @@ import errno
 import glob
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,12 +124,50 @@ def raise_user_error(error: BaseException, path: Path) -> None:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in _MEANINGS:
-            raise UserError(
-                f"{path} could not be written: {_MEANINGS[cause.errno]} ({cause.strerror}). What "
-                "was there before is untouched. Make room or give another folder (--run.root), "
-                "then go on with --ckpt_path=last."
-            ) from error
+            raise _refused(cause, path) from error
         cause = cause.__cause__ or cause.__context__
+
+
+def no_room(error: OSError, path: object) -> UserError | None:
+    """What an error means that only writing can meet; None for others, such as a missing file.
+
+    Args:
+        error: What was raised.
+        path: What was to be written.
+    """
+    only = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+    return _refused(error, path) if error.errno in only else None
+
+
+def _refused(error: OSError, path: object) -> UserError:
+    assert error.errno is not None
+    return UserError(
+        f"{path} could not be written: {_MEANINGS[error.errno]} ({error.strerror}). What was there "
+        "before is untouched. Make room or give another folder (--run.root), then go on with "
+        "--ckpt_path=last."
+    )
+
+
+def check_can_make(folder: Path) -> None:
+    """Try, before any work, whether a folder can be made and written into; nothing stays.
+
+    Args:
+        folder: It need not exist.
+
+    Raises:
+        UserError: If it cannot.
+    """
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        Path(tempfile.mkdtemp(prefix=".sdft-", dir=place)).rmdir()
+    except OSError as error:
+        reason = _MEANINGS.get(error.errno or 0, error.strerror)
+        raise UserError(
+            f"run.root: {folder} cannot be made or written into: {reason}, in {place}. Give "
+            "another folder with --run.root."
+        ) from error
 
 
 def append_whole(path: Path, lines: str) -> None:
@@ -137,14 +176,21 @@ def append_whole(path: Path, lines: str) -> None:
     Args:
         path: The file; made if absent.
         lines: Text that ends with a newline.
+
+    Raises:
+        UserError: If it cannot be written: no space, no permission.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        end = file.tell()
-        while end > 0 and _byte_before(file, end) != b"\n":
-            end -= 1
-        file.truncate(end)
-        file.write(lines.encode("utf-8"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            end = file.tell()
+            while end > 0 and _byte_before(file, end) != b"\n":
+                end -= 1
+            file.truncate(end)
+            file.write(lines.encode("utf-8"))
+    except OSError as error:
+        raise_user_error(error, path)
+        raise
 
 
 def _byte_before(file: IO[bytes], place: int) -> bytes:

@@ -248,6 +248,123 @@ def test_when_no_checkpoint_can_be_read_the_run_is_refused(
     assert "there is no checkpoint that can be read" in capsys.readouterr().err
 
 
+def checkpoint_names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_last_is_where_the_run_stands_also_if_sigterm_wrote_it_before_any_checkpoint(
+    run_cli: RunCli, run_args: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    # ModelCheckpoint would write last-v1.ckpt beside a last.ckpt that it did not write itself.
+    run = tmp_path / "runs" / "a"
+    with pytest.raises(SystemExit):
+        run_cli(*run_args("a", *send(15, batch=0)))
+    assert checkpoint_names(run) == ["last.ckpt"]
+    assert saved(run)["global_step"] == 1
+    run_cli(*run_args("a", "--trainer.max_steps=4", "--ckpt_path=last"))
+    assert saved(run)["global_step"] == 4
+    run_cli(*run_args("a", "--ckpt_path=last"))
+    assert saved(run)["global_step"] == 6
+    assert checkpoint_names(run) == ["last.ckpt", "step-2.ckpt", "step-4.ckpt", "step-6.ckpt"]
+
+
+def test_last_is_replaced_when_the_folder_is_named_by_another_path(
+    run_cli: RunCli, run_args: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "a"
+    run_cli(*run_args("a", "--trainer.max_steps=2"))
+    root = f"--run.root={tmp_path / 'runs'}"
+    run_cli(*run_args("a", "--trainer.max_steps=4", root, "--ckpt_path=last"))
+    assert saved(run)["global_step"] == 4
+    assert [name for name in checkpoint_names(run) if "last" in name] == ["last.ckpt"]
+
+
+def checkpoint(path: Path, step: int, written: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"global_step": step}, path)
+    os.utime(path, (written, written))
+    return path
+
+
+def test_last_stands_for_what_was_written_later_and_is_further_on(tmp_path: Path) -> None:
+    from sdft_lightning.run_folder import resolve_checkpoint
+
+    folder = tmp_path / "checkpoints"
+    last = checkpoint(folder / "last.ckpt", 4, 100)
+    assert resolve_checkpoint("last", tmp_path) == str(last)
+    checkpoint(folder / "step-2.ckpt", 2, 200)  # a copied folder has new times
+    checkpoint(folder / "step-9.ckpt", 9, 50)  # from before the run was put back
+    assert resolve_checkpoint("last", tmp_path) == str(last)
+    further = checkpoint(folder / "last-v1.ckpt", 6, 150)
+    assert resolve_checkpoint("last", tmp_path) == str(further)
+    requeued = checkpoint(tmp_path / "hpc_ckpt_1.ckpt", 7, 160)
+    assert resolve_checkpoint("last", tmp_path) == str(requeued)
+
+
+def test_last_of_deepspeed_is_its_folder(tmp_path: Path) -> None:
+    from sdft_lightning.run_folder import resolve_checkpoint
+
+    (tmp_path / "checkpoints" / "last.ckpt" / "checkpoint").mkdir(parents=True)
+    found = resolve_checkpoint("last", tmp_path)
+    assert found == str(tmp_path / "checkpoints" / "last.ckpt")
+
+
+def test_job_that_slurm_starts_again_before_its_first_checkpoint_starts_anew(
+    run_cli: RunCli,
+    run_args: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "runs" / "a"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("# of the first life\n")
+    with pytest.raises(SystemExit) as stop:
+        run_cli(*run_args("a"))
+    assert stop.value.code == 2
+    assert "has no checkpoint yet" in capsys.readouterr().err
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    run_cli(*run_args("a", "--trainer.max_steps=1"))
+    assert (run / "config.yaml").read_text() == "# of the first life\n"
+    assert (run / "config-1.yaml").exists()
+    assert lines(run / "completions.jsonl")
+
+
+@pytest.mark.parametrize("place", ["file", "/proc"])
+def test_folder_that_cannot_be_made_is_told_before_any_work(
+    run_cli: RunCli,
+    run_args: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    place: str,
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SystemExit) as stop:
+        # The model is never looked at.
+        run_cli(*run_args("a", f"--run.root={place}/runs", "--model.model_name=none"))
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert f"run.root: {place}/runs/a cannot be made or written into" in message
+    assert "--run.root" in message
+    assert "Traceback" not in message
+
+
+def test_full_disk_where_a_library_writes_is_told_too(
+    run_cli: RunCli,
+    run_args: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "config.yaml")
+
+    monkeypatch.setattr("sdft_lightning.run_folder.SaveRunConfig.setup", full)
+    with pytest.raises(SystemExit) as stop:
+        run_cli(*run_args("a"))
+    assert stop.value.code == 2
+    assert "error: config.yaml could not be written: the disk is full" in capsys.readouterr().err
+
+
 def test_dead_worker_of_the_loader_is_told_with_its_remedy(
     run_cli: RunCli,
     run_args: Callable[..., list[str]],

@@ -130,6 +130,20 @@ def test_half_a_line_of_a_killed_process_goes_before_the_next_is_appended(tmp_pa
     assert path.read_text() == '{"step": 4}\n'
 
 
+def test_line_that_does_not_fit_is_an_error_and_half_of_it_goes_before_the_next(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    append_lines(path, [{"step": 1}])
+    with (
+        files_of_at_most(20),
+        pytest.raises(UserError, match=r"metrics\.jsonl could not be written: .*ulimit"),
+    ):
+        append_lines(path, [{"step": 2, "loss": "0" * 50}])
+    append_lines(path, [{"step": 2}])
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
 def test_export_appears_whole(
     fit_module: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sdft_lightning.callbacks.run_files import run_folder
@@ -34,6 +36,7 @@ class SaveOnSignal(L.Callback):
     def on_train_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
         """Put a note-taker in front of Lightning's handlers, which are in place by now."""
         self._ended_step = self._begun_step = trainer.global_step
+        _adopt_last(trainer)
         if threading.current_thread() is not threading.main_thread():
             return
         wanted: list[int] = [signal.SIGTERM]
@@ -91,3 +94,18 @@ class SaveOnSignal(L.Callback):
         log.warning(
             f"Stopped by SIGTERM after step {step}; saved {path}. Go on with --ckpt_path=last."
         )
+
+
+def _adopt_last(trainer: Any) -> None:
+    """Let a run replace the last.ckpt that it finds in its own folder.
+
+    ModelCheckpoint writes last-v1.ckpt beside a last.ckpt that it does not know, such as one that
+    was written on SIGTERM, or before the folder was named by another path.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if not isinstance(callback, ModelCheckpoint) or callback.last_model_path:
+            continue
+        name = f"{callback.CHECKPOINT_NAME_LAST}{callback.FILE_EXTENSION}"
+        last = Path(callback.dirpath or "") / name
+        if callback.save_last and last.exists():
+            callback.last_model_path = str(last)

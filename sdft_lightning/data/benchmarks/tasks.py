@@ -15,6 +15,7 @@ import numpy as np
 
 from sdft_lightning.data.benchmarks.options import Benchmarks, BenchmarkTask
 from sdft_lightning.data.benchmarks.quiet_harness import quiet_harness
+from sdft_lightning.data.benchmarks.sentence_data import check_sentence_data
 from sdft_lightning.data.sources import EXAMPLE_PREFIX, example_path
 from sdft_lightning.errors import UserError
 from sdft_lightning.sandbox import run_program
@@ -73,6 +74,7 @@ def load_tasks(options: Benchmarks) -> list[LoadedTask]:
         for name, task in loaded.leaves.items():
             _check_code(name, vars(task.config), options)
             _set_fewshot(name, task, settings)
+            check_sentence_data(name, task, options.limit_of(settings))
         _check_metric(loaded)
         found.append(loaded)
     return found

@@ -78,6 +78,7 @@ def load_policy(
     if gradient_checkpointing:
         if lora is not None:
             # Else reentrant checkpoints see no input with gradient below the first adapter.
+            # transformers 5.23 does it by itself.
             model.enable_input_require_grads()
         # Renamed in the course of transformers 5.
         enable = getattr(model, "activation_checkpointing_enable", None)

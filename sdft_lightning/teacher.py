@@ -9,7 +9,6 @@ on the same parameters, without adapters (frozen) or with float32 adapters of it
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -20,11 +19,11 @@ from sdft_lightning.errors import UserError
 from sdft_lightning.eval_mode import eval_mode
 from sdft_lightning.hidden import completion_hidden_states, output_head
 from sdft_lightning.lora import (
-    adapter_distance,
-    adapter_parameters,
     base_copy,
+    effective_weights,
     is_adapted,
     sharing_copy,
+    trained_parameters,
 )
 from sdft_lightning.prompt_cache import PromptCache
 from sdft_lightning.sharding import local, shard_, summed
@@ -32,13 +31,20 @@ from sdft_lightning.types import OutputHead
 
 
 class Teacher(nn.Module):
-    """What all teachers have in common. `model` is None until `copy_from` was called."""
+    """What all teachers have in common. `model` is None until `copy_from` was called.
+
+    Attributes:
+        shares_weights: Whether the model stands on frozen weights of the student; they are then
+            left out of checkpoints.
+    """
 
     model: nn.Module | None
+    _copy_of = staticmethod(sharing_copy)
 
     def __init__(self) -> None:
         super().__init__()
         self.model = None
+        self.shares_weights = False
         self.eval()
 
     def copy_from(self, student: nn.Module) -> None:
@@ -48,6 +54,7 @@ class Teacher(nn.Module):
             student: A causal language model of transformers, with adapters or without.
         """
         self.hold(self._copy_of(student), {id(parameter) for parameter in student.parameters()})
+        self.shares_weights = is_adapted(student)
 
     def hold(self, model: nn.Module, shared: Collection[int] = ()) -> None:
         """Keep a model, in float32 and without gradients.
@@ -62,10 +69,7 @@ class Teacher(nn.Module):
                 parameter.grad = None
                 parameter.data = parameter.data.float()
         self.model = model.eval()
-
-    def _copy_of(self, student: nn.Module) -> nn.Module:
-        copied: nn.Module = sharing_copy(student) if is_adapted(student) else copy.deepcopy(student)
-        return copied
+        self.shares_weights = False
 
     def shard_(self, mesh: Any) -> None:
         """Spread the weights over processes as the student's are.
@@ -117,15 +121,15 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def distance(self, student: nn.Module) -> float:
-        """‖teacher − student‖ / ‖student‖ over all parameters, 0 for the same weights."""
-        if is_adapted(student):
-            return adapter_distance(self.network, student)
+        """‖teacher − student‖ / ‖student‖ over all weights, adapters added; 0 for the same ones."""
+        mine, theirs = effective_weights(self.network), effective_weights(student)
+        _check_names(mine, theirs)
         apart = torch.zeros((), dtype=torch.float64)
         size = torch.zeros((), dtype=torch.float64)
-        for name, mine, theirs in _pairs(self.network, student):
-            del name
-            apart += (mine.float() - theirs.float()).square().sum().double().cpu()
-            size += theirs.float().square().sum().double().cpu()
+        for name, read in theirs.items():
+            weight = local(read())
+            apart += (local(mine[name]()) - weight).square().sum().double().cpu()
+            size += weight.square().sum().double().cpu()
         sums = summed(torch.stack([apart, size]), student)  # (2,)
         return float((sums[0] / sums[1]).sqrt())
 
@@ -152,6 +156,8 @@ class FrozenTeacher(Teacher):
             head size · 4 bytes for each token of all teacher prompts.
     """
 
+    _copy_of = staticmethod(base_copy)
+
     def __init__(self, cache_prompts: bool = False) -> None:
         super().__init__()
         self._cache = PromptCache() if cache_prompts else None
@@ -161,10 +167,6 @@ class FrozenTeacher(Teacher):
         """Keep a model, and forget what the former one had computed."""
         super().hold(model, shared)
         self.forget()
-
-    def _copy_of(self, student: nn.Module) -> nn.Module:
-        copied: nn.Module = base_copy(student) if is_adapted(student) else super()._copy_of(student)
-        return copied
 
     def shard_(self, mesh: Any) -> None:
         """As `Teacher.shard_`.
@@ -237,8 +239,10 @@ class EMATeacher(Teacher):
     def update_(self, student: nn.Module, step: int) -> None:
         """Move toward the student, if `step` is a multiple of `every`."""
         if step % self.every == 0:
-            for _, mine, theirs in _pairs(self.network, student):
-                ema_(mine, theirs, self.update_rate)
+            mine, theirs = trained_parameters(self.network), trained_parameters(student)
+            _check_names(mine, theirs)
+            for name, average in mine.items():
+                ema_(local(average), local(theirs[name]), self.update_rate)
 
 
 class LiveTeacher(Teacher):
@@ -286,21 +290,12 @@ def ema_(average: Tensor, value: Tensor, rate: float) -> None:
     average.lerp_(value.to(average.dtype), rate)
 
 
-def _pairs(teacher: nn.Module, student: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
-    """Parameters of both, or this process's shards of them, matched by name; tied ones once.
-
-    Of an adapted student they are its adapters.
+def _check_names(teacher: Collection[str], student: Collection[str]) -> None:
+    """Refuse a model whose weights are not those of the teacher.
 
     Raises:
         UserError: If the names differ.
     """
-    read = adapter_parameters if is_adapted(student) else _named_parameters
-    mine, theirs = read(teacher), read(student)
-    if mine.keys() != theirs.keys():
-        odd = sorted(mine.keys() ^ theirs.keys())[:3]
+    odd = sorted(set(teacher) ^ set(student))[:3]
+    if odd:
         raise UserError(f"teacher: its parameters are not the student's, e.g. {odd}.")
-    return [(name, local(mine[name]), local(theirs[name])) for name in mine]
-
-
-def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return dict(model.named_parameters())

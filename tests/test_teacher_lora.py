@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.lora import LoRA, adapter_parameters, add_adapter_
+from sdft_lightning.lora import LoRA, adapter_parameters, add_adapter_, merged_copy
 from sdft_lightning.teacher import EMATeacher, FrozenTeacher, LiveTeacher, Teacher
 
 Make = Callable[..., Any]
@@ -103,6 +103,33 @@ def test_rate_one_makes_the_teacher_the_student(make_adapted: Make) -> None:
     teacher.update_(student, 1)
     assert teacher.distance(student) == 0.0
     torch.testing.assert_close(states(teacher), states(taught(LiveTeacher(), student)))
+
+
+def flat(model: Any) -> Tensor:
+    return torch.cat([p.detach().double().flatten() for p in merged_copy(model).parameters()])
+
+
+def test_distance_is_that_of_the_merged_weights(make_adapted: Make, make_model: Make) -> None:
+    student = make_adapted()
+    average, frozen = taught(EMATeacher(), student), taught(FrozenTeacher(), student)
+    assert average.distance(student) == 0.0
+    other = FrozenTeacher()
+    other.hold(make_model(seed=1))  # as re-invoke's: not the student's base
+    for parameter in adapter_parameters(average.network).values():
+        parameter.mul_(0.5)
+    merged = flat(student)
+    for teacher, weights in (
+        (average, flat(average.network)),
+        (frozen, plain(make_model())),
+        (other, plain(make_model(seed=1))),
+    ):
+        expected = float((weights - merged).norm() / merged.norm())
+        assert expected > 1e-2
+        assert teacher.distance(student) == pytest.approx(expected, rel=1e-4)
+
+
+def plain(model: Any) -> Tensor:
+    return torch.cat([p.detach().double().flatten() for p in model.parameters()])
 
 
 @pytest.mark.parametrize("kind", [EMATeacher, FrozenTeacher])

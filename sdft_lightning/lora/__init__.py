@@ -6,21 +6,23 @@ from sdft_lightning.lora.adapters import (
     adapter_parameters,
     add_adapter_,
     is_adapted,
+    trained_parameters,
 )
 from sdft_lightning.lora.checkpoint import keep_adapters_only_
-from sdft_lightning.lora.copies import adapter_distance, base_copy, merged_copy, sharing_copy
+from sdft_lightning.lora.copies import base_copy, effective_weights, merged_copy, sharing_copy
 from sdft_lightning.lora.saving import save_adapter
 
 __all__ = [
     "LoRA",
-    "adapter_distance",
     "adapter_identity",
     "adapter_parameters",
     "add_adapter_",
     "base_copy",
+    "effective_weights",
     "is_adapted",
     "keep_adapters_only_",
     "merged_copy",
     "save_adapter",
     "sharing_copy",
+    "trained_parameters",
 ]

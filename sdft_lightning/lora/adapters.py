@@ -116,6 +116,11 @@ def adapter_parameters(model: Any) -> dict[str, nn.Parameter]:
     }
 
 
+def trained_parameters(model: Any) -> dict[str, nn.Parameter]:
+    """The adapters of an adapted model, all parameters of another, by name; tied ones once."""
+    return adapter_parameters(model) if is_adapted(model) else dict(model.named_parameters())
+
+
 def adapter_identity(model: Any) -> dict[str, Any] | None:
     """What tells one shape of adapters from another, in plain types; None without adapters."""
     if not is_adapted(model):

@@ -9,14 +9,12 @@ from torch import nn
 
 from sdft_lightning.lora.adapters import adapter_parameters
 
-# Where the parts of a LightningModule of ours that hold a model keep it.
-_MODELS = ("student.", "teacher.model.")
-
 
 def keep_adapters_only_(module: nn.Module, student: Any) -> None:
-    """Let `module.state_dict()` hold of each model its adapters only, and let such a one load.
+    """Let `module.state_dict()` hold no frozen weights of the student, and let such a one load.
 
-    An adapter that is missing when loading is an error as ever.
+    They are left out of the student itself and of every teacher that shares them. An adapter that
+    is missing when loading is an error as ever.
 
     Args:
         module: A LightningModule of ours.
@@ -27,18 +25,27 @@ def keep_adapters_only_(module: nn.Module, student: Any) -> None:
     module.register_load_state_dict_post_hook(partial(_forgive_frozen, adapters))
 
 
-def _is_frozen(adapters: frozenset[str], key: str) -> bool:
+def _is_frozen(adapters: frozenset[str], module: nn.Module, key: str) -> bool:
+    sharing = (name for name, part in module.named_children() if _shares_weights(part))
+    models = ("student.", *(f"{name}.model." for name in sharing))
     return any(
-        key.startswith(model) and key.removeprefix(model) not in adapters for model in _MODELS
+        key.startswith(model) and key.removeprefix(model) not in adapters for model in models
     )
+
+
+def _shares_weights(part: nn.Module) -> bool:
+    return bool(getattr(part, "shares_weights", False))
 
 
 def _drop_frozen(
     adapters: frozenset[str], module: nn.Module, state: dict[str, Any], prefix: str, _: object
 ) -> None:
-    for key in [key for key in state if _is_frozen(adapters, key.removeprefix(prefix))]:
-        del state[key]
+    for key in list(state):
+        if key.startswith(prefix) and _is_frozen(adapters, module, key.removeprefix(prefix)):
+            del state[key]
 
 
 def _forgive_frozen(adapters: frozenset[str], module: nn.Module, found: Any) -> None:
-    found.missing_keys[:] = [key for key in found.missing_keys if not _is_frozen(adapters, key)]
+    found.missing_keys[:] = [
+        key for key in found.missing_keys if not _is_frozen(adapters, module, key)
+    ]

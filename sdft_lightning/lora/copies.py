@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from sdft_lightning.lora.adapters import ADAPTER, adapter_layers, adapter_parameters
+from sdft_lightning.lora.adapters import (
+    ADAPTER,
+    adapter_layers,
+    adapter_parameters,
+    is_adapted,
+)
 
 
 def sharing_copy(model: Any) -> Any:
     """A copy with adapters of its own, on the very same frozen parameters.
 
     Args:
-        model: An adapted model.
+        model: A model; one without adapters shares nothing with its copy.
 
     Returns:
         A model with modules, modes and hooks of its own; names as in the original.
     """
+    if not is_adapted(model):
+        return copy.deepcopy(model)
     own = {id(parameter) for parameter in adapter_parameters(model).values()}
     shared: list[Any] = [p for p in model.parameters() if id(p) not in own]
     # What bitsandbytes needs to read a quantized layer belongs to the layer's weight.
@@ -32,12 +41,12 @@ def base_copy(model: Any) -> Any:
     """The model with its adapters off: without them, on the same frozen parameters.
 
     Args:
-        model: An adapted model.
+        model: A model; one without adapters is copied as it is.
     """
     base = sharing_copy(model)
     for name, layer in adapter_layers(base).items():
         _replace_(base, name, layer.get_base_layer())
-    del base.peft_config
+    base.__dict__.pop("peft_config", None)
     return base
 
 
@@ -51,7 +60,7 @@ def merged_copy(model: Any) -> Any:
     merged = sharing_copy(model)
     for name, layer in adapter_layers(merged).items():
         base = layer.get_base_layer()
-        weight = base.weight.float() + layer.get_delta_weight(ADAPTER).float()
+        weight = _effective(base.weight, layer)
         # A parameter of its own: the present one is the student's.
         base.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
         _replace_(merged, name, base)
@@ -59,32 +68,33 @@ def merged_copy(model: Any) -> Any:
     return merged
 
 
-@torch.no_grad()
-def adapter_distance(teacher: Any, student: Any) -> float:
-    """‖teacher − student‖ / ‖student‖ over all weights W + s · B A, 0 for the same ones.
+def effective_weights(model: Any) -> dict[str, Callable[[], Tensor]]:
+    """What reads each weight of a model in float32, under its name in the base model.
+
+    Of an adapted layer that is W + s · B A; tied weights are there once. They are read one by
+    one, since all of them at once would be a second model.
 
     Args:
-        teacher: A copy made here, with adapters or without.
-        student: The adapted model.
+        model: A model, adapted or not, quantized or not.
     """
-    from peft.utils.integrations import dequantize_module_weight
+    layers, adapters = adapter_layers(model), adapter_parameters(model)
+    return {
+        name.replace(".base_layer.", "."): partial(
+            _effective, parameter, layers.get(name.removesuffix(".base_layer.weight"))
+        )
+        for name, parameter in model.named_parameters()
+        if name not in adapters
+    }
 
-    apart = torch.zeros((), dtype=torch.float64)
-    size = torch.zeros((), dtype=torch.float64)
-    theirs = adapter_layers(teacher)
-    adapted = set()
-    for name, layer in adapter_layers(student).items():
-        delta = layer.get_delta_weight(ADAPTER).float()
-        other = theirs[name].get_delta_weight(ADAPTER).float() if name in theirs else 0.0
-        base = layer.get_base_layer()
-        apart += (other - delta).square().sum().double().cpu()
-        size += (dequantize_module_weight(base).float() + delta).square().sum().double().cpu()
-        adapted.add(id(base.weight))
-    adapted |= {id(parameter) for parameter in adapter_parameters(student).values()}
-    for parameter in student.parameters():
-        if id(parameter) not in adapted:
-            size += parameter.float().square().sum().double().cpu()
-    return float((apart / size).sqrt())
+
+@torch.no_grad()
+def _effective(parameter: Tensor, layer: Any) -> Tensor:
+    if type(parameter).__name__ == "Params4bit":
+        from peft.utils.integrations import dequantize_bnb_weight
+
+        parameter = dequantize_bnb_weight(cast(nn.Parameter, parameter))
+    weight = parameter.float()
+    return weight if layer is None else weight + layer.get_delta_weight(ADAPTER).float()
 
 
 def _replace_(model: nn.Module, name: str, part: nn.Module) -> None:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from sdft_lightning.divergence import Divergence
+from sdft_lightning.lora import LoRA
 from sdft_lightning.modules.base import OptimizerFactory
 from sdft_lightning.modules.given_completions import (
     CompletionTokens,
@@ -18,6 +19,7 @@ from sdft_lightning.modules.kept_completions import KeptCompletions
 from sdft_lightning.modules.schedule import Schedule
 from sdft_lightning.modules.sdft import SDFTModule
 from sdft_lightning.policy import WeightsDtype
+from sdft_lightning.quantization import Quantization
 from sdft_lightning.rollout import Sampling
 from sdft_lightning.rollout.weights import SamplingDtype
 from sdft_lightning.sharding import is_sharded
@@ -39,6 +41,9 @@ class OfflineDistillationModule(SDFTModule):
         weights_dtype: Dtype of the trained weights; bfloat16 starves small updates.
         attn_implementation: Passed to transformers, e.g. sdpa or flash_attention_2.
         gradient_checkpointing: Recompute activations in the backward pass, to save memory.
+        lora: Train low-rank adapters only (needs the extra `lora`), e.g. --model.lora.r=8.
+        quantization: Keep what is frozen below the adapters in 4 bits, nf4 or fp4; on CUDA devices
+            (needs the extra `qlora`).
         optimizer: Called with the student's trainable parameters only.
         schedule: How the learning rate moves.
         sampling: How the teacher's completions are sampled; its temperature is also that of the
@@ -66,6 +71,8 @@ class OfflineDistillationModule(SDFTModule):
         weights_dtype: WeightsDtype = "float32",
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
+        lora: LoRA | None = None,
+        quantization: Quantization | None = None,
         optimizer: OptimizerFactory = lambda p: torch.optim.AdamW(p, lr=2e-5, weight_decay=0.0),
         schedule: Schedule = Schedule(),  # noqa: B008 - frozen
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen
@@ -84,6 +91,8 @@ class OfflineDistillationModule(SDFTModule):
             weights_dtype=weights_dtype,
             attn_implementation=attn_implementation,
             gradient_checkpointing=gradient_checkpointing,
+            lora=lora,
+            quantization=quantization,
             optimizer=optimizer,
             schedule=schedule,
             sampling=sampling,

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.divergence import Divergence
+from sdft_lightning.lora import LoRA
 from sdft_lightning.modules.base import OptimizerFactory
 from sdft_lightning.modules.identity import check_same_kind
 from sdft_lightning.modules.schedule import Schedule
 from sdft_lightning.modules.sdft import SDFTModule
 from sdft_lightning.policy import WeightsDtype, load_policy
+from sdft_lightning.quantization import Quantization
 from sdft_lightning.rollout import Sampling
 from sdft_lightning.rollout.weights import SamplingDtype
 from sdft_lightning.teacher import FrozenTeacher
@@ -35,6 +37,9 @@ class ReinvokeModule(SDFTModule):
         weights_dtype: Dtype of the trained weights; bfloat16 starves small updates.
         attn_implementation: Passed to transformers, e.g. sdpa or flash_attention_2.
         gradient_checkpointing: Recompute activations in the backward pass, to save memory.
+        lora: Train low-rank adapters only (needs the extra `lora`), e.g. --model.lora.r=8.
+        quantization: Keep what is frozen below the adapters in 4 bits, nf4 or fp4; on CUDA devices
+            (needs the extra `qlora`).
         optimizer: Called with the student's trainable parameters only.
         schedule: How the learning rate moves.
         sampling: How completions are sampled; its temperature is also that of the loss.
@@ -57,6 +62,8 @@ class ReinvokeModule(SDFTModule):
         weights_dtype: WeightsDtype = "float32",
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
+        lora: LoRA | None = None,
+        quantization: Quantization | None = None,
         optimizer: OptimizerFactory = lambda p: torch.optim.AdamW(p, lr=2e-5, weight_decay=0.0),
         schedule: Schedule = Schedule(),  # noqa: B008 - frozen
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen
@@ -71,6 +78,8 @@ class ReinvokeModule(SDFTModule):
             weights_dtype=weights_dtype,
             attn_implementation=attn_implementation,
             gradient_checkpointing=gradient_checkpointing,
+            lora=lora,
+            quantization=quantization,
             optimizer=optimizer,
             schedule=schedule,
             sampling=sampling,

@@ -16,7 +16,13 @@ from sdft_lightning.callbacks import DriftMonitor
 from sdft_lightning.data.planned import HeldOut
 from sdft_lightning.errors import UserError
 from sdft_lightning.lora import LoRA, adapter_parameters
-from sdft_lightning.modules import SDFTModule, SFTModule
+from sdft_lightning.modules import (
+    OfflineDistillationModule,
+    ReinvokeModule,
+    SDFTModule,
+    SFTKLModule,
+    SFTModule,
+)
 from sdft_lightning.rollout import Sampling
 from sdft_lightning.teacher import EMATeacher, FrozenTeacher, LiveTeacher
 
@@ -74,21 +80,37 @@ def test_average_equals_the_formula_and_the_base_stays_bit_for_bit(
     assert f"LoRA: 4,096 of {total:,} parameters" in capsys.readouterr().out
 
 
+def method_options(method: Any, teacher: Any, original: Path) -> dict[str, Any]:
+    options: dict[str, Any] = {"lora": ADAPTER, "optimizer": adamw(0.01)}
+    if teacher is not None:
+        options["teacher"] = teacher()
+    if method is ReinvokeModule:
+        options["original_model_name"] = str(original)
+    return options
+
+
 @pytest.mark.parametrize(
     ("method", "teacher"),
     [
         (SDFTModule, EMATeacher),
         (SDFTModule, FrozenTeacher),
         (SDFTModule, LiveTeacher),
+        (OfflineDistillationModule, None),
+        (ReinvokeModule, None),
         (SFTModule, None),
+        (SFTKLModule, None),
     ],
 )
 def test_checkpoint_holds_adapters_and_optimizer_only_and_restores_them(
-    method: Any, teacher: Any, fit_module: FitModule, model_folder: Path, tmp_path: Path
+    method: Any,
+    teacher: Any,
+    fit_module: FitModule,
+    model_folder: Path,
+    make_model_folder: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
-    options: dict[str, Any] = {"lora": ADAPTER, "optimizer": adamw(0.01)}
-    if teacher is not None:
-        options["teacher"] = teacher()
+    original = make_model_folder("original", seed=1)
+    options = method_options(method, teacher, original)
     module = fit_module(method, model=options, max_steps=2)
     module.trainer.save_checkpoint(tmp_path / "a.ckpt")
     checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
@@ -96,21 +118,31 @@ def test_checkpoint_holds_adapters_and_optimizer_only_and_restores_them(
     expected = {f"student.{name}" for name in names}
     if teacher is EMATeacher:
         expected |= {f"teacher.model.{name}" for name in names}
+    if method is ReinvokeModule:  # the original is another model, which the student does not hold
+        expected |= {f"teacher.model.{name}" for name in module.teacher.network.state_dict()}
     assert checkpoint["state_dict"].keys() == expected
     assert len(checkpoint["optimizer_states"][0]["state"]) == len(names)
 
-    fresh = method(str(model_folder), lora=ADAPTER, **({"teacher": teacher()} if teacher else {}))
+    fresh = method(model_name=str(model_folder), **method_options(method, teacher, original))
     fresh.configure_model()
     fresh.on_load_checkpoint(checkpoint)
     fresh.load_state_dict(checkpoint["state_dict"])
-    assert adapters(fresh.student).keys() == adapters(module.student).keys()
     pairs = [(fresh.student, module.student)]
     if teacher is EMATeacher:
         pairs.append((fresh.teacher.network, module.teacher.network))
         assert fresh.teacher.distance(fresh.student) > 0
     for mine, theirs in pairs:
         restored = adapters(mine)
+        assert restored.keys() == set(names)
         assert all(torch.equal(restored[name], value) for name, value in adapters(theirs).items())
+
+
+def test_the_penalty_holds_to_the_base_without_a_copy_of_it(fit_module: FitModule) -> None:
+    module = fit_module(SFTKLModule, model={"lora": ADAPTER, "optimizer": adamw(0.01)}, max_steps=3)
+    of_student = {p.untyped_storage().data_ptr() for p in module.student.parameters()}
+    assert all(p.untyped_storage().data_ptr() in of_student for p in module.base.parameters())
+    assert float(module.trainer.callback_metrics["train/kl"]) > 1e-6
+    assert not adapter_parameters(module.base.network)
 
 
 def loaded(folder: Path, checkpoint: dict[str, Any], **options: Any) -> Any:
@@ -132,6 +164,7 @@ def test_checkpoints_of_other_adapters_bases_and_of_whole_models_are_refused(
         torch.load(tmp_path / name, weights_only=True) for name in ("lora.ckpt", "whole.ckpt")
     )
     loaded(model_folder, lora, lora=ADAPTER)
+    loaded(model_folder, lora, lora=ADAPTER, weights_dtype="bfloat16")  # the same base, rounded
     other = make_model_folder(seed=1)  # the same shapes
     for folder, checkpoint, options, named in (
         (model_folder, lora, {"lora": LoRA(r=8)}, r"another adapter.*'r': 4.*'r': 8"),

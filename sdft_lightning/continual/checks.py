@@ -33,6 +33,7 @@ def check_plan(plan: ContinualPlan, parse: Parse) -> None:
         for unit in chain:
             options = fit_options(plan, unit, None if unit.number == 1 else "the stage before")
             where = f"methods.{unit.method}, stages.{unit.stage.name}"
+            _check_handed_on(where, options["model"])
             if plan.budget_of(unit.stage).tokens is not None:
                 _check_schedule(where, options["model"])
             _check(where, parse("fit", json.dumps(options)))
@@ -66,4 +67,15 @@ def _check_schedule(where: str, model: Mapping[str, Any]) -> None:
             f"{where}: budget.tokens leaves the number of steps open, and the learning rate is "
             f"scheduled over it: got model.init_args.schedule {dict(schedule)}. Set it to "
             "{name: constant}, with warmup_steps if you like, or give budget.updates."
+        )
+
+
+def _check_handed_on(where: str, model: Mapping[str, Any]) -> None:
+    """A stage hands on a whole model, which adapters on 4-bit weights do not come to."""
+    quantization = model.get("init_args", {}).get("quantization")
+    if quantization is not None:
+        raise UserError(
+            f"{where}: model.init_args.quantization: got {quantization}, allowed is none: a stage "
+            "hands on a whole model, and adapters cannot be added to 4-bit weights. Take it out; "
+            "weights_dtype: bfloat16 saves memory below adapters, too."
         )

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sdft_lightning.callbacks import DriftMonitor, ItemScores, TokenBudget
 from sdft_lightning.callbacks.metrics_log import MetricsLog
 from sdft_lightning.continual import ResumePoint, StageEnd
 from sdft_lightning.data.planned import HeldOut
+from sdft_lightning.lora import LoRA, adapter_parameters
 from sdft_lightning.modules import SDFTModule, SFTModule
 
 FitModule = Callable[..., Any]
@@ -168,6 +170,40 @@ def test_stage_end_counts_the_seconds_of_the_part_before_the_interruption(
     second.on_fit_start(None, None)  # type: ignore[arg-type]
     now[0] = 507.0
     assert second.state_dict() == {"seconds": 37.0}
+
+
+def test_stage_with_adapters_hands_on_a_whole_model_with_the_best_of_them(
+    fit_module: FitModule, train_file: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    best = ModelCheckpoint(
+        tmp_path / "best",
+        monitor="val/task/task/accuracy",
+        mode="max",
+        save_weights_only=True,
+    )
+    module = fit_module(
+        SFTModule,
+        model={"lora": LoRA(r=4), "optimizer": lambda p: torch.optim.AdamW(p, lr=0.02)},
+        data={"validation": str(train_file), "grader": "contains", "name": "task"},
+        max_steps=4,
+        val_check_interval=2,
+        enable_checkpointing=True,
+        callbacks=[TokenBudget(), StageEnd(), best],
+    )
+    found = json.loads((tmp_path / "fit.json").read_text())
+    assert found["selected_step"] == 2  # the first of equals: nothing is right yet
+    exported: Any = AutoModelForCausalLM.from_pretrained(tmp_path / found["exported"])
+    saved = torch.load(best.best_model_path, weights_only=True)["state_dict"]
+    for name, value in adapter_parameters(module.student).items():
+        assert torch.equal(value, saved[f"student.{name}"])
+    ids = torch.arange(5, 15).unsqueeze(0)
+    with torch.no_grad():
+        expected = module.student.eval()(input_ids=ids).logits
+        torch.testing.assert_close(
+            exported.eval()(input_ids=ids).logits, expected, atol=1e-4, rtol=0
+        )
 
 
 def test_held_out_sets_alone_are_tested_with_prompts_and_scores_of_their_own(

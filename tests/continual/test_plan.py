@@ -183,6 +183,11 @@ def test_plan_that_cannot_be_right_is_refused_by_the_name_of_the_option(
         ("stages.1.data.test", "nowhere.jsonl", ["stages.museum.data.test", "nowhere.jsonl"]),
         ("held_out.general.source", "nowhere", ["held_out.general.source", "nowhere"]),
         ("budget", {"tokens": 9}, ["methods.sdft, stages.ferry", "budget.tokens", "constant"]),
+        (
+            "methods.sft.model.init_args",
+            {"lora": {"r": 4}, "quantization": "nf4"},  # its adapters have no model to be added to
+            ["methods.sft, stages.ferry", "quantization", "nf4", "whole model"],
+        ),
     ],
 )
 def test_plan_whose_runs_cannot_work_is_refused_before_the_first(

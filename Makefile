@@ -3,10 +3,10 @@ PYTHON_BIN := .venv/bin/python
 STAMP := .venv/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model test soak demo perf lint clean
+.PHONY: help setup model test test-vllm soak demo perf lint clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv with all that is needed (first time 2-5 minutes, then nothing)
 
@@ -19,6 +19,9 @@ model: $(STAMP) ## fetch and convert the embedded model into the cache (first ti
 
 test: model ## run all tests on the CPU (10 to 20 minutes)
 	$(PYTHON_BIN) -m pytest -q -n 2 --dist loadfile
+
+test-vllm: model ## sample with vLLM in .venv-vllm: weight refresh, a server and its faults (10 to 20 minutes)
+	bash scripts/test_vllm.sh
 
 soak: $(STAMP) ## kill and resume runs and plans; 100,000 broken rows (about 15 minutes)
 	$(PYTHON_BIN) scripts/soak.py
@@ -39,5 +42,5 @@ lint: $(STAMP) ## check style, format and types (about 1 minute)
 	$(PYTHON_BIN) -m mypy
 
 clean: ## remove .venv, caches and builds; runs/ and the model cache stay (seconds)
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-vllm build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -47,3 +47,27 @@ def row_uniforms(seed: int, step: int, row_ids: Sequence[str], samples: int, len
         for sample in range(samples)
     ]
     return torch.from_numpy(np.stack(numbers))  # (B · samples, T)
+
+
+def row_seeds(seed: int, step: int, row_ids: Sequence[str], samples: int) -> list[int]:
+    """One 63-bit seed for each (row, sample), for samplers that take a seed and not the numbers.
+
+    Args:
+        seed: Seed of the run.
+        step: Optimizer step.
+        row_ids: B ids.
+        samples: Completions of each row.
+
+    Returns:
+        B · samples seeds.
+    """
+    return [
+        int(
+            np.random.SeedSequence([seed, step, row_key(row_id), sample]).generate_state(
+                1, np.uint64
+            )[0]
+        )
+        >> 1
+        for row_id in row_ids
+        for sample in range(samples)
+    ]

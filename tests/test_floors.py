@@ -24,6 +24,7 @@ FLOORS: dict[str, float] = {
     "whole_files": 0.5,
     "uniforms": 0,
     "masking": 0.5,
+    "mismatch": 0.5,
     "sharding": 0.5,
     "strategies": 0.5,
     "divergence": 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -16,25 +17,34 @@ from sdft_lightning.errors import UserError
 from sdft_lightning.hidden import completion_hidden_states
 from sdft_lightning.lora import LoRA
 from sdft_lightning.masking import loss_mask, sequence_weights
+from sdft_lightning.mismatch import MismatchCorrection, SamplerAlarm
 from sdft_lightning.modules.base import OptimizerFactory, PolicyModule
+from sdft_lightning.modules.sampler_watch import SamplerWatch
 from sdft_lightning.modules.schedule import Schedule
 from sdft_lightning.modules.teacher_update import TeacherUpdate
 from sdft_lightning.modules.window import SampledWindow, join_prompts, split_rollout
 from sdft_lightning.policy import WeightsDtype
 from sdft_lightning.quantization import Quantization
-from sdft_lightning.rollout import Sampling, SamplingWeights, generate_rollout
+from sdft_lightning.rollout import (
+    Engine,
+    RolloutRequest,
+    Sampling,
+    SamplingWeights,
+    TransformersEngine,
+    trained_log_probs,
+)
 from sdft_lightning.rollout.weights import SamplingDtype
 from sdft_lightning.sharding import is_sharded
 from sdft_lightning.teacher import EMATeacher, FrozenTeacher, Teacher
 from sdft_lightning.tokenization import token_id
-from sdft_lightning.types import PromptBatch, Rollout, TokenStatistics
-from sdft_lightning.uniforms import row_uniforms
+from sdft_lightning.types import Demonstration, PromptBatch, Rollout, TokenStatistics
 
 # Enough of a prompt's end to hold the assistant header.
 _HEADER_TOKENS = 8
 
 # Shown by --print_config as a class with its arguments; each module makes its own from it.
 _DEFAULT_TEACHER = lazy_instance(EMATeacher, update_rate=0.01)
+_DEFAULT_ENGINE = lazy_instance(TransformersEngine)
 
 
 class SDFTModule(PolicyModule):
@@ -62,6 +72,10 @@ class SDFTModule(PolicyModule):
             validate and test always do.
         eval_max_new_tokens: Longest completion in validation, test and predict; these are greedy.
         seed: Seed of the sampled completions; set from seed_everything.
+        engine: Who samples in training: TransformersEngine (default), VLLMEngine or
+            VLLMServerEngine (docs/vllm.md); evaluation is always done by transformers.
+        mismatch_correction: Weighs the loss by trainer's over engine's probability.
+        sampler_alarm: When these are too far apart.
     """
 
     has_preflight: ClassVar[bool] = True
@@ -86,6 +100,9 @@ class SDFTModule(PolicyModule):
         teacher_accuracy_in_fit: bool = False,
         eval_max_new_tokens: int = 1024,
         seed: int = 42,
+        engine: Engine = _DEFAULT_ENGINE,
+        mismatch_correction: MismatchCorrection = MismatchCorrection(),  # noqa: B008 - frozen
+        sampler_alarm: SamplerAlarm = SamplerAlarm(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__(
             model_name,
@@ -112,6 +129,15 @@ class SDFTModule(PolicyModule):
         self.num_loss_tokens_to_skip = num_loss_tokens_to_skip
         self.generate_from_teacher = generate_from_teacher
         self.teacher_accuracy_in_fit = teacher_accuracy_in_fit
+        self.engine = TransformersEngine() if engine is _DEFAULT_ENGINE else engine
+        self.mismatch_correction = mismatch_correction
+        self.sampler_alarm = sampler_alarm
+        if generate_from_teacher and self.compares_sampler:
+            raise UserError(
+                "model.generate_from_teacher: the teacher samples with the TransformersEngine and "
+                "without model.mismatch_correction only; both are about the student. Leave them "
+                "out, or sample from the student."
+            )
         self._teacher_weights = SamplingWeights("same")
         self._window = SampledWindow()
 
@@ -133,6 +159,24 @@ class SDFTModule(PolicyModule):
         """As `PolicyModule.forget_copies`, with the teacher's."""
         super().forget_copies()
         self._teacher_weights.forget()
+        self.engine.forget()
+
+    def check_before_fit(self, rows: Sequence[Demonstration]) -> None:
+        """Refuse what the engine cannot sample.
+
+        Raises:
+            UserError: Names the option.
+        """
+        self.engine.check(self.sampling, self.quantization is not None)
+
+    def teardown(self, stage: str) -> None:
+        """Give back what the engine holds."""
+        self.engine.close()
+
+    @property
+    def compares_sampler(self) -> bool:
+        """Whether the trainer asks itself how likely the sampled tokens were."""
+        return not self.engine.is_trainer or self.mismatch_correction.kind != "none"
 
     @property
     def whole_teacher(self) -> Any:
@@ -156,7 +200,8 @@ class SDFTModule(PolicyModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """The teacher moves after each optimizer step, before any checkpoint is written."""
-        return [TeacherUpdate(), *super().configure_callbacks()]
+        watch = [SamplerWatch(self.sampler_alarm)] if self.compares_sampler else []
+        return [TeacherUpdate(), *watch, *super().configure_callbacks()]
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """One step of METHOD §1: sample, score under both roles, compare, average."""
@@ -164,7 +209,8 @@ class SDFTModule(PolicyModule):
         keep = self.loss_mask(batch, rollout)  # (R, T)
         student = self.student_hidden(batch, rollout, keep)  # (N, D)
         teacher = self.teacher_hidden(batch, rollout, keep)  # (N, D), no gradient
-        loss, tokens = self.token_divergence(student, teacher, rollout, keep)
+        correction = self.sampler_correction(student, rollout, keep)  # (N,)
+        loss, tokens = self.token_divergence(student, teacher, rollout, keep, correction)
         self._log_step(loss, tokens, rollout)
         return {"loss": loss, "rollout": rollout, "keep": keep, "divergence": tokens.divergence}
 
@@ -176,25 +222,29 @@ class SDFTModule(PolicyModule):
     def sample_rollouts(self, batches: list[PromptBatch], step: int) -> list[Rollout]:
         """The completions of several micro-batches, sampled at once, for an optimizer step."""
         samples = self.sampling.completions_per_prompt
-        if self.generate_from_teacher:
-            model = self.whole_teacher
-            prompts = [self.teacher_prompts(batch) for batch in batches]
-        else:
-            model = self.sampling_weights.model(self.student, step)
-            prompts = [(b.prompt_ids, b.prompt_mask) for b in batches]
-        ids, mask = join_prompts(prompts)  # (ΣB, P)
         row_ids = [row.id for batch in batches for row in batch.rows]
-        length = self.sampling.max_new_tokens
-        uniforms = row_uniforms(self.seed, step, row_ids, samples, length)  # (R, T)
-        rollout = generate_rollout(
-            model,
+        prompts = [
+            self.teacher_prompts(batch)
+            if self.generate_from_teacher
+            else (batch.prompt_ids, batch.prompt_mask)
+            for batch in batches
+        ]
+        ids, mask = join_prompts(prompts)  # (ΣB, P)
+        request = RolloutRequest(
             ids,
             mask,
+            row_ids,
             self.sampling,
-            uniforms,
+            self.seed,
+            step,
             self.stop_ids,
             self.tokenizer.pad_token_id,
         )
+        if self.generate_from_teacher:
+            as_it_is = SamplingWeights("same")
+            rollout = TransformersEngine().generate(self.whole_teacher, as_it_is, request)
+        else:
+            rollout = self.engine.generate(self.student, self.sampling_weights, request)
         return split_rollout(rollout, [len(batch.rows) * samples for batch in batches])
 
     def teacher_prompts(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
@@ -241,10 +291,41 @@ class SDFTModule(PolicyModule):
             )
             return hidden
 
+    def sampler_correction(self, student: Tensor, rollout: Rollout, keep: Tensor) -> Tensor | None:
+        """Weights `(N,)` of tokens that were not sampled by the trained model itself, and a log.
+
+        Args:
+            student: `(N, D)` hidden states at the kept tokens.
+            rollout: What was sampled.
+            keep: `(R, T)` the tokens in the loss.
+        """
+        if not self.compares_sampler:
+            return None
+        with self.timed("sampler_check"):
+            trained = trained_log_probs(
+                student,
+                self.student_head,
+                rollout.completion_ids[keep],
+                self.sampling,
+                self.engine.truncates_log_probs,
+            )  # (N,)
+        difference = trained - rollout.sampled_log_probs[keep]  # (N,)
+        for name, value in self.mismatch_correction.statistics(difference).items():
+            self.log(f"train/sampler/{name}", value, sync_dist=True)
+        return self.mismatch_correction.weights(difference, keep)
+
     def token_divergence(
-        self, student: Tensor, teacher: Tensor, rollout: Rollout, keep: Tensor
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        rollout: Rollout,
+        keep: Tensor,
+        correction: Tensor | None = None,
     ) -> tuple[Tensor, TokenStatistics]:
         """Mean over the tokens of each completion, then over completions, of the divergence."""
+        weights = sequence_weights(keep)[keep]  # (N,)
+        if correction is not None:
+            weights = weights * correction
         with self.timed("divergence"):
             return bounded_divergence(
                 teacher,
@@ -252,7 +333,7 @@ class SDFTModule(PolicyModule):
                 student,
                 self.student_head,
                 rollout.completion_ids[keep],  # (N,)
-                sequence_weights(keep)[keep],  # (N,)
+                weights,
                 self.divergence,
                 self.sampling.temperature,
             )

@@ -58,16 +58,16 @@ def fast(parameters: Any) -> torch.optim.Optimizer:
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of each call that samples."""
-    import sdft_lightning.modules.sdft as module_of_sdft
+    import sdft_lightning.rollout.engine as module_of_engine
 
     sizes: list[int] = []
-    generate = module_of_sdft.generate_rollout
+    generate = module_of_engine.generate_rollout
 
     def counted(model: Any, prompt_ids: Tensor, *args: Any) -> Rollout:
         sizes.append(prompt_ids.shape[0])
         return generate(model, prompt_ids, *args)
 
-    monkeypatch.setattr(module_of_sdft, "generate_rollout", counted)
+    monkeypatch.setattr(module_of_engine, "generate_rollout", counted)
     return sizes
 
 

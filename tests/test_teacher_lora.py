@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.lora import LoRA, adapter_parameters, add_adapter_, merged_copy
+from sdft_lightning.policy import moved_not_cast
 from sdft_lightning.teacher import EMATeacher, FrozenTeacher, LiveTeacher, Teacher
 
 Make = Callable[..., Any]
@@ -181,20 +182,23 @@ def test_no_second_copy_of_the_frozen_weights_is_held(
     assert all(p.untyped_storage().data_ptr() not in of_student for p in mine)
 
 
-def test_a_cast_to_bfloat16_leaves_the_average_float32_and_the_base_shared(
+def test_a_cast_to_bfloat16_leaves_all_adapters_float32_and_the_base_shared(
     make_adapted: Make,
 ) -> None:
     student = make_adapted()
     teacher = taught(EMATeacher(0.01), student)
-    nn.ModuleDict({"student": student, "teacher": teacher}).to(torch.bfloat16)
-    assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in adapter_parameters(teacher.network).values()} == {torch.float32}
+    with moved_not_cast(student):  # as PolicyModule casts
+        nn.ModuleDict({"student": student, "teacher": teacher}).to(torch.bfloat16)
+    base = {p.dtype for name, p in student.named_parameters() if "lora_" not in name}
+    assert base == {torch.bfloat16}
+    for model in (student, teacher.network):
+        assert {p.dtype for p in adapter_parameters(model).values()} == {torch.float32}
     assert teacher.network.model.embed_tokens.weight is student.model.embed_tokens.weight
     before = adapter_parameters(teacher.network)
     name, value = next(iter((n, p.clone()) for n, p in before.items() if ".lora_B." in n))
     move_(student, 0.5)
     teacher.update_(student, 1)
-    moved = adapter_parameters(student)[name].float()
+    moved = adapter_parameters(student)[name]
     torch.testing.assert_close(before[name], 0.99 * value + 0.01 * moved, rtol=0, atol=1e-6)
     assert states(teacher).isfinite().all()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import lightning as L
@@ -22,7 +23,7 @@ from sdft_lightning.modules.judging import log_usage
 from sdft_lightning.modules.precision import warn_of_slow_precision
 from sdft_lightning.modules.schedule import Schedule
 from sdft_lightning.modules.timing import TimedModule
-from sdft_lightning.policy import WeightsDtype, load_policy
+from sdft_lightning.policy import WeightsDtype, load_policy, moved_not_cast
 from sdft_lightning.quantization import Quantization
 from sdft_lightning.rollout import SamplingWeights, greedy_rollout
 from sdft_lightning.rollout.weights import SamplingDtype
@@ -207,6 +208,12 @@ class PolicyModule(TimedModule):
             self.print(
                 f"LoRA: {trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
             )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PolicyModule:
+        """Cast the student's weights only, see `moved_not_cast`; teachers see to themselves."""
+        with moved_not_cast(self.student) if self.student is not None else nullcontext():
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def forget_copies(self) -> None:
         """Drop what was copied from weights that may have changed from outside."""

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from sdft_lightning.modules import precision
+from sdft_lightning.bounded import bounded_divergence
+from sdft_lightning.divergence import Divergence
+from sdft_lightning.hidden import completion_hidden_states
+from sdft_lightning.lora import LoRA, adapter_parameters
+from sdft_lightning.modules import SDFTModule, precision
 
 
 @pytest.mark.parametrize(
@@ -37,3 +43,54 @@ def test_fit_warns_before_its_first_step(
     monkeypatch.setattr(precision, "has_native_bfloat16", lambda device: False)
     with pytest.warns(UserWarning, match="--trainer.precision=32-true"):
         run_cli(*fit_args, "--trainer.precision=bf16-mixed", "--trainer.max_steps=1")
+
+
+def rotary_frequencies(model: Any) -> torch.Tensor:
+    frequencies: torch.Tensor = model.model.rotary_emb.inv_freq
+    return frequencies
+
+
+def test_bf16_true_rounds_the_students_weights_and_not_its_rotary_frequencies(
+    fit_module: Callable[..., Any],
+) -> None:
+    module = fit_module(precision="bf16-true")
+    assert {each.dtype for each in module.student.parameters()} == {torch.bfloat16}
+    mine = rotary_frequencies(module.student)
+    assert mine.dtype == torch.float32
+    assert torch.equal(mine, rotary_frequencies(module.teacher.network))
+    assert not torch.equal(mine, mine.bfloat16().float())  # else rounding would go unnoticed
+
+
+def test_after_a_cast_both_roles_see_the_same_far_positions(model_folder: Path) -> None:
+    module = SDFTModule(str(model_folder), weights_dtype="bfloat16")
+    module.load_models()
+    module.to(torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 260, (1, 2000), generator=generator)  # (1, P)
+    answer = torch.randint(5, 260, (1, 8), generator=generator)  # (1, T)
+    masks = torch.ones_like(ids).bool(), torch.ones_like(answer).bool()
+    given = ids, masks[0], answer, masks[1], masks[1]
+    with torch.no_grad():
+        student = completion_hidden_states(module.student, *given)  # (N, D)
+    _, tokens = bounded_divergence(
+        module.teacher(*given),
+        module.teacher.head,
+        student,
+        module.student_head,
+        answer[0],
+        torch.full((8,), 1 / 8),
+        Divergence(),
+        1.0,
+    )
+    # bfloat16 arithmetic leaves 0.0017; with rounded frequencies it is 0.032.
+    assert float(tokens.kl.mean()) < 5e-3
+
+
+def test_bf16_true_leaves_adapters_float32(fit_module: Callable[..., Any]) -> None:
+    module = fit_module(model={"lora": LoRA(r=2)}, precision="bf16-true")
+    adapters = adapter_parameters(module.student)
+    assert {each.dtype for each in adapters.values()} == {torch.float32}
+    rest = [p for name, p in module.student.named_parameters() if name not in adapters]
+    assert {each.dtype for each in rest} == {torch.bfloat16}
+    # A first step of AdamW moves B by the learning rate; bfloat16 would hold none of its digits.
+    assert any(not torch.equal(p, p.bfloat16().float()) for p in adapters.values())

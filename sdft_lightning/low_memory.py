@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -40,7 +40,12 @@ class LowMemoryAdamW(AdamW8bit):  # type: ignore[misc] # torchao has no types
         eight_bit: Averages in 8 bits; without it in the parameters' dtype, which takes 2 bytes a
             weight more and is many times faster on a CPU.
         seed: Seed of the rounding.
+
+    Attributes:
+        takes_shards: False: its steps fail on the sharded parameters of fsdp2.
     """
+
+    takes_shards: ClassVar[bool] = False
 
     def __init__(
         self,

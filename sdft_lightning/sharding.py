@@ -42,6 +42,24 @@ def data_parallel_mesh(mesh: Any) -> Any:
     return mesh["data_parallel"]
 
 
+def check_takes_shards(optimizer: Any) -> None:
+    """Refuse an optimizer that says that it does not work on sharded parameters.
+
+    Args:
+        optimizer: One with `takes_shards = False`; one that says nothing passes.
+
+    Raises:
+        UserError: If it does not.
+    """
+    if not getattr(optimizer, "takes_shards", True):
+        raise UserError(
+            f"model.optimizer: got {type(optimizer).__name__}, which does not work on parameters "
+            "that fsdp2 has spread over processes; allowed is one that does, such as AdamW. Give "
+            "--model.optimizer=torch.optim.AdamW, or keep the optimizer with "
+            "--trainer.strategy=ddp."
+        )
+
+
 def shard_(network: Any, mesh: Any) -> None:
     """Cut a model along a mesh, one group of parameters for each transformer block.
 

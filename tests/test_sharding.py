@@ -187,3 +187,20 @@ def test_adapters_are_refused_before_anything_is_cut(fit_module: Any) -> None:
     module = fit_module(model={"lora": LoRA(r=2)})
     with pytest.raises(UserError, match=r"model\.lora: adapters under fsdp2"):
         module.shard_models(None)
+
+
+def test_an_optimizer_that_cannot_take_shards_is_refused_before_a_model_is_loaded() -> None:
+    from types import SimpleNamespace
+
+    from sdft_lightning.low_memory import LowMemoryAdamW
+    from sdft_lightning.modules import SDFTModule
+
+    module = SDFTModule("no/such/model", optimizer=LowMemoryAdamW)
+    module._device_mesh = Mesh(2, 1)  # type: ignore[assignment]
+    module._trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"))  # type: ignore[assignment]
+    expected = r"model\.optimizer: got LowMemoryAdamW.*fsdp2.*torch\.optim\.AdamW.*strategy=ddp"
+    with pytest.raises(UserError, match=expected):
+        module.configure_model()
+    module.optimizer_factory = torch.optim.AdamW
+    with pytest.raises(UserError, match=r"no model could be loaded from no/such/model"):
+        module.configure_model()

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sdft_lightning.errors import UserError
@@ -27,7 +27,7 @@ from sdft_lightning.policy import WeightsDtype, load_policy, moved_not_cast
 from sdft_lightning.quantization import Quantization
 from sdft_lightning.rollout import SamplingWeights, greedy_rollout
 from sdft_lightning.rollout.weights import SamplingDtype
-from sdft_lightning.sharding import data_parallel_mesh, is_sharded, shard_
+from sdft_lightning.sharding import check_takes_shards, data_parallel_mesh, is_sharded, shard_
 from sdft_lightning.teacher import Teacher
 from sdft_lightning.types import (
     Demonstration,
@@ -128,7 +128,13 @@ class PolicyModule(TimedModule):
     # --- the policy -------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Load the models once, and spread them over processes where the strategy asks for it."""
+        """Load the models once, and spread them over processes where the strategy asks for it.
+
+        Raises:
+            UserError: Before anything is loaded, if the optimizer cannot train what is spread.
+        """
+        if self.device_mesh is not None and self.trainer.state.fn == "fit":
+            check_takes_shards(self.optimizer_factory([nn.Parameter(torch.zeros(1))]))
         if self.student is None:
             self.load_models()
         if self.device_mesh is not None and not is_sharded(self.student):

@@ -4,34 +4,39 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from torch import Tensor
 
 from sdft_lightning.callbacks import collapse_signs as signs
 from sdft_lightning.callbacks.collapse_signs import CollapseLimits
 from sdft_lightning.callbacks.kept_checkpoint import best_checkpoint, keep_checkpoint
 from sdft_lightning.callbacks.run_files import append_lines, run_folder, unused_path
 from sdft_lightning.errors import UserError
+from sdft_lightning.sharding import local
 
 log = logging.getLogger(__name__)
 _IN_VALIDATION = ("teacher_no_better",)
+_AT_ONCE = ("weights", "loss")
 
 
 class CollapseGuard(L.Callback):
     """Stops, or warns, when signs of collapse last; writes stopped.json and guard/<sign>.
 
     guard/<sign> counts the steps in a row that showed a sign. When the first sign shows, the best
-    checkpoint (by the monitored metric; without one, the newest) is kept under a second name,
-    checkpoints/kept-<its name>; the run's own clearing up does not touch it.
+    checkpoint (by the monitored metric; without one, the newest) whose weights are finite is kept
+    under a second name, checkpoints/kept-<its name>; the run's own clearing up does not touch it.
 
     Args:
         action: stop the run, or only warn.
-        steps: Optimizer steps in a row that must show a sign. A loss that is no number: one.
-        validations: Validations in a row in which the teacher must not beat the student.
+        steps: Optimizer steps in a row that must show a sign. A loss or a weight that is no number:
+            one.
+        validations: Validations in a row in which the teacher must not beat the student; needs
+            model.teacher_accuracy_in_fit.
         limits: Where the signs begin.
     """
 
@@ -50,6 +55,7 @@ class CollapseGuard(L.Callback):
         self.validations = validations
         self.limits = limits
         self._judged_at = 0
+        self._losses: list[Tensor] = []
         self._first: dict[str, float] = {}
         self._in_a_row: dict[str, int] = {}
         self._kept = ""
@@ -66,26 +72,46 @@ class CollapseGuard(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Nothing is judged before the next optimizer step, also in a resumed run."""
         self._judged_at = trainer.global_step
+        self._losses = []
+        ungraded = getattr(pl_module, "teacher_accuracy_in_fit", None) is False
+        if ungraded and self.limits.teacher_lead is not None and trainer.is_global_zero:
+            log.warning(
+                "CollapseGuard: limits.teacher_lead is never judged: validations of this fit do "
+                "not grade the teacher. Give --model.teacher_accuracy_in_fit=true, or set "
+                "limits.teacher_lead to null."
+            )
 
     def on_train_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Judge each optimizer step."""
+        """Judge each optimizer step, before a checkpoint of it is written."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        self._losses += [loss.detach()] if isinstance(loss, Tensor) else []
         if trainer.global_step == self._judged_at:
             return
         self._judged_at = trainer.global_step
-        logged = trainer.callback_metrics
-        names = [name for name in signs.WATCHED if f"train/{name}" in logged]
-        values = torch.stack([logged[f"train/{name}"].float() for name in names])  # (names,)
-        # The mean over ranks, so that all come to the same decision.
-        means = trainer.strategy.reduce(values.to(module.device), reduce_op="mean").tolist()
-        now = dict(zip(names, means, strict=True))
+        now = self._values(trainer, module)
         self._first = self._first or now
-        vocabulary = module.student_head.weight.shape[0]
-        judged = signs.known_signs(names)
+        vocabulary = module.student.get_output_embeddings().weight.shape[0]  # not gathered
+        judged = signs.known_signs(now.keys())
         self._count(trainer, signs.step_signs(now, self._first, self.limits, vocabulary), judged)
         for name in judged:
             module.log(f"guard/{name}", float(self._in_a_row[name]))
+
+    def _values(self, trainer: Any, module: Any) -> dict[str, float]:
+        """What the signs look at: means over ranks, so that all come to the same decision."""
+        logged = {
+            name: trainer.callback_metrics[f"train/{name}"].float().to(module.device)
+            for name in signs.WATCHED
+            if f"train/{name}" in trainer.callback_metrics
+        }
+        if "loss" in logged:
+            # What is logged is the last micro-batch's; 0 · NaN and 0 · inf are NaN.
+            logged["loss"] = logged["loss"] + 0 * sum(each.float() for each in self._losses)
+        self._losses = []
+        logged["largest_weight"] = largest_weight(module.student)
+        means = trainer.strategy.reduce(torch.stack(list(logged.values())), reduce_op="mean")
+        return dict(zip(logged, means.tolist(), strict=True))
 
     def on_validation_end(self, trainer: Any, module: Any) -> None:
         """Judge the teacher's lead, where both were graded in this validation."""
@@ -98,7 +124,7 @@ class CollapseGuard(L.Callback):
             self._in_a_row[name] = self._in_a_row.get(name, 0) + 1 if name in found else 0
         self._keep_or_release(trainer, any(self._in_a_row.values()))
         for name, sentence in found.items():
-            unit, needed = ("steps", 1 if name == "loss" else self.steps)
+            unit, needed = ("steps", 1 if name in _AT_ONCE else self.steps)
             if name in _IN_VALIDATION:
                 unit, needed = "validations", self.validations
             times = self._in_a_row[name]
@@ -130,3 +156,15 @@ class CollapseGuard(L.Callback):
         done = "Stopped" if stop else "Warning"
         best = kept or "none was written before the first sign"
         log.warning(f"CollapseGuard: {done} at step {step}: {reason}. Best checkpoint: {best}.")
+
+
+@torch.no_grad()
+def largest_weight(model: Any) -> Tensor:
+    """The largest absolute value of the trained weights on this process, NaN if one is NaN.
+
+    Args:
+        model: The student, whole or sharded.
+    """
+    trained = [local(each.detach()) for each in model.parameters() if each.requires_grad]
+    largest = [each.abs().max().float() for each in trained if each.numel()]
+    return torch.stack(largest).max()  # ()

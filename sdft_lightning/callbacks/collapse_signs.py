@@ -29,21 +29,24 @@ class CollapseLimits:
             limit, and at the first step less than half as many did.
         student_entropy: The student is certain of everything: its entropy fell below this share of
             the first step's. A task whose right answer is one certain text may need a lower one.
-        teacher_entropy: The teacher knows nothing: its entropy is above this share of log V, the
-            entropy of a uniform distribution.
+        student_uniform: The student knows nothing: its entropy rose above this share of log V, the
+            entropy of a uniform distribution, below which the first step's was.
+        teacher_entropy: The teacher knows nothing: its entropy is above this share of log V.
         teacher_lead: Its answers are no better: teacher_accuracy − accuracy is at most this.
     """
 
     distinct_2: float | None = 0.25
     truncated_fraction: float | None = 0.95
     student_entropy: float | None = 0.02
+    student_uniform: float | None = 0.9
     teacher_entropy: float | None = 0.9
     teacher_lead: float | None = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what is no share."""
-        for name in ("distinct_2", "truncated_fraction", "student_entropy", "teacher_entropy"):
-            value = getattr(self, name)
+        for name, value in vars(self).items():
+            if name == "teacher_lead":
+                continue
             if value is not None and not 0 < value <= 1:
                 raise UserError(
                     f"CollapseGuard.limits.{name}: got {value}, allowed are shares above 0 and up "
@@ -54,9 +57,10 @@ class CollapseLimits:
 def known_signs(logged: Collection[str]) -> list[str]:
     """The signs that can be judged from the values that a method logs, see `step_signs`."""
     of = {"loss": "loss", "distinct_2": "repetition", "truncated_fraction": "truncation"}
+    found = ["weights", *(sign for name, sign in of.items() if name in logged)]
     if "teacher_entropy" in logged:
-        of |= {"student_entropy": "entropy", "teacher_entropy": "teacher_uniform"}
-    return [sign for name, sign in of.items() if name in logged]
+        found += ["entropy", "student_uniform", "teacher_uniform"]
+    return found
 
 
 def step_signs(
@@ -66,16 +70,20 @@ def step_signs(
 
     Args:
         now: Values of the step by the names of `WATCHED`; a method that logs fewer shows fewer.
+            `largest_weight`: the largest absolute value of a trained weight after the step.
         first: Those of the run's first step.
         limits: Where the signs begin.
         vocabulary: V.
 
     Returns:
-        A sentence for each sign, by name: loss, repetition, truncation, entropy, teacher_uniform.
+        A sentence for each sign, by name: loss, weights, repetition, truncation, entropy,
+        student_uniform, teacher_uniform.
     """
     found: dict[str, str] = {}
     if not math.isfinite(now.get("loss", 0.0)):
         found["loss"] = f"the loss is {now['loss']}"
+    if not math.isfinite(now.get("largest_weight", 0.0)):
+        found["weights"] = f"a trained weight is {now['largest_weight']} after the step"
     truncated = now.get("truncated_fraction", 0.0)
     low = _share(limits.distinct_2, first.get("distinct_2"))
     if low is not None and now["distinct_2"] < low and truncated >= _MOST_END:
@@ -97,6 +105,12 @@ def _entropy_signs(
     low = _share(limits.student_entropy, first["student_entropy"])
     if low is not None and now["student_entropy"] < low:
         found["entropy"] = "the student is certain of all: " + _from("student_entropy", now, first)
+    high = _share(limits.student_uniform, uniform)
+    if high is not None and now["student_entropy"] > high >= first["student_entropy"]:
+        found["student_uniform"] = (
+            f"the student knows nothing: {_from('student_entropy', now, first)}, a uniform "
+            f"distribution has {uniform:.3g}"
+        )
     high = _share(limits.teacher_entropy, uniform)
     if high is not None and now["teacher_entropy"] > high:
         found["teacher_uniform"] = (

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -15,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sdft_lightning import embedded
 from sdft_lightning.callbacks import CollapseGuard
+from sdft_lightning.callbacks.kept_checkpoint import best_checkpoint, has_finite_weights
 from sdft_lightning.data import Columns, DemonstrationDataModule
 from sdft_lightning.divergence import Divergence
 from sdft_lightning.errors import UserError
@@ -92,7 +94,9 @@ def test_warning_is_given_once_and_the_run_goes_on(
     module = fit_module(max_steps=8, max_epochs=-1, callbacks=[CollapseGuard("warn", steps=2)])
     assert module.trainer.global_step == 8
     assert caplog.text.count("CollapseGuard: Warning at step 3") == 1
-    assert caplog.text.count("CollapseGuard") == 1
+    assert caplog.text.count("CollapseGuard: Warning") == 1
+    # The teacher is not graded in this fit, so one sign is not there: said once.
+    assert caplog.text.count("limits.teacher_lead is never judged") == 1
     assert "none was written before the first sign" in caplog.text
     assert not (tmp_path / "stopped.json").exists()
 
@@ -104,6 +108,64 @@ def test_loss_that_is_no_number_stops_at_once(
     module = fit_module(max_steps=8, max_epochs=-1, callbacks=[CollapseGuard(steps=50)])
     assert module.trainer.global_step == 4
     assert json.loads((tmp_path / "stopped.json").read_text())["sign"] == "loss"
+
+
+class BreakGradient(L.Callback):
+    """Makes one gradient NaN at the third step, whose loss is finite."""
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        if trainer.global_step == 2:
+            next(module.student.parameters()).grad.fill_(math.nan)
+
+
+def test_a_gradient_that_is_no_number_stops_before_its_checkpoint_becomes_the_kept_one(
+    fit_module: FitModule, tmp_path: Path
+) -> None:
+    saver = ModelCheckpoint(tmp_path / "checkpoints", "step-{step}", every_n_train_steps=1)
+    callbacks = [saver, CollapseGuard(steps=50), BreakGradient()]
+    fit_module(max_steps=6, max_epochs=-1, enable_checkpointing=True, callbacks=callbacks)
+    stopped = json.loads((tmp_path / "stopped.json").read_text())
+    assert (stopped["sign"], stopped["step"]) == ("weights", 3)
+    kept = Path(stopped["best_checkpoint"])
+    assert kept.name == "kept-step-step=2.ckpt"
+    assert has_finite_weights(kept)
+    assert not has_finite_weights(kept.with_name("step-step=3.ckpt"))
+
+
+def test_a_better_checkpoint_whose_weights_are_no_numbers_is_passed_over(tmp_path: Path) -> None:
+    saver = ModelCheckpoint()
+    for name, value in (("best", math.nan), ("last", 1.0)):
+        state = {"w": torch.tensor([1.0, value]), "n": torch.tensor(3)}
+        torch.save({"state_dict": state}, tmp_path / name)
+        setattr(saver, f"{name}_model_path", str(tmp_path / name))
+    trainer = SimpleNamespace(checkpoint_callbacks=[saver])
+    assert best_checkpoint(trainer) == tmp_path / "last"
+
+
+def test_every_micro_batchs_loss_counts_and_the_head_is_not_asked_for(
+    fit_module: FitModule, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    step, asked = SDFTModule.training_step, []
+    head = SDFTModule.student_head.fget
+    assert head is not None
+
+    def broken(module: Any, batch: Any, batch_idx: int) -> Any:
+        outputs = step(module, batch, batch_idx)
+        if batch_idx == 2:  # the first of the second window; what is logged is finite
+            outputs["loss"] = outputs["loss"] * math.nan
+        return outputs
+
+    def counted(module: Any) -> Any:
+        asked.append(module)
+        return head(module)
+
+    monkeypatch.setattr(SDFTModule, "training_step", broken)
+    monkeypatch.setattr(SDFTModule, "student_head", property(counted))
+    guard = CollapseGuard(steps=50)
+    fit_module(max_steps=3, max_epochs=-1, accumulate_grad_batches=2, callbacks=[guard])
+    stopped = json.loads((tmp_path / "stopped.json").read_text())
+    assert (stopped["sign"], stopped["step"]) == ("loss", 2)
+    assert len(asked) == 4  # once a micro-batch: under fsdp2 each gathers the whole head
 
 
 def test_count_goes_on_in_a_resumed_run(
@@ -123,7 +185,7 @@ def test_count_goes_on_in_a_resumed_run(
 
 
 def test_teacher_that_no_longer_beats_its_student_stops_after_two_validations(
-    fit_module: FitModule, train_file: Path, tmp_path: Path
+    fit_module: FitModule, train_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     # A random model answers nothing: teacher and student have 0 of 12.
     module = fit_module(
@@ -140,6 +202,7 @@ def test_teacher_that_no_longer_beats_its_student_stops_after_two_validations(
     assert stopped["sign"] == "teacher_no_better"
     assert "teacher_accuracy 0, accuracy 0" in stopped["reason"]
     assert "(2 validations in a row)" in stopped["reason"]
+    assert "never judged" not in caplog.text
 
 
 def test_counts_are_logged_and_options_come_from_the_fragment(
@@ -158,7 +221,10 @@ def test_counts_are_logged_and_options_come_from_the_fragment(
     assert [line["guard/repetition"] for line in lines] == [0.0, 0.0, 0.0]
     assert {name for name in lines[0] if name.startswith("guard/")} == {
         f"guard/{sign}"
-        for sign in ("loss", "repetition", "truncation", "entropy", "teacher_uniform")
+        for sign in (
+            *("loss", "weights", "repetition", "truncation"),
+            *("entropy", "student_uniform", "teacher_uniform"),
+        )
     }
 
 

@@ -69,6 +69,7 @@ def test_no_step_of_the_healthy_demo_shows_a_sign() -> None:
     [
         ({"loss": math.nan}, "loss", "the loss is nan"),
         ({"loss": math.inf}, "loss", "the loss is inf"),
+        ({"largest_weight": math.nan}, "weights", "a trained weight is nan after the step"),
         (
             {"distinct_2": 0.19, "truncated_fraction": 0.9},
             "repetition",
@@ -81,6 +82,7 @@ def test_no_step_of_the_healthy_demo_shows_a_sign() -> None:
         ),
         ({"student_entropy": 0.019}, "entropy", "student_entropy 0.019, at the first step 1"),
         # 0.9 · log 1000 = 6.217
+        ({"student_entropy": 6.22}, "student_uniform", "6.22, at the first step 1, a uniform"),
         ({"teacher_entropy": 6.22}, "teacher_uniform", "a uniform distribution has 6.91"),
     ],
 )
@@ -96,6 +98,7 @@ def test_each_sign_is_named_with_its_numbers(now: dict[str, float], sign: str, w
         {"distinct_2": 0.21, "truncated_fraction": 0.9},
         {"truncated_fraction": 0.94},
         {"student_entropy": 0.021},
+        {"student_entropy": 6.21},
         {"teacher_entropy": 6.21},
     ],
 )
@@ -113,13 +116,18 @@ def test_a_run_whose_completions_are_cut_from_the_start_shows_no_truncation() ->
     assert signs(first, truncated_fraction=1.0) == {}
 
 
+def test_a_student_that_knew_nothing_from_the_start_shows_no_collapse() -> None:
+    first = {**FIRST, "student_entropy": 6.5}
+    assert signs(first, student_entropy=6.6) == {}
+
+
 def test_entropy_on_demonstrations_may_fall() -> None:
     sft = {"loss": 0.001, "student_entropy": 0.001}
     assert step_signs(sft, {"loss": 2.0, "student_entropy": 2.0}, LIMITS, 1000) == {}
 
 
 def test_null_leaves_each_sign_out() -> None:
-    off = CollapseLimits(None, None, None, None, None)
+    off = CollapseLimits(None, None, None, None, None, None)
     now = {
         "loss": 1.0,
         "distinct_2": 0.0,
@@ -134,6 +142,7 @@ def test_null_leaves_each_sign_out() -> None:
         "teacher_uniform",
     }
     assert step_signs(now, FIRST, off, 1000) == {}
+    assert step_signs({**now, "student_entropy": 6.9}, FIRST, off, 1000) == {}
     assert validation_signs({"val/task/a/teacher_accuracy": 0, "val/task/a/accuracy": 1}, off) == {}
 
 

@@ -20,6 +20,7 @@ from sdft_lightning.data.loader import (
     ResumableLoader,
     TellingLoader,
     WindowSampler,
+    check_rows_for_all,
 )
 from sdft_lightning.data.planned import HeldOut, PlannedSet, TaskSets
 from sdft_lightning.data.rows import Columns, parse_rows
@@ -142,6 +143,9 @@ class DemonstrationDataModule(L.LightningDataModule):
         self._tokenizer = tokenizer = Tokenizer(raw, self.prompts, self.lengths, stops)
         for planned in sets:
             self._sets[planned.key] = self._load(planned, tokenizer)
+            if planned.key != "train":
+                rows, processes = len(self._sets[planned.key]), self._world_size
+                check_rows_for_all(f"data.{planned.key}", planned.source, rows, processes)
         if stage == "fit":
             self._train_sampler()  # refuses fewer rows than one batch
 
@@ -206,6 +210,10 @@ class DemonstrationDataModule(L.LightningDataModule):
         """Training micro-batches of an epoch on this rank; known without starting workers."""
         return len(self._train_sampler())
 
+    @property
+    def _world_size(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
+
     def _train_sampler(self) -> WindowSampler:
         trainer = self.trainer
         return WindowSampler(
@@ -214,7 +222,7 @@ class DemonstrationDataModule(L.LightningDataModule):
             trainer.accumulate_grad_batches if trainer else 1,
             self.seed,
             trainer.global_rank if trainer else 0,
-            trainer.world_size if trainer else 1,
+            self._world_size,
             (lambda: trainer.current_epoch) if trainer else None,
         )
 
@@ -255,11 +263,10 @@ class DemonstrationDataModule(L.LightningDataModule):
         self, rows: Any, batch_size: int | None = None, at_least_one: bool = False
     ) -> DataLoader[Any]:
         trainer = self.trainer
-        world_size = trainer.world_size if trainer else 1
         sampler = EvaluationSampler(
-            max(len(rows), world_size) if at_least_one else len(rows),
+            max(len(rows), self._world_size) if at_least_one else len(rows),
             batch_size or self.eval_batch_size,
             trainer.global_rank if trainer else 0,
-            trainer.world_size if trainer else 1,
+            self._world_size,
         )
         return TellingLoader(rows, batch_size=None, sampler=sampler, num_workers=self.num_workers)

@@ -150,6 +150,25 @@ class EvaluationSampler(DistributedSampler[Any]):
         return iter(self.batches)
 
 
+def check_rows_for_all(option: str, source: object, rows: int, world_size: int) -> None:
+    """Refuse a set of which some processes would evaluate nothing: the others would wait for them.
+
+    Args:
+        option: Name of the option, e.g. data.validation.
+        source: The file, or where else the rows are from.
+        rows: How many fit.
+        world_size: Number of processes.
+
+    Raises:
+        UserError: If there are fewer rows than processes.
+    """
+    if rows < world_size:
+        raise UserError(
+            f"{option}: {source} has {rows} rows for {world_size} processes; allowed is at least "
+            "one row for each. Give more rows, or fewer processes with --trainer.devices."
+        )
+
+
 class TellingLoader(DataLoader[Any]):
     """A loader that says what it means when one of its processes has died."""
 

@@ -370,7 +370,7 @@ class PolicyModule(TimedModule):
     def _log_scores(self, stage: str) -> None:
         if self._judge is not None:
             log_usage(self, self._judge, stage)
-        for name, accuracy in self.accuracies.take().items():
+        for name, accuracy in self.accuracies.take(self.device).items():
             for suffix, value in zip(("", "_low", "_high"), accuracy, strict=True):
                 self.log(f"{stage}/task/{name}{suffix}", value, rank_zero_only=False)
         suite = getattr(getattr(self.trainer, "datamodule", None), "benchmark_suite", None)

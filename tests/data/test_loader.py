@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from sdft_lightning.data import DemonstrationDataModule
 from sdft_lightning.data.loader import (
     EvaluationSampler,
     MicroBatch,
@@ -156,3 +160,23 @@ def test_items_are_collated_with_their_window_task_and_grader() -> None:
     assert [[row.id for row in later.rows] for later in batch.window] == [["5"], ["7", "9"]]
     assert (batch.task, batch.grader) == ("task", "exact")
     assert dataset()[[0, 2]].window == []
+
+
+@pytest.mark.parametrize(("stage", "split"), [("fit", "validation"), ("predict", "predict")])
+def test_a_set_with_fewer_rows_than_processes_is_refused_before_the_others_wait(
+    model_folder: Path, write_rows: Callable[..., Path], make_rows: Any, stage: str, split: str
+) -> None:
+    few = write_rows(make_rows(3), "few.jsonl")
+    given = {"train": str(write_rows(make_rows(12))), split: str(few)}
+
+    def set_up(processes: int) -> None:
+        rows = DemonstrationDataModule(str(model_folder), batch_size=2, **given)  # type: ignore
+        rows.trainer = SimpleNamespace(  # type: ignore[assignment]
+            world_size=processes, global_rank=0, accumulate_grad_batches=1, current_epoch=0
+        )
+        rows.setup(stage)
+
+    set_up(3)
+    expected = rf"data\.{split}: .*few\.jsonl has 3 rows for 4 processes.*--trainer\.devices"
+    with pytest.raises(UserError, match=expected):
+        set_up(4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -205,8 +206,34 @@ def test_accuracy_counts_thousands_also_where_bfloat16_is_the_default_dtype() ->
     try:
         for _ in range(1000):
             counted.count("a/accuracy", [1.0, 0.0, 0.0], torch.device("cpu"))
-        found = counted.take()["a/accuracy"]
+        found = counted.take(torch.device("cpu"))["a/accuracy"]
     finally:
         torch.set_default_dtype(torch.float32)
     assert found.value == pytest.approx(1 / 3, abs=1e-6)
     assert found.high - found.low < 0.04
+
+
+def test_ranks_with_unlike_tasks_add_up_the_same_names_in_the_same_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from sdft_lightning.modules import accuracy
+
+    def gather(of_ranks: list[list[str]], mine: list[str]) -> None:
+        assert mine == ["b", "a"]
+        of_ranks[:] = [["c", "a"], mine]  # this rank is the second
+
+    two_ranks = {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "get_world_size": lambda: 2,
+        "all_gather_object": gather,
+    }
+    monkeypatch.setattr(accuracy, "distributed", SimpleNamespace(**two_ranks))
+    counted = accuracy.TaskAccuracies()
+    for name in ("b", "a"):
+        counted.count(name, [1.0, 0.0], torch.device("cpu"))
+    found = counted.take(torch.device("cpu"))
+    # Each task is two collectives; a rank that leaves c out would wait in another than the rest.
+    assert list(counted._sums) == ["b", "a", "c"]
+    assert list(found) == ["a", "b"]
+    assert found["a"].value == 0.5

@@ -39,7 +39,7 @@ class LowMemoryAdamW(AdamW8bit):  # type: ignore[misc] # torchao has no types
         weight_decay: Decoupled weight decay.
         eight_bit: Averages in 8 bits; without it in the parameters' dtype, which takes 2 bytes a
             weight more and is many times faster on a CPU.
-        seed: Seed of the rounding.
+        seed: Seed of the rounding; without it that of the run (seed_everything), 42 outside of one.
 
     Attributes:
         takes_shards: False: its steps fail on the sharded parameters of fsdp2.
@@ -55,7 +55,7 @@ class LowMemoryAdamW(AdamW8bit):  # type: ignore[misc] # torchao has no types
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         eight_bit: bool = True,
-        seed: int = 42,
+        seed: int | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -66,7 +66,7 @@ class LowMemoryAdamW(AdamW8bit):  # type: ignore[misc] # torchao has no types
             bf16_stochastic_round=True,
         )
         self.eight_bit = eight_bit
-        self.seed = seed
+        self.seed = seed  # PolicyModule fills in the run's
         for group in self.param_groups:
             group["roundings"] = 0  # in the group, so that checkpoints hold it
         # Checkpoints hold plain tensors: they load without torchao and with weights_only.
@@ -96,7 +96,8 @@ class LowMemoryAdamW(AdamW8bit):  # type: ignore[misc] # torchao has no types
                 loss = closure()
         devices = {each.device for group in self.param_groups for each in group["params"]}
         roundings = self.param_groups[0]["roundings"]
-        with _random_numbers_of(self.seed, roundings, devices), _eager_on_cpu(devices):
+        seed = 42 if self.seed is None else self.seed
+        with _random_numbers_of(seed, roundings, devices), _eager_on_cpu(devices):
             super().step()
         for group in self.param_groups:
             group["roundings"] = roundings + 1

@@ -70,6 +70,7 @@ def test_low_memory_takes_the_place_of_the_runs_optimizer_and_leaves_its_teacher
     options = model["init_args"]
     assert options["optimizer"]["class_path"] == "sdft_lightning.low_memory.LowMemoryAdamW"
     assert options["optimizer"]["init_args"]["eight_bit"] is True
+    assert options["optimizer"]["init_args"]["seed"] is None  # follows seed_everything
     assert options["weights_dtype"] == "bfloat16"
     assert options["teacher"]["class_path"].endswith("FrozenTeacher")
 

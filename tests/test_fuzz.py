@@ -203,8 +203,11 @@ def test_strict_tool_grader_calls_every_gold_answer_right(reference: list[dict[s
     gold = "".join(
         f"Action: {call['Action']}\nAction Input: {call['Action_Input']}\n" for call in reference
     )
-    nan = any("NaN" in call["Action_Input"] for call in reference)
-    assert get_grader("tool_call")(gold, reference) == (0.0 if nan else 1.0) or nan
+    constants: list[str] = []
+    for call in reference:
+        json.loads(call["Action_Input"], parse_constant=constants.append)
+    expected = 0.0 if "NaN" in constants else 1.0  # NaN equals nothing, not itself either
+    assert get_grader("tool_call")(gold, reference) == expected
     assert get_grader("tool_call")("", reference) == 0.0
 
 

@@ -178,3 +178,15 @@ def test_learning_rate_follows_a_schedule() -> None:
     schedule.step()
     optimizer.step()
     assert float(movement(model).abs().mean()) == pytest.approx(1e-3, rel=0.05)
+
+
+def test_rounding_follows_the_seed_of_the_run_unless_it_has_its_own(
+    fit_module: Callable[..., Any],
+) -> None:
+    seeds = []
+    for own in (None, 5):
+        module = fit_module(
+            model={"seed": 7, "optimizer": lambda p, own=own: LowMemoryAdamW(p, seed=own)}
+        )
+        seeds.append(module.trainer.optimizers[0].seed)
+    assert seeds == [7, 5]

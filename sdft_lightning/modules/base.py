@@ -233,6 +233,8 @@ class PolicyModule(TimedModule):
         """The optimizer over the student's trainable parameters, and its schedule."""
         trainable = [p for p in self.student.parameters() if p.requires_grad]
         optimizer = self.optimizer_factory(trainable)
+        if getattr(optimizer, "seed", self.seed) is None:
+            optimizer.seed = self.seed  # type: ignore[attr-defined] # one that draws numbers
         scheduler = self.schedule.build(optimizer, self.total_steps())
         return {
             "optimizer": optimizer,

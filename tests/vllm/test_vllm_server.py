@@ -58,7 +58,7 @@ class Server:
     def wait(self) -> None:
         """Wait until it is up."""
         client = VLLMClient(self.url, 10, "NONE")
-        deadline = time.monotonic() + 600
+        deadline = time.monotonic() + 1200
         while not client.is_up():
             assert self.process is not None
             assert self.process.poll() is None, (self.folder / "server.log").read_text()[-3000:]
@@ -172,7 +172,7 @@ def test_restarted_server_gets_the_weights_again_and_a_dead_one_is_named(
     with torch.no_grad():
         for parameter in moved.parameters():
             parameter *= 1.05
-    engine = make_engine(server)
+    engine = make_engine(server, patience_seconds=1200)
     before = engine.generate(moved, SamplingWeights("same"), request(fixed_ids[:9]))
     server.kill()
     server.start()  # with the weights of the start; the engine waits for it

@@ -30,9 +30,7 @@ def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_missing_data_are_named_with_the_remedy(no_data: None) -> None:
-    with pytest.raises(
-        UserError, match=r"ifeval .*-m nltk\.downloader punkt_tab"
-    ):
+    with pytest.raises(UserError, match=r"ifeval .*-m nltk\.downloader punkt_tab"):
         check_sentence_data("ifeval", TASK, None)
 
 

@@ -52,6 +52,20 @@ def test_fragment_parses_beside_a_model(
         assert {name.removesuffix("+") for name in values} <= config[section].keys()
 
 
+@pytest.mark.parametrize("name", ["gpu", "ddp", "fsdp2", "deepspeed2", "slurm"])
+def test_trainer_fragment_saves_between_the_ends_of_epochs(
+    name: str, parse: Callable[[list[str]], dict[str, Any]]
+) -> None:
+    sdft, trainer = CONFIGS / "model" / "sdft.yaml", CONFIGS / "trainer" / f"{name}.yaml"
+    config = parse([f"--config={sdft}", f"--config={trainer}"])
+    assert config["trainer"]["max_epochs"] == 1
+    assert 1 <= config["checkpoint"]["every_n_train_steps"] <= 50
+    # Lightning refuses more than one of these.
+    assert config["checkpoint"]["every_n_epochs"] is None
+    assert config["checkpoint"]["train_time_interval"] is None
+    assert config["checkpoint"]["save_last"] is True
+
+
 def test_collapse_guard_is_added_to_the_callbacks_of_the_run_before_it(
     parse: Callable[[list[str]], dict[str, Any]],
 ) -> None:

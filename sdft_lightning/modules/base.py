@@ -20,6 +20,7 @@ from sdft_lightning.modules.capability import CapabilityScores, CapabilityTrack
 from sdft_lightning.modules.effective_update import EffectiveUpdate
 from sdft_lightning.modules.identity import check_same_model, model_identity
 from sdft_lightning.modules.judging import log_usage
+from sdft_lightning.modules.last_checkpoint import LastCheckpoint
 from sdft_lightning.modules.precision import warn_of_slow_precision
 from sdft_lightning.modules.schedule import Schedule
 from sdft_lightning.modules.timing import TimedModule
@@ -226,8 +227,8 @@ class PolicyModule(TimedModule):
         self.sampling_weights.forget()
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Each run is told whether its updates arrive, see `EffectiveUpdate`."""
-        return [EffectiveUpdate()]
+        """Each run is told whether its updates arrive, and keeps its last step."""
+        return [EffectiveUpdate(), LastCheckpoint()]
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the student's trainable parameters, and its schedule."""

@@ -33,11 +33,11 @@ make_environment() {
   touch "$stamp"
 }
 
-# The package is imported from here, whatever folder it was installed from.
-export PYTHONPATH=$PWD
 if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ scripts/test_vllm.sh -nt "$stamp" ]; then
   make_environment
 fi
+# The package is imported from here, whatever folder it was installed from.
+export PYTHONPATH=$PWD
 # Two GB of keys and values are plenty for short completions; nothing is fetched or reported.
 export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-2}
 export VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,6 +106,8 @@ class WeightsFolder:
                     "the option out."
                 )
             self._folder = Path(tempfile.mkdtemp(prefix="sdft-weights-", dir=parent))
+            # Memory is not given back by itself when a run ends with an error.
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
             # A server may run as another user; weights are no secret from it.
             self._folder.chmod(0o755)
         return self._folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -176,7 +177,8 @@ def test_adapters_arrive_merged_and_the_student_keeps_its_own(
     student = make_adapted()
     ids = torch.tensor([[3, 4, 5]])
     expected = student(ids).logits  # (1, 3, V)
-    folder = WeightsFolder(str(tmp_path), "float32").write(student, own_head=False)
+    weights = WeightsFolder(str(tmp_path), "float32")
+    folder = weights.write(student, own_head=False)
     from transformers import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(folder)
@@ -193,6 +195,15 @@ def test_only_the_newest_weights_stay_and_none_is_written_over(tmp_path: Path, m
     assert list(second.parent.iterdir()) == [second]
 
 
+def test_weights_do_not_outlive_an_engine_that_nobody_closed(tmp_path: Path, model: Any) -> None:
+    weights = WeightsFolder(str(tmp_path), "bfloat16")
+    weights.write(model, own_head=False)
+    assert len(list(tmp_path.iterdir())) == 1
+    del weights
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+
+
 def write_in_a_group(rank: int, meeting: str, parent: str) -> None:
     """One of two processes that ask for the weights; each leaves what it was told."""
     from torch import distributed as dist
@@ -202,8 +213,10 @@ def write_in_a_group(rank: int, meeting: str, parent: str) -> None:
         vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
     )
     torch.manual_seed(0)
-    folder = WeightsFolder(parent, "float32").write(LlamaForCausalLM(config), own_head=False)
+    weights = WeightsFolder(parent, "float32")
+    folder = weights.write(LlamaForCausalLM(config), own_head=False)
     Path(f"{parent}/told-{rank}").write_text(f"{folder} {len(read(str(folder)))}")
+    dist.barrier()  # rank zero removes it when it ends
     try:
         WeightsFolder(f"{parent}/absent", "float32").write(LlamaForCausalLM(config), False)
     except UserError as error:

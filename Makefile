@@ -17,13 +17,13 @@ $(STAMP): pyproject.toml scripts/setup.sh
 model: $(STAMP) ## fetch and convert the embedded model into the cache (first time about 1 minute)
 	$(PYTHON_BIN) -m sdft_lightning.embedded
 
-test: model ## run all tests on the CPU (10 to 20 minutes)
+test: model ## run all tests on the CPU (15 to 26 minutes)
 	$(PYTHON_BIN) -m pytest -q -n 2 --dist loadfile
 
 test-vllm: model ## sample with vLLM in .venv-vllm: weight refresh, a server and its faults (10 to 20 minutes)
 	bash scripts/test_vllm.sh
 
-soak: $(STAMP) ## kill and resume runs and plans; 100,000 broken rows (about 15 minutes)
+soak: $(STAMP) ## kill and resume runs and plans; 100,000 broken rows (10 minutes and more)
 	$(PYTHON_BIN) scripts/soak.py
 	$(PYTHON_BIN) scripts/fuzz_rows.py
 	SDFT_SOAK=1 $(PYTHON_BIN) -m pytest -q tests/continual/test_kill.py

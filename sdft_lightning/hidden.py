@@ -144,7 +144,8 @@ def output_head(model: Any) -> OutputHead:
 def apply_head(head: OutputHead, hidden: Tensor) -> Tensor:
     """Logits `(..., V)` of hidden states `(..., D)`; for few tokens, as all V are formed."""
     logits = nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
-    logits = logits * head.scale
+    if head.scale != 1.0:  # on a CPU a product by one costs as much as the largest token's search
+        logits = logits * head.scale
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     return logits

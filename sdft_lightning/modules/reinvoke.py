@@ -10,13 +10,15 @@ from torch import Tensor
 
 from sdft_lightning.divergence import Divergence
 from sdft_lightning.lora import LoRA
+from sdft_lightning.mismatch import MismatchCorrection, SamplerAlarm
 from sdft_lightning.modules.base import OptimizerFactory
 from sdft_lightning.modules.identity import check_same_kind
+from sdft_lightning.modules.on_policy import DEFAULT_ENGINE
 from sdft_lightning.modules.schedule import Schedule
 from sdft_lightning.modules.sdft import SDFTModule
 from sdft_lightning.policy import WeightsDtype, load_policy
 from sdft_lightning.quantization import Quantization
-from sdft_lightning.rollout import Sampling
+from sdft_lightning.rollout import Engine, Sampling
 from sdft_lightning.rollout.weights import SamplingDtype
 from sdft_lightning.teacher import FrozenTeacher
 from sdft_lightning.types import Demonstration, PromptBatch, RowNeeds
@@ -48,6 +50,10 @@ class ReinvokeModule(SDFTModule):
         divergence: What is minimised at each token; the original model is the teacher.
         eval_max_new_tokens: Longest completion in validation, test and predict; these are greedy.
         seed: Seed of the sampled completions; set from seed_everything.
+        engine: Who samples in training: TransformersEngine (default), VLLMEngine or
+            VLLMServerEngine (docs/vllm.md); evaluation is always done by transformers.
+        mismatch_correction: Weighs the loss by trainer's over engine's probability.
+        sampler_alarm: When these are too far apart.
     """
 
     row_needs: ClassVar[RowNeeds] = RowNeeds(demonstration=False)
@@ -71,6 +77,9 @@ class ReinvokeModule(SDFTModule):
         divergence: Divergence = Divergence(),  # noqa: B008 - frozen
         eval_max_new_tokens: int = 1024,
         seed: int = 42,
+        engine: Engine = DEFAULT_ENGINE,
+        mismatch_correction: MismatchCorrection = MismatchCorrection(),  # noqa: B008 - frozen
+        sampler_alarm: SamplerAlarm = SamplerAlarm(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__(
             model_name=model_name,
@@ -88,23 +97,31 @@ class ReinvokeModule(SDFTModule):
             divergence=divergence,
             eval_max_new_tokens=eval_max_new_tokens,
             seed=seed,
+            engine=engine,
+            mismatch_correction=mismatch_correction,
+            sampler_alarm=sampler_alarm,
         )
         self.original_model_name = original_model_name
         self.original_revision = original_revision
 
     def check_before_fit(self, rows: Sequence[Demonstration]) -> None:
-        """Refuse an original model that the student cannot come from.
+        """Refuse what the engine cannot sample, and an original that the student cannot come from.
 
         Raises:
             UserError: If there is no such model, or it has another architecture or tokenizer.
         """
+        super().check_before_fit(rows)
+        self.check_original()
+
+    def check_original(self) -> None:
+        """Refuse an original model that the student cannot come from."""
         check_same_kind(
             self.model_name, self.revision, self.original_model_name, self.original_revision
         )
 
     def load_teacher(self) -> None:
         """Take the original model as the teacher."""
-        self.check_before_fit([])
+        self.check_original()
         original = load_policy(
             self.original_model_name,
             self.original_revision,

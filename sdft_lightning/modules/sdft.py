@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import lightning as L
@@ -18,11 +16,10 @@ from sdft_lightning.hidden import completion_hidden_states
 from sdft_lightning.lora import LoRA
 from sdft_lightning.masking import loss_mask, sequence_weights
 from sdft_lightning.mismatch import MismatchCorrection, SamplerAlarm
-from sdft_lightning.modules.base import OptimizerFactory, PolicyModule
-from sdft_lightning.modules.sampler_watch import SamplerWatch
+from sdft_lightning.modules.base import OptimizerFactory
+from sdft_lightning.modules.on_policy import DEFAULT_ENGINE, OnPolicyModule
 from sdft_lightning.modules.schedule import Schedule
 from sdft_lightning.modules.teacher_update import TeacherUpdate
-from sdft_lightning.modules.window import SampledWindow, join_prompts, split_rollout
 from sdft_lightning.policy import WeightsDtype
 from sdft_lightning.quantization import Quantization
 from sdft_lightning.rollout import (
@@ -31,23 +28,21 @@ from sdft_lightning.rollout import (
     Sampling,
     SamplingWeights,
     TransformersEngine,
-    trained_log_probs,
 )
 from sdft_lightning.rollout.weights import SamplingDtype
 from sdft_lightning.sharding import is_sharded
 from sdft_lightning.teacher import EMATeacher, FrozenTeacher, Teacher
 from sdft_lightning.tokenization import token_id
-from sdft_lightning.types import Demonstration, PromptBatch, Rollout, TokenStatistics
+from sdft_lightning.types import PromptBatch, Rollout, TokenStatistics
 
 # Enough of a prompt's end to hold the assistant header.
 _HEADER_TOKENS = 8
 
 # Shown by --print_config as a class with its arguments; each module makes its own from it.
 _DEFAULT_TEACHER = lazy_instance(EMATeacher, update_rate=0.01)
-_DEFAULT_ENGINE = lazy_instance(TransformersEngine)
 
 
-class SDFTModule(PolicyModule):
+class SDFTModule(OnPolicyModule):
     """The student answers the bare question and is pulled toward what its teacher would say.
 
     Args:
@@ -100,7 +95,7 @@ class SDFTModule(PolicyModule):
         teacher_accuracy_in_fit: bool = False,
         eval_max_new_tokens: int = 1024,
         seed: int = 42,
-        engine: Engine = _DEFAULT_ENGINE,
+        engine: Engine = DEFAULT_ENGINE,
         mismatch_correction: MismatchCorrection = MismatchCorrection(),  # noqa: B008 - frozen
         sampler_alarm: SamplerAlarm = SamplerAlarm(),  # noqa: B008 - frozen
     ) -> None:
@@ -114,24 +109,24 @@ class SDFTModule(PolicyModule):
             quantization,
             optimizer,
             schedule,
+            sampling,
             sampling_dtype,
             eval_max_new_tokens,
             seed,
+            engine,
+            mismatch_correction,
+            sampler_alarm,
         )
         if num_loss_tokens_to_skip < 0:
             raise UserError(
                 f"model.num_loss_tokens_to_skip: got {num_loss_tokens_to_skip}, allowed are 0 and "
                 "more."
             )
-        self.sampling = sampling
         self.teacher = EMATeacher(0.01) if teacher is _DEFAULT_TEACHER else teacher
         self.divergence = divergence
         self.num_loss_tokens_to_skip = num_loss_tokens_to_skip
         self.generate_from_teacher = generate_from_teacher
         self.teacher_accuracy_in_fit = teacher_accuracy_in_fit
-        self.engine = TransformersEngine() if engine is _DEFAULT_ENGINE else engine
-        self.mismatch_correction = mismatch_correction
-        self.sampler_alarm = sampler_alarm
         if generate_from_teacher and self.compares_sampler:
             raise UserError(
                 "model.generate_from_teacher: the teacher samples with the TransformersEngine and "
@@ -139,7 +134,6 @@ class SDFTModule(PolicyModule):
                 "out, or sample from the student."
             )
         self._teacher_weights = SamplingWeights("same")
-        self._window = SampledWindow()
 
     def load_models(self) -> None:
         """Load the policy, and make the teacher from it."""
@@ -159,24 +153,6 @@ class SDFTModule(PolicyModule):
         """As `PolicyModule.forget_copies`, with the teacher's."""
         super().forget_copies()
         self._teacher_weights.forget()
-        self.engine.forget()
-
-    def check_before_fit(self, rows: Sequence[Demonstration]) -> None:
-        """Refuse what the engine cannot sample.
-
-        Raises:
-            UserError: Names the option.
-        """
-        self.engine.check(self.sampling, self.quantization is not None)
-
-    def teardown(self, stage: str) -> None:
-        """Give back what the engine holds."""
-        self.engine.close()
-
-    @property
-    def compares_sampler(self) -> bool:
-        """Whether the trainer asks itself how likely the sampled tokens were."""
-        return not self.engine.is_trainer or self.mismatch_correction.kind != "none"
 
     @property
     def whole_teacher(self) -> Any:
@@ -200,8 +176,7 @@ class SDFTModule(PolicyModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """The teacher moves after each optimizer step, before any checkpoint is written."""
-        watch = [SamplerWatch(self.sampler_alarm)] if self.compares_sampler else []
-        return [TeacherUpdate(), *watch, *super().configure_callbacks()]
+        return [TeacherUpdate(), *super().configure_callbacks()]
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """One step of METHOD §1: sample, score under both roles, compare, average."""
@@ -211,41 +186,20 @@ class SDFTModule(PolicyModule):
         teacher = self.teacher_hidden(batch, rollout, keep)  # (N, D), no gradient
         correction = self.sampler_correction(student, rollout, keep)  # (N,)
         loss, tokens = self.token_divergence(student, teacher, rollout, keep, correction)
-        self._log_step(loss, tokens, rollout)
+        self.log_step(loss, tokens, rollout)
         return {"loss": loss, "rollout": rollout, "keep": keep, "divergence": tokens.divergence}
 
-    def rollout(self, batch: PromptBatch) -> Rollout:
-        """Completions of a micro-batch, sampled together with its whole accumulation window."""
-        with self.timed("rollout"):
-            return self._window.take(batch, self.trainer.global_step, self.sample_rollouts)
-
-    def sample_rollouts(self, batches: list[PromptBatch], step: int) -> list[Rollout]:
-        """The completions of several micro-batches, sampled at once, for an optimizer step."""
-        samples = self.sampling.completions_per_prompt
-        row_ids = [row.id for batch in batches for row in batch.rows]
-        prompts = [
-            self.teacher_prompts(batch)
-            if self.generate_from_teacher
-            else (batch.prompt_ids, batch.prompt_mask)
-            for batch in batches
-        ]
-        ids, mask = join_prompts(prompts)  # (ΣB, P)
-        request = RolloutRequest(
-            ids,
-            mask,
-            row_ids,
-            self.sampling,
-            self.seed,
-            step,
-            self.stop_ids,
-            self.tokenizer.pad_token_id,
-        )
+    def sampling_prompts(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
+        """What is sampled from: the bare question, or what the teacher sees where it samples."""
         if self.generate_from_teacher:
-            as_it_is = SamplingWeights("same")
-            rollout = TransformersEngine().generate(self.whole_teacher, as_it_is, request)
-        else:
-            rollout = self.engine.generate(self.student, self.sampling_weights, request)
-        return split_rollout(rollout, [len(batch.rows) * samples for batch in batches])
+            return self.teacher_prompts(batch)
+        return super().sampling_prompts(batch)
+
+    def sampled(self, request: RolloutRequest) -> Rollout:
+        """As `OnPolicyModule.sampled`, or the teacher's completions where these are asked for."""
+        if not self.generate_from_teacher:
+            return super().sampled(request)
+        return TransformersEngine().generate(self.whole_teacher, SamplingWeights("same"), request)
 
     def teacher_prompts(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
         """Ids and mask `(B, Q)` of what the teacher sees: question and demonstration."""
@@ -291,29 +245,6 @@ class SDFTModule(PolicyModule):
             )
             return hidden
 
-    def sampler_correction(self, student: Tensor, rollout: Rollout, keep: Tensor) -> Tensor | None:
-        """Weights `(N,)` of tokens that were not sampled by the trained model itself, and a log.
-
-        Args:
-            student: `(N, D)` hidden states at the kept tokens.
-            rollout: What was sampled.
-            keep: `(R, T)` the tokens in the loss.
-        """
-        if not self.compares_sampler:
-            return None
-        with self.timed("sampler_check"):
-            trained = trained_log_probs(
-                student,
-                self.student_head,
-                rollout.completion_ids[keep],
-                self.sampling,
-                self.engine.truncates_log_probs,
-            )  # (N,)
-        difference = trained - rollout.sampled_log_probs[keep]  # (N,)
-        for name, value in self.mismatch_correction.statistics(difference).items():
-            self.log(f"train/sampler/{name}", value, sync_dist=True)
-        return self.mismatch_correction.weights(difference, keep)
-
     def token_divergence(
         self,
         student: Tensor,
@@ -348,35 +279,3 @@ class SDFTModule(PolicyModule):
                 self.whole_teacher, prompt_ids, prompt_mask, batch, "teacher_accuracy"
             )
         return outputs
-
-    def _log_step(self, loss: Tensor, tokens: TokenStatistics, rollout: Rollout) -> None:
-        mask = rollout.completion_mask  # (R, T)
-        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
-        values: dict[str, Tensor | float] = {
-            "kl": tokens.kl.mean(),
-            "student_entropy": tokens.student_entropy.mean(),
-            "teacher_entropy": tokens.teacher_entropy.mean(),
-            "top1_agreement": tokens.top1_agreement.mean(),
-            "completion_length": mask.sum(dim=1).float().mean(),
-            "truncated_fraction": rollout.truncated.float().mean(),
-            "distinct_2": distinct_bigrams(rollout.completion_ids, mask),
-        }
-        for name, value in values.items():
-            self.log(f"train/{name}", value, prog_bar=name == "kl", sync_dist=True)
-        self.completion_tokens = int(mask.sum())
-
-
-def distinct_bigrams(completion_ids: Tensor, completion_mask: Tensor) -> float:
-    """Distinct pairs of neighbouring tokens over all pairs, in a batch of completions.
-
-    Near 0 where a policy repeats itself, 1 where no pair occurs twice.
-
-    Args:
-        completion_ids: `(R, T)`.
-        completion_mask: `(R, T)`.
-    """
-    pairs: list[tuple[int, int]] = []
-    for ids, mask in zip(completion_ids.tolist(), completion_mask.tolist(), strict=True):
-        tokens = [token for token, kept in zip(ids, mask, strict=True) if kept]
-        pairs.extend(pairwise(tokens))
-    return len(set(pairs)) / len(pairs) if pairs else 1.0

@@ -244,7 +244,6 @@ COLLAPSING = {"divergence": Divergence("reverse_kl"), "teacher": LiveTeacher()}
 @pytest.mark.skipif(
     not embedded.is_prepared(), reason="the embedded model is not in the cache: `make model`"
 )
-@pytest.mark.timeout(900)
 def test_embedded_model_made_to_collapse_is_stopped_within_30_steps_and_the_cause_named(
     tmp_path: Path,
 ) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sdft_lightning.divergence import Divergence
 from sdft_lightning.modules import SDFTModule
-from sdft_lightning.modules.sdft import distinct_bigrams
+from sdft_lightning.modules.on_policy import distinct_bigrams
 from sdft_lightning.rollout import Sampling
 from sdft_lightning.types import PromptBatch, Rollout
 from sdft_lightning.uniforms import row_uniforms

@@ -1,0 +1,192 @@
+"""Evaluation that all methods share: graded answers, and the requests of benchmarks."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from sdft_lightning.errors import UserError
+from sdft_lightning.graders import Judge, grade_rows
+from sdft_lightning.modules.accuracy import TaskAccuracies
+from sdft_lightning.modules.capability import CapabilityScores, CapabilityTrack
+from sdft_lightning.modules.judging import log_usage
+from sdft_lightning.modules.timing import TimedModule
+from sdft_lightning.rollout import SamplingWeights, greedy_rollout
+from sdft_lightning.rollout.weights import SamplingDtype
+from sdft_lightning.sharding import is_sharded
+from sdft_lightning.types import GenerationBatch, PromptBatch, Rollout, ScoringBatch
+
+EvaluationBatch = PromptBatch | ScoringBatch | GenerationBatch
+
+
+class Graded(NamedTuple):
+    """Completions of a validation batch and their scores; `scores` is empty where ungraded."""
+
+    task: str
+    completions: list[str]
+    scores: list[float]
+    truncated: list[bool]
+
+
+class EvaluatedModule(TimedModule):
+    """Answers questions greedily and grades the answers; responds to benchmarks.
+
+    Args:
+        eval_max_new_tokens: Longest completion.
+        sampling_dtype: Weights to sample with: same, a bfloat16 copy, or auto.
+
+    Attributes:
+        student: The model being trained; None until `configure_model`.
+        tokenizer: The student's.
+        stop_ids: Tokens that end a completion.
+    """
+
+    student: Any
+
+    def __init__(self, eval_max_new_tokens: int, sampling_dtype: SamplingDtype) -> None:
+        super().__init__()
+        if eval_max_new_tokens < 1:
+            raise UserError(
+                f"model.eval_max_new_tokens: got {eval_max_new_tokens}, allowed are 1 and more."
+            )
+        self.eval_max_new_tokens = eval_max_new_tokens
+        # Before any teacher, so that a checkpoint numbers the optimizer's parameters alike whether
+        # it was written under fsdp2, which counts those of the whole module, or not.
+        self.register_module("student", None)
+        self.tokenizer: Any = None
+        self.stop_ids: list[int] = []
+        self.sampling_weights = SamplingWeights(sampling_dtype)
+        self.accuracies = TaskAccuracies()
+        self.capability = CapabilityTrack()
+        self._capability_scores = CapabilityScores()
+
+    @property
+    def whole_student(self) -> Any:
+        """The student as a model that this process can call alone, not to be trained.
+
+        Under fsdp2 this is the copy to sample with, which `gather` brings up to date.
+        """
+        if not is_sharded(self.student):
+            return self.student
+        return self.sampling_weights.model(self.student, self.trainer.global_step)
+
+    def gather(self) -> None:
+        """Bring the whole copies up to date on all processes at once, before they go their ways."""
+        if is_sharded(self.student):
+            self.sampling_weights.model(self.student, self.trainer.global_step)
+
+    def greedy_completions(self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor) -> Rollout:
+        """The likeliest completions under `model`, with sampling weights where they are faster.
+
+        Args:
+            model: The student, or another model of its kind.
+            prompt_ids: `(B, P)`, padded on the left.
+            prompt_mask: `(B, P)`.
+        """
+        if model is self.student:
+            model = self.sampling_weights.model(model, self.trainer.global_step)
+        return greedy_rollout(
+            model,
+            prompt_ids,
+            prompt_mask,
+            self.eval_max_new_tokens,
+            self.stop_ids,
+            self.tokenizer.pad_token_id,
+        )
+
+    def decode(self, rollout: Rollout) -> list[str]:
+        """Texts of the R completions, without special tokens."""
+        return [
+            self.tokenizer.decode(ids[mask], skip_special_tokens=True)
+            for ids, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)
+        ]
+
+    def graded_completions(
+        self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor, batch: PromptBatch, metric: str
+    ) -> Graded:
+        """Complete, grade and count a batch under the name `metric`."""
+        rollout = self.greedy_completions(model, prompt_ids, prompt_mask)
+        completions = self.decode(rollout)
+        scores: list[float] = []
+        if batch.grader:
+            scores = grade_rows(batch.grader, completions, batch.rows, self._judge)
+            self.accuracies.count(f"{batch.task}/{metric}", scores, self.device)
+        return Graded(batch.task, completions, scores, rollout.truncated.tolist())
+
+    def validation_step(
+        self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Any]:
+        """Grade the answers to questions, and respond to the requests of benchmarks."""
+        if isinstance(batch, PromptBatch):
+            return self.grade(batch)
+        if self.capability.due:
+            self._capability_scores.respond(self, batch)
+        return {}
+
+    def grade(self, batch: PromptBatch) -> dict[str, Any]:
+        """Answer the questions of a batch greedily and grade the answers."""
+        graded = self.graded_completions(
+            self.student, batch.prompt_ids, batch.prompt_mask, batch, "accuracy"
+        )
+        return {"graded": graded}
+
+    def test_step(
+        self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Any]:
+        """As `validation_step`."""
+        return self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def on_validation_epoch_start(self) -> None:
+        """Decide whether the benchmarks are due."""
+        self.gather()
+        self.capability.begin(self.trainer)
+
+    def on_test_epoch_start(self) -> None:
+        """As `on_validation_epoch_start`."""
+        self.gather()
+        self.capability.begin(self.trainer)
+
+    def on_predict_epoch_start(self) -> None:
+        """As `on_validation_epoch_start`."""
+        self.gather()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the accuracy of each task with its 95 % interval, and the benchmarks."""
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        """As `on_validation_epoch_end`."""
+        self._log_scores("test")
+
+    @property
+    def _judge(self) -> Judge | None:
+        """Who is asked by the graders that ask: the data module knows."""
+        judge: Judge | None = getattr(getattr(self.trainer, "datamodule", None), "judge", None)
+        return judge
+
+    def _log_scores(self, stage: str) -> None:
+        if self._judge is not None:
+            log_usage(self, self._judge, stage)
+        for name, accuracy in self.accuracies.take(self.device).items():
+            for suffix, value in zip(("", "_low", "_high"), accuracy, strict=True):
+                self.log(f"{stage}/task/{name}{suffix}", value, rank_zero_only=False)
+        suite = getattr(getattr(self.trainer, "datamodule", None), "benchmark_suite", None)
+        if suite is not None and self.capability.due:
+            measured = self._capability_scores.take(suite)
+            for name, value in self.capability.record(
+                measured, self.trainer, suite.fingerprint
+            ).items():
+                self.log(f"{stage}/capability/{name}", value, rank_zero_only=False)
+
+    def predict_step(
+        self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> list[dict[str, Any]]:
+        """Answer the questions of a batch greedily."""
+        rollout = self.greedy_completions(self.student, batch.prompt_ids, batch.prompt_mask)
+        return [
+            {"id": row.id, "prompt": row.prompt, "completion": text, "truncated": truncated}
+            for row, text, truncated in zip(
+                batch.rows, self.decode(rollout), rollout.truncated.tolist(), strict=True
+            )
+        ]

@@ -1,0 +1,198 @@
+"""On-policy training: completions sampled from the student itself, by whatever engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import lightning as L
+from jsonargparse import lazy_instance  # type: ignore[attr-defined]
+from torch import Tensor
+
+from sdft_lightning.lora import LoRA
+from sdft_lightning.mismatch import MismatchCorrection, SamplerAlarm
+from sdft_lightning.modules.base import OptimizerFactory, PolicyModule
+from sdft_lightning.modules.sampler_watch import SamplerWatch
+from sdft_lightning.modules.schedule import Schedule
+from sdft_lightning.modules.window import SampledWindow, join_prompts, split_rollout
+from sdft_lightning.policy import WeightsDtype
+from sdft_lightning.quantization import Quantization
+from sdft_lightning.rollout import (
+    Engine,
+    RolloutRequest,
+    Sampling,
+    TransformersEngine,
+    trained_log_probs,
+)
+from sdft_lightning.rollout.weights import SamplingDtype
+from sdft_lightning.types import Demonstration, PromptBatch, Rollout, TokenStatistics
+
+# Shown by --print_config as a class with its arguments; each module makes its own from it.
+DEFAULT_ENGINE = lazy_instance(TransformersEngine)
+
+
+class OnPolicyModule(PolicyModule):
+    """Samples what it learns from, and watches whether the sampler is still the trained model.
+
+    The arguments are `PolicyModule`'s, and:
+
+    Args:
+        sampling: How completions are sampled; its temperature is also that of the loss.
+        engine: Who samples in training.
+        mismatch_correction: Weighs the loss by trainer's over engine's probability.
+        sampler_alarm: When these are too far apart.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        revision: str | None,
+        weights_dtype: WeightsDtype,
+        attn_implementation: str | None,
+        gradient_checkpointing: bool,
+        lora: LoRA | None,
+        quantization: Quantization | None,
+        optimizer: OptimizerFactory,
+        schedule: Schedule,
+        sampling: Sampling,
+        sampling_dtype: SamplingDtype,
+        eval_max_new_tokens: int,
+        seed: int,
+        engine: Engine,
+        mismatch_correction: MismatchCorrection,
+        sampler_alarm: SamplerAlarm,
+    ) -> None:
+        super().__init__(
+            model_name,
+            revision,
+            weights_dtype,
+            attn_implementation,
+            gradient_checkpointing,
+            lora,
+            quantization,
+            optimizer,
+            schedule,
+            sampling_dtype,
+            eval_max_new_tokens,
+            seed,
+        )
+        self.sampling = sampling
+        self.engine = TransformersEngine() if engine is DEFAULT_ENGINE else engine
+        self.mismatch_correction = mismatch_correction
+        self.sampler_alarm = sampler_alarm
+        self._window = SampledWindow()
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """The sampler is watched where it is compared."""
+        watch = [SamplerWatch(self.sampler_alarm)] if self.compares_sampler else []
+        return [*watch, *super().configure_callbacks()]
+
+    def forget_copies(self) -> None:
+        """As `PolicyModule.forget_copies`, with the engine's."""
+        super().forget_copies()
+        self.engine.forget()
+
+    def check_before_fit(self, rows: Sequence[Demonstration]) -> None:
+        """Refuse what the engine cannot sample.
+
+        Raises:
+            UserError: Names the option.
+        """
+        self.engine.check(self.sampling, self.quantization is not None)
+
+    def teardown(self, stage: str) -> None:
+        """Give back what the engine holds."""
+        self.engine.close()
+
+    @property
+    def compares_sampler(self) -> bool:
+        """Whether the trainer asks itself how likely the sampled tokens were."""
+        return not self.engine.is_trainer or self.mismatch_correction.kind != "none"
+
+    def rollout(self, batch: PromptBatch) -> Rollout:
+        """Completions of a micro-batch, sampled together with its whole accumulation window."""
+        with self.timed("rollout"):
+            return self._window.take(batch, self.trainer.global_step, self.sample_rollouts)
+
+    def sample_rollouts(self, batches: list[PromptBatch], step: int) -> list[Rollout]:
+        """The completions of several micro-batches, sampled at once, for an optimizer step."""
+        samples = self.sampling.completions_per_prompt
+        row_ids = [row.id for batch in batches for row in batch.rows]
+        ids, mask = join_prompts([self.sampling_prompts(batch) for batch in batches])  # (ΣB, P)
+        request = RolloutRequest(
+            ids,
+            mask,
+            row_ids,
+            self.sampling,
+            self.seed,
+            step,
+            self.stop_ids,
+            self.tokenizer.pad_token_id,
+        )
+        return split_rollout(
+            self.sampled(request), [len(batch.rows) * samples for batch in batches]
+        )
+
+    def sampling_prompts(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
+        """Ids and mask `(B, P)` of what the completions answer: the bare question."""
+        return batch.prompt_ids, batch.prompt_mask
+
+    def sampled(self, request: RolloutRequest) -> Rollout:
+        """The student's completions, from the engine."""
+        return self.engine.generate(self.student, self.sampling_weights, request)
+
+    def sampler_correction(self, student: Tensor, rollout: Rollout, keep: Tensor) -> Tensor | None:
+        """Weights `(N,)` of tokens that were not sampled by the trained model itself, and a log.
+
+        Args:
+            student: `(N, D)` hidden states at the kept tokens.
+            rollout: What was sampled.
+            keep: `(R, T)` the tokens in the loss.
+        """
+        if not self.compares_sampler:
+            return None
+        with self.timed("sampler_check"):
+            trained = trained_log_probs(
+                student,
+                self.student_head,
+                rollout.completion_ids[keep],
+                self.sampling,
+                self.engine.truncates_log_probs,
+            )  # (N,)
+        difference = trained - rollout.sampled_log_probs[keep]  # (N,)
+        for name, value in self.mismatch_correction.statistics(difference).items():
+            self.log(f"train/sampler/{name}", value, sync_dist=True)
+        return self.mismatch_correction.weights(difference, keep)
+
+    def log_step(self, loss: Tensor, tokens: TokenStatistics, rollout: Rollout) -> None:
+        """Log what a step of on-policy distillation shows, under `train/`."""
+        mask = rollout.completion_mask  # (R, T)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+        values: dict[str, Tensor | float] = {
+            "kl": tokens.kl.mean(),
+            "student_entropy": tokens.student_entropy.mean(),
+            "teacher_entropy": tokens.teacher_entropy.mean(),
+            "top1_agreement": tokens.top1_agreement.mean(),
+            "completion_length": mask.sum(dim=1).float().mean(),
+            "truncated_fraction": rollout.truncated.float().mean(),
+            "distinct_2": distinct_bigrams(rollout.completion_ids, mask),
+        }
+        for name, value in values.items():
+            self.log(f"train/{name}", value, prog_bar=name == "kl", sync_dist=True)
+        self.completion_tokens = int(mask.sum())
+
+
+def distinct_bigrams(completion_ids: Tensor, completion_mask: Tensor) -> float:
+    """Distinct pairs of neighbouring tokens over all pairs, in a batch of completions.
+
+    Near 0 where a policy repeats itself, 1 where no pair occurs twice.
+
+    Args:
+        completion_ids: `(R, T)`.
+        completion_mask: `(R, T)`.
+    """
+    pairs: list[tuple[int, int]] = []
+    for ids, mask in zip(completion_ids.tolist(), completion_mask.tolist(), strict=True):
+        tokens = [token for token, kept in zip(ids, mask, strict=True) if kept]
+        pairs.extend(pairwise(tokens))
+    return len(set(pairs)) / len(pairs) if pairs else 1.0

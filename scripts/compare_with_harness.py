@@ -19,6 +19,7 @@ import torch
 from sdft_lightning.data.benchmarks import Benchmarks, BenchmarkSuite, BenchmarkTask
 from sdft_lightning.data.benchmarks.harness_model import request_key
 from sdft_lightning.data.benchmarks.quiet_harness import quiet_harness
+from sdft_lightning.data.benchmarks.seeded_grading import seeded_grading
 from sdft_lightning.data.benchmarks.tasks import FEWSHOT_SEED
 from sdft_lightning.modules.capability import CapabilityScores
 from sdft_lightning.policy import load_policy
@@ -53,7 +54,7 @@ def compare(name: str, limit: int, options: argparse.Namespace, policy: Any, the
     measured = suite.metrics(responses)
     suite.tasks[0].leaves[suite.tasks[0].name].set_fewshot_seed(seed=FEWSHOT_SEED)
     theirs.seconds = 0.0
-    with quiet_harness():
+    with quiet_harness(), seeded_grading():
         expected: Any = evaluate(
             lm=theirs, task_dict=suite.tasks[0].loaded, limit=limit, bootstrap_iters=1000
         )

@@ -22,6 +22,7 @@ from sdft_lightning.data.benchmarks.harness_model import (
 )
 from sdft_lightning.data.benchmarks.options import Benchmarks
 from sdft_lightning.data.benchmarks.quiet_harness import quiet_harness
+from sdft_lightning.data.benchmarks.seeded_grading import seeded_grading
 from sdft_lightning.data.benchmarks.tasks import FEWSHOT_SEED, LoadedTask, load_tasks
 from sdft_lightning.errors import UserError
 from sdft_lightning.tokenization import load_max_length, load_tokenizer
@@ -129,7 +130,7 @@ class BenchmarkSuite:
         for leaf in task.leaves.values():
             leaf.set_fewshot_seed(seed=FEWSHOT_SEED)  # the same examples as when it was asked
         settings = task.settings
-        with quiet_harness():
+        with quiet_harness(), seeded_grading():
             results: Any = evaluate(
                 lm=player,
                 task_dict=task.loaded,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
-import glob
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +14,7 @@ import numpy as np
 from sdft_lightning.data.benchmarks.options import Benchmarks, BenchmarkTask
 from sdft_lightning.data.benchmarks.quiet_harness import quiet_harness
 from sdft_lightning.data.benchmarks.sentence_data import check_sentence_data
-from sdft_lightning.data.sources import EXAMPLE_PREFIX, example_path
+from sdft_lightning.data.benchmarks.task_yaml import read_task_yaml, task_manager
 from sdft_lightning.errors import UserError
 from sdft_lightning.sandbox import run_program
 
@@ -92,7 +90,7 @@ def _load(settings: BenchmarkTask, options: Benchmarks) -> LoadedTask:
 
                 task: Any = ConfigurableTask(config=config)
             return LoadedTask(settings, name, {"tasks": {name: task}}, {name: task})
-        manager = _task_manager()
+        manager = task_manager()
         entry = manager.task_index.get(settings.name)
         if entry is None:
             near = difflib.get_close_matches(settings.name, manager.all_tasks, 3, 0.5)
@@ -107,90 +105,6 @@ def _load(settings: BenchmarkTask, options: Benchmarks) -> LoadedTask:
         with _explained(settings.name, source):
             loaded: Any = manager.load([settings.name])
     return LoadedTask(settings, settings.name, loaded, dict(loaded["tasks"]))
-
-
-@functools.cache
-def _task_manager() -> Any:
-    """The harness's index of its thousands of task files; it takes several seconds to make."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager()
-
-
-def harness_yaml(task: str) -> Path | None:
-    """The file in which the harness defines a task; None where it has no such task."""
-    import lm_eval.tasks
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    root = Path(lm_eval.tasks.__file__).parent
-    # Most are found by their names, without the index.
-    for path in [*root.rglob(f"{glob.escape(task)}.yaml"), *(root / task).glob("*.yaml")]:
-        if load_yaml(path, resolve_func=False).get("task") == task:
-            return path
-    entry = _task_manager().task_index.get(task)
-    found: Path | None = None if entry is None else entry.yaml_path
-    return found
-
-
-def read_task_yaml(path: Path, data_dir: str | None = None) -> dict[str, Any]:
-    """The settings of a task YAML, with `same_as` and local files resolved.
-
-    Args:
-        path: The file.
-        data_dir: Where relative data files are; the YAML's folder without it.
-
-    Returns:
-        What the harness's `ConfigurableTask` takes.
-
-    Raises:
-        UserError: If the file, the task that it names, or one of its data files is missing.
-    """
-    import yaml
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    if not path.is_file():
-        raise UserError(f"data.benchmarks.tasks: there is no file {path}.")
-    try:
-        config: dict[str, Any] = load_yaml(path)
-    except (yaml.YAMLError, OSError, ValueError, ImportError, AttributeError) as error:
-        raise UserError(f"data.benchmarks.tasks: {path} cannot be read: {error}") from error
-    base = config.pop("same_as", None)
-    if base is not None:
-        origin = harness_yaml(base)
-        if origin is None:
-            raise UserError(
-                f"{path}: same_as: lm-evaluation-harness has no task {base!r}; `lm-eval ls tasks` "
-                "lists them."
-            )
-        config = {**load_yaml(origin), **config}
-    if not isinstance(config.get("task"), str):
-        raise UserError(f"{path}: it names no task. Add `task: <name>`.")
-    for key in ("tag", "group", "task_list"):
-        config.pop(key, None)
-    options = config.get("dataset_kwargs") or {}
-    if "data_files" in options:
-        folder = path.parent if data_dir is None else Path(data_dir).expanduser()
-        files = _resolve_files(options["data_files"], folder, path)
-        config["dataset_kwargs"] = {**options, "data_files": files}
-    return config
-
-
-def _resolve_files(files: Any, folder: Path, origin: Path) -> Any:
-    if isinstance(files, dict):
-        return {split: _resolve_files(value, folder, origin) for split, value in files.items()}
-    if isinstance(files, list):
-        return [_resolve_files(value, folder, origin) for value in files]
-    if "://" in files:
-        return files
-    if files.startswith(EXAMPLE_PREFIX):
-        return str(example_path(files, f"{origin}: data_files"))
-    found = folder / files  # an absolute path stays as it is
-    if not found.is_file():
-        raise UserError(
-            f"{origin}: data_files: there is no file {found}. Set data.benchmarks.data_dir to the "
-            "folder that it is in."
-        )
-    return str(found.resolve())
 
 
 @contextmanager

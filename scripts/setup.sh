@@ -8,7 +8,9 @@ torch_version=2.13.0 # the version that the tests run with
 python=.venv/bin/python
 
 say() { printf '[setup] %s\n' "$*"; }
-install() { "$python" -m pip install -qq "$@"; } # -qq: errors only
+# -qq: errors only. --no-compile: of some 20,000 files a few thousand are ever imported, and Python
+# compiles those then; to compile all takes some 50 s of processor time.
+install() { "$python" -m pip install -qq --no-compile "$@"; }
 
 find_python() {
   local candidate

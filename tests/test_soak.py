@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import math
 import os
 import re
@@ -37,14 +37,15 @@ def test_run_killed_several_times_ends_as_the_one_left_alone() -> None:
 
 
 @pytest.fixture
-def soak() -> Any:
-    path = Path(__file__).parents[1] / "scripts" / "soak.py"
-    spec = importlib.util.spec_from_file_location("soak", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def soak(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+    return importlib.import_module("soak")
+
+
+@pytest.fixture
+def soak_compare(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+    return importlib.import_module("soak_compare")
 
 
 def test_too_few_kills_lost_steps_and_memory_each_fail_a_soak(soak: Any) -> None:
@@ -70,10 +71,10 @@ def test_a_life_is_compared_with_the_whole_run_at_the_same_age(soak: Any) -> Non
     assert soak.resumed_growth([], whole) == math.inf
 
 
-def test_paths_of_the_two_runs_are_no_difference_and_all_else_is(soak: Any) -> None:
+def test_paths_of_the_two_runs_are_no_difference_and_all_else_is(soak_compare: Any) -> None:
     one = {"callbacks": {"a": {"path": "/r/one/last.ckpt", "best": {"/r/one/x": 1}}}}
     other = {"callbacks": {"a": {"path": "/r/two/last.ckpt", "best": {"/r/two/x": 1}}}}
-    mine, theirs = soak.without(one, "/r/one"), soak.without(other, "/r/two")
-    assert soak.differences(mine, theirs, "") == []
+    mine, theirs = soak_compare.without(one, "/r/one"), soak_compare.without(other, "/r/two")
+    assert soak_compare.differences(mine, theirs, "") == []
     theirs["callbacks"]["a"]["best"]["/x"] = 2
-    assert soak.differences(mine, theirs, "") == [".callbacks.a.best./x"]
+    assert soak_compare.differences(mine, theirs, "") == [".callbacks.a.best./x"]

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "sdft_lightning"
 
 # DESIGN §3, with half floors for the rooms that others of the same floor stand on.
 FLOORS: dict[str, float] = {
-    "__init__": 0,  # the version alone; imports nothing of the project
+    "__init__": 0,  # the version, and how torch takes memory; imports nothing of the project
     "errors": 0,
     "eval_mode": 0,
     "quiet": 0,

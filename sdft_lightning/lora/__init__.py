@@ -3,18 +3,26 @@
 from sdft_lightning.lora.adapters import (
     LoRA,
     adapter_identity,
+    adapter_layers,
     adapter_parameters,
     add_adapter_,
     is_adapted,
     trained_parameters,
 )
 from sdft_lightning.lora.checkpoint import keep_adapters_only_
-from sdft_lightning.lora.copies import base_copy, effective_weights, merged_copy, sharing_copy
+from sdft_lightning.lora.copies import (
+    base_copy,
+    effective_weights,
+    merged_copy,
+    merged_weight,
+    sharing_copy,
+)
 from sdft_lightning.lora.saving import save_adapter
 
 __all__ = [
     "LoRA",
     "adapter_identity",
+    "adapter_layers",
     "adapter_parameters",
     "add_adapter_",
     "base_copy",
@@ -22,6 +30,7 @@ __all__ = [
     "is_adapted",
     "keep_adapters_only_",
     "merged_copy",
+    "merged_weight",
     "save_adapter",
     "sharing_copy",
     "trained_parameters",

@@ -60,7 +60,7 @@ def merged_copy(model: Any) -> Any:
     merged = sharing_copy(model)
     for name, layer in adapter_layers(merged).items():
         base = layer.get_base_layer()
-        weight = _effective(base.weight, layer)
+        weight = merged_weight(layer)
         # A parameter of its own: the present one is the student's.
         base.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
         _replace_(merged, name, base)
@@ -95,6 +95,15 @@ def _effective(parameter: Tensor, layer: Any) -> Tensor:
         parameter = dequantize_bnb_weight(cast(nn.Parameter, parameter))
     weight = parameter.float()
     return weight if layer is None else weight + layer.get_delta_weight(ADAPTER).float()
+
+
+def merged_weight(layer: Any) -> Tensor:
+    """W + s · B A of an adapted layer, `(out, in)` in float32.
+
+    Args:
+        layer: One of `adapter_layers`.
+    """
+    return _effective(layer.get_base_layer().weight, layer)
 
 
 def _replace_(model: nn.Module, name: str, part: nn.Module) -> None:

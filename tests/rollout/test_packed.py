@@ -1,9 +1,13 @@
 """Packed linear layers: the same tokens, and nothing left behind."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
+from sdft_lightning.lora import adapter_layers, merged_copy
 from sdft_lightning.rollout import Sampling, generate_rollout
 from sdft_lightning.rollout import generate as generate_file
 from sdft_lightning.rollout.packed import packed_linears
@@ -84,3 +88,25 @@ def test_a_rollout_samples_the_same_tokens_as_without(
     plain = generate_rollout(model, ids, mask, sampling, uniforms, [2], 0)
     assert packed.completion_ids.tolist() == plain.completion_ids.tolist()
     torch.testing.assert_close(packed.sampled_log_probs, plain.sampled_log_probs)
+
+
+@needs_onednn
+def test_an_adapted_layer_is_packed_with_its_adapter_merged(
+    make_adapted: Callable[..., Any],
+) -> None:
+    adapted = make_adapted()
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    with torch.no_grad():
+        expected = merged_copy(adapted)(input_ids=ids).logits
+        with packed_linears(adapted, 1, 100):
+            layers = adapter_layers(adapted).values()
+            assert all("forward" in layer.__dict__ for layer in layers)
+            assert not any("forward" in layer.get_base_layer().__dict__ for layer in layers)
+            # The adapter is in the weights that were laid out: what it is now does not matter.
+            for layer in layers:
+                layer.lora_B["default"].weight.mul_(100.0)
+            packed = adapted(input_ids=ids).logits
+        changed = adapted(input_ids=ids).logits
+    torch.testing.assert_close(packed, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(changed, expected, rtol=1e-2)
+    assert not any("forward" in part.__dict__ for part in adapted.modules())

@@ -103,6 +103,9 @@ class DemonstrationDataModule(L.LightningDataModule):
         self.seed = seed
         self._sets: dict[str, PromptDataset] = {}
         self._left_out: dict[str, int] = {}
+        # Set by `preflight`: rows at which a fit would stop are counted instead.
+        self.count_too_long = False
+        self.too_long: list[str] = []
         # Where nobody sets it, the trainer's module is asked.
         self.row_needs: RowNeeds | None = None
         self._tokenizer: Tokenizer | None = None
@@ -185,8 +188,14 @@ class DemonstrationDataModule(L.LightningDataModule):
             lengths=planned.lengths or tokenizer.lengths,
             on_context=planned.needs.context,
         )
-        tokenized = tokenize_rows(rows, tokenizer)
+        tokenized = tokenize_rows(rows, tokenizer, self.count_too_long)
         self._left_out[planned.key] = tokenized.skipped + tokenized.truncated
+        if tokenized.first_too_long and tokenizer.lengths.too_long == "error":
+            self._left_out[planned.key] = 0  # a fit leaves none out: it stops
+            self.too_long.append(
+                f"data.{planned.key}: {tokenized.skipped} of {len(rows)} rows do not fit, and "
+                f"`fit` stops there. The first: {tokenized.first_too_long}"
+            )
         log.info(length_report(planned.key, tokenized))
         return PromptDataset(tokenized.rows, self._pad_id, planned.task, planned.grader or "")
 

@@ -61,11 +61,12 @@ class TokenizedRow(NamedTuple):
 
 
 class TokenizedRows(NamedTuple):
-    """The rows that fit, and how many did not."""
+    """The rows that fit, how many did not, and what is to be said of the first of those."""
 
     rows: list[TokenizedRow]
     skipped: int
     truncated: int
+    first_too_long: str = ""
 
 
 class Tokenizer(NamedTuple):
@@ -129,8 +130,15 @@ class Tokenizer(NamedTuple):
         return [*ids[:end], self.tokenizer.eos_token_id]
 
 
-def tokenize_rows(rows: list[Demonstration], tokenizer: Tokenizer) -> TokenizedRows:
+def tokenize_rows(
+    rows: list[Demonstration], tokenizer: Tokenizer, count_only: bool = False
+) -> TokenizedRows:
     """Tokenize all rows, and stop, skip or truncate where one does not fit.
+
+    Args:
+        rows: The rows.
+        tokenizer: With the lengths that they must fit.
+        count_only: Where `too_long` is error, leave such rows out and count them, as skip does.
 
     Raises:
         UserError: If a row does not fit and `too_long` is error, or cannot be made to fit.
@@ -138,22 +146,26 @@ def tokenize_rows(rows: list[Demonstration], tokenizer: Tokenizer) -> TokenizedR
     lengths = tokenizer.lengths
     kept: list[TokenizedRow] = []
     skipped = truncated = 0
+    first = ""
     for row in rows:
         tokens = tokenizer(row)
         if not _excess(tokens, lengths):
             kept.append(tokens)
-        elif lengths.too_long == "error":
-            raise UserError(_too_long_message(tokens, lengths))
-        elif lengths.too_long == "skip":
-            skipped += 1
-        else:
+            continue
+        first = first or _too_long_message(tokens, lengths)
+        if lengths.too_long == "error" and not count_only:
+            raise UserError(first)
+        if lengths.too_long == "truncate":
             kept.append(_truncate(tokens, tokenizer))
             truncated += 1
+        else:
+            skipped += 1
     if not kept:
         raise UserError(
-            f"data.lengths: all {len(rows)} rows were skipped as too long. Raise the lengths."
+            f"data.lengths: all {len(rows)} rows were skipped as too long. Raise the lengths. "
+            f"The first: {first}"
         )
-    return TokenizedRows(kept, skipped, truncated)
+    return TokenizedRows(kept, skipped, truncated, first)
 
 
 def length_report(name: str, tokenized: TokenizedRows) -> str:

@@ -43,8 +43,13 @@ class TrainingData(Protocol):
         """Who is asked by the graders that ask."""
         ...
 
+    @property
+    def too_long(self) -> list[str]:
+        """Of each set in which `fit` would stop at a row that is too long, what is to be said."""
+        ...
+
     def training_rows(self) -> list[Demonstration]:
-        """All training rows."""
+        """All training rows that fit."""
         ...
 
     def batch_of(self, rows: Sequence[Demonstration]) -> PromptBatch:
@@ -111,6 +116,8 @@ def run_preflight(
         teacher_prompt,
         demonstration,
         left_out,
+        data.too_long,
+        module.sampling.max_new_tokens,
         max_length,
         step_seconds,
         memory,

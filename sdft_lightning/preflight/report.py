@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 
@@ -38,10 +39,13 @@ class Report(NamedTuple):
         kl: KL(teacher ‖ student) on the student's own completions, nats a token; before training
             the student is the base model.
         first_token_agreement: Fraction of rows where both put the same token first.
-        prompt_tokens: Longest student prompt of all training rows.
+        prompt_tokens: Longest student prompt of all training rows that are kept.
         teacher_prompt_tokens: Longest teacher prompt.
         demonstration_tokens: Longest demonstration.
         left_out: Training rows skipped or truncated as too long.
+        too_long: Of each set in which `fit` would stop at a row that is too long: how many do not
+            fit, the first with its lengths, and the remedies.
+        max_new_tokens: Longest completion that the student samples.
         max_length: Longest sequence that the model takes.
         step_seconds: One optimizer step on this machine, from one measured micro-batch.
         memory_gb: Peak memory with gradients and AdamW's two averages, in gigabytes.
@@ -59,15 +63,21 @@ class Report(NamedTuple):
     teacher_prompt_tokens: int
     demonstration_tokens: int
     left_out: int
+    too_long: list[str]
+    max_new_tokens: int
     max_length: int
     step_seconds: float
     memory_gb: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
+        """Plain values for JSON, which knows no nan and no infinity: null stands for them."""
+        found = {
             name: value._asdict() if isinstance(value, Role) else value
             for name, value in self._asdict().items()
+        }
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in found.items()
         }
 
     def table(self) -> str:
@@ -100,8 +110,9 @@ class Report(NamedTuple):
             f"KL(teacher || student) {self.kl:.2f} nats a token on the student's own answers; the "
             f"first token agrees in {self.first_token_agreement:.0%} of rows.",
             f"Longest prompt {self.prompt_tokens} tokens, teacher prompt "
-            f"{self.teacher_prompt_tokens}, demonstration {self.demonstration_tokens}; the model "
-            f"takes {self.max_length}. {self.left_out} rows skipped or truncated as too long.",
+            f"{self.teacher_prompt_tokens}, demonstration {self.demonstration_tokens}, completions "
+            f"up to {self.max_new_tokens}; the model takes {self.max_length}. {self.left_out} rows "
+            "skipped or truncated as too long.",
             f"An optimizer step here: about {self.step_seconds:.1f} s, {self.memory_gb:.1f} GB.",
         ]
         return "\n".join(lines)

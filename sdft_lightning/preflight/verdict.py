@@ -21,6 +21,9 @@ class Limits:
             row's, and by more than luck.
         artifacts: More completions of the teacher that speak of a text or example are warned of.
         truncated: More completions of the teacher without an end are warned of.
+        copied: More completions of the teacher that hold the whole demonstration, or are all of it,
+            are warned of. Short answers may well be repeated; a teacher that does nothing else
+            comes to plain SFT on the demonstrations.
     """
 
     gain: float = 0.1
@@ -28,10 +31,11 @@ class Limits:
     information: float = 0.1
     artifacts: float = 0.1
     truncated: float = 0.5
+    copied: float = 0.95
 
     def __post_init__(self) -> None:
         """Refuse what is no fraction."""
-        for name in ("gain", "teacher", "information", "artifacts", "truncated"):
+        for name in ("gain", "teacher", "information", "artifacts", "truncated", "copied"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(
                     f"limits.{name}: got {getattr(self, name)}, allowed are 0 to 1 (a fraction)."
@@ -97,7 +101,19 @@ def _informs(report: Report) -> bool:
 
 
 def _warnings(report: Report, limits: Limits) -> list[str]:
-    found = []
+    found = [*report.too_long, *_length_warnings(report)]
+    if not math.isfinite(report.kl):
+        found.append(
+            f"KL(teacher || student) is {report.kl}, and the loss would be: set "
+            "trainer.precision=32-true and model.weights_dtype=float32, and see whether the "
+            "model's weights are finite"
+        )
+    if report.teacher.copied > limits.copied:
+        found.append(
+            f"the teacher repeats its demonstration in {report.teacher.copied:.0%} of its answers "
+            f"(limits.copied is {limits.copied:.0%}), which teaches no more than SFT does: choose "
+            "another prompt style, or train with SFTModule"
+        )
     if report.teacher.artifacts - report.student.artifacts > limits.artifacts:
         found.append(
             f"the teacher speaks of the text or example it was shown in "
@@ -112,3 +128,18 @@ def _warnings(report: Report, limits: Limits) -> list[str]:
     if report.left_out:
         found.append(f"{report.left_out} training rows are skipped or truncated as too long")
     return found
+
+
+def _length_warnings(report: Report) -> list[str]:
+    """Prompts that leave the model no room for a completion."""
+    room = report.max_length - report.max_new_tokens
+    longest = {"prompt": report.prompt_tokens, "teacher_prompt": report.teacher_prompt_tokens}
+    return [
+        f"the longest {name.replace('_', ' ')} ({tokens} tokens) with a completion of up to "
+        f"{report.max_new_tokens} (model.sampling.max_new_tokens) does not fit: the model takes "
+        f"{report.max_length}. Three remedies: lower model.sampling.max_new_tokens; lower "
+        f"data.lengths.{name}, with data.lengths.too_long: skip or truncate; or choose a model "
+        "that takes more"
+        for name, tokens in longest.items()
+        if tokens > room
+    ]

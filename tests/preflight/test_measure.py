@@ -92,6 +92,37 @@ def test_bad_options(
     assert wanted in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["train", "validation"])
+def test_rows_that_are_too_long_are_counted_and_no_go_while_a_fit_stops_at_the_first(
+    run_cli: Callable[..., None],
+    preflight_args: list[str],
+    fit_args: list[str],
+    write_rows: Callable[..., Path],
+    make_rows: Callable[[int], list[dict[str, Any]]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+) -> None:
+    rows = make_rows(12)
+    for number in (3, 7):
+        rows[number]["prompt"] = "Q" * 100
+    changes = [f"--data.{option}={write_rows(rows, 'long.jsonl')}", "--data.lengths.prompt=80"]
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(*preflight_args, *changes, "--rows=2")
+    assert stopped.value.code != 0
+    found = json.loads((tmp_path / "runs/a/preflight-0/preflight.json").read_text())
+    (told,) = found["too_long"]
+    assert told in found["reasons"]
+    for text in (f"data.{option}: 2 of 12 rows", "long.jsonl, line 4", "data.lengths.prompt is 80"):
+        assert text in told
+    for remedy in ("raise data.lengths.prompt", "too_long: skip", "too_long: truncate"):
+        assert remedy in told
+    assert told in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run_cli(*fit_args, "--data.grader=contains", "--data.columns.reference=reference", *changes)
+    assert "long.jsonl, line 4: too long" in capsys.readouterr().err
+
+
 def row(number: int, demonstration: str, reference: str) -> Demonstration:
     shown = [{"role": "assistant", "content": demonstration}]
     return Demonstration(str(number), [], shown, None, [reference], "file")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -41,6 +42,8 @@ def report(
         teacher_prompt_tokens=100,
         demonstration_tokens=17,
         left_out=0,
+        too_long=[],
+        max_new_tokens=100,
         max_length=2048,
         step_seconds=3.0,
         memory_gb=2.0,
@@ -77,6 +80,17 @@ def report(
             1,
             "eval_max_new_tokens",
         ),
+        (report(0.0, 0.9, 0.5)._replace(teacher=role(0.9, copied=0.95)), "go", 0, ""),
+        (
+            report(0.0, 0.9, 0.5)._replace(teacher=role(0.9, copied=0.96)),
+            "warn",
+            1,
+            "limits.copied is 95%",
+        ),
+        (report(0.0, 0.9, 0.5, kl=math.nan), "warn", 1, "KL(teacher || student) is nan"),
+        (report(0.0, 0.9, 0.5, kl=math.inf), "warn", 1, "KL(teacher || student) is inf"),
+        (report(0.0, 0.9, 0.5, too_long=["data.train: 3 of 9"]), "warn", 1, "data.train: 3 of 9"),
+        (report(0.3, 0.3, 0.3, too_long=["data.train: 3 of 9"]), "use SFT", 2, "data.train: 3 of"),
     ],
 )
 def test_verdicts(found: Report, name: str, code: int, reason: str) -> None:
@@ -86,6 +100,24 @@ def test_verdicts(found: Report, name: str, code: int, reason: str) -> None:
     assert reason in " ".join(verdict.reasons)
 
 
+def test_prompts_that_do_not_fit_the_model_are_no_go() -> None:
+    verdict = judge(
+        report(0.0, 0.9, 0.5, prompt_tokens=3000, teacher_prompt_tokens=5000, max_length=512)
+    )
+    assert (verdict.name, verdict.exit_code) == ("warn", 1)
+    of_prompt, of_teacher_prompt = verdict.reasons
+    for text in ("3000", "100", "512", "model.sampling.max_new_tokens", "data.lengths.prompt,"):
+        assert text in of_prompt
+    for text in ("5000", "512", "data.lengths.teacher_prompt,", "skip or truncate"):
+        assert text in of_teacher_prompt
+
+
+@pytest.mark.parametrize(("max_length", "name"), [(200, "go"), (199, "warn")])
+def test_the_completion_must_fit_behind_the_teacher_prompt(max_length: int, name: str) -> None:
+    # 100 tokens of the teacher's prompt and a completion of up to 100.
+    assert judge(report(0.0, 0.9, 0.5, max_length=max_length)).name == name
+
+
 def test_the_limits_are_options() -> None:
     found = report(0.0, 0.4, 0.1)
     assert judge(found, Limits(teacher=0.3)).name == "go"
@@ -93,7 +125,9 @@ def test_the_limits_are_options() -> None:
     assert judge(found, Limits(teacher=0.3, information=0.35)).name == "warn"
 
 
-@pytest.mark.parametrize("name", ["gain", "teacher", "information", "artifacts", "truncated"])
+@pytest.mark.parametrize(
+    "name", ["gain", "teacher", "information", "artifacts", "truncated", "copied"]
+)
 def test_a_limit_out_of_range_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=rf"limits\.{name}: got 50"):
         Limits(**{name: 50})
@@ -106,3 +140,8 @@ def test_the_report_is_plain_json_and_its_table_names_all_roles() -> None:
     for text in ("student, bare", "teacher, own", "teacher, another", "90%", "0.90 nats", "2048"):
         assert text in table
     assert "not graded" in report(None, None, None).table()
+
+
+def test_a_kl_that_is_no_number_is_null_in_json() -> None:
+    assert report(0.0, 0.9, 0.5, kl=math.nan).as_dict()["kl"] is None
+    assert report(0.0, 0.9, 0.5).as_dict()["kl"] == 0.9

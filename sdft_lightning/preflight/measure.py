@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -88,7 +89,8 @@ def run_preflight(
         )
     sample = random.Random(seed).sample(known, min(rows, len(known)))
     swapped = [
-        row._replace(demonstration=other.demonstration)
+        # With its own context the teacher would still read the right answer there.
+        row._replace(demonstration=other.demonstration, context=other.context)
         for row, other in zip(sample, _others(sample), strict=True)
     ]
     size = data.eval_batch_size
@@ -125,18 +127,24 @@ def run_preflight(
 
 
 def _others(sample: list[Demonstration]) -> list[Demonstration]:
-    """For each row the next one that has another demonstration (or, failing that, the next)."""
+    """For each row another one of which the teacher cannot learn the right answer.
+
+    The next with another demonstration, reference and context, as several rows may tell the same
+    fact. Where there is none, the next with another demonstration and reference (all rows may share
+    one source text); failing that, another context; failing that, the next.
+    """
     found = []
     for place, row in enumerate(sample):
         rest = [*sample[place + 1 :], *sample[:place]]
-        different = (
-            other
-            for other in rest
-            if demonstration_text(other) != demonstration_text(row)
-            and other.reference != row.reference
-        )
-        found.append(next(different, rest[0]))
+        # Of equals max takes the first, which is the next row.
+        found.append(max(rest, key=partial(_unlike, row)))
     return found
+
+
+def _unlike(row: Demonstration, other: Demonstration) -> tuple[bool, bool]:
+    """Whether another row has another demonstration and reference, and another context."""
+    told = demonstration_text(other) != demonstration_text(row)
+    return told and other.reference != row.reference, other.context != row.context
 
 
 def _grading(data: TrainingData, sample: list[Demonstration]) -> Grading | None:

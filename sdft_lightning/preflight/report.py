@@ -33,7 +33,7 @@ class Report(NamedTuple):
         rows: Size of the sample.
         student: The policy on the bare question.
         teacher: The same with its demonstration.
-        other: The same with the demonstration of another row; the context stays.
+        other: The same with demonstration and context of another row.
         better_with_own: Rows in which the own demonstration scores higher than another row's.
         better_with_other: Rows in which it scores lower.
         kl: KL(teacher ‖ student) on the student's own completions, nats a token; before training

@@ -123,15 +123,61 @@ def test_rows_that_are_too_long_are_counted_and_no_go_while_a_fit_stops_at_the_f
     assert "long.jsonl, line 4: too long" in capsys.readouterr().err
 
 
-def row(number: int, demonstration: str, reference: str) -> Demonstration:
+def row(
+    number: int, demonstration: str, reference: str, context: str | None = None
+) -> Demonstration:
     shown = [{"role": "assistant", "content": demonstration}]
-    return Demonstration(str(number), [], shown, None, [reference], "file")
+    return Demonstration(str(number), [], shown, context, [reference], "file")
 
 
 def test_another_row_s_demonstration_is_really_another() -> None:
     rows = [row(0, "a", "x"), row(1, "a", "x"), row(2, "b", "x"), row(3, "c", "y")]
     found = [int(other.id) for other in _others(rows)]
     assert found == [3, 3, 3, 0]  # the next with another text and another answer
+
+
+def test_the_other_row_has_another_context_where_there_is_one() -> None:
+    rows = [
+        row(0, "a", "x", "A"),
+        row(1, "b", "y", "A"),
+        row(2, "a", "x", "B"),
+        row(3, "c", "z", "C"),
+    ]
+    # Row 1 would do for row 0 but for the text that they share, row 2 but for its answer.
+    assert [int(other.id) for other in _others(rows)] == [3, 2, 3, 0]
+
+
+def test_rows_that_share_their_only_context_still_get_another_answer() -> None:
+    rows = [row(0, "a", "x", "A"), row(1, "a", "x", "A"), row(2, "b", "y", "A")]
+    assert [int(other.id) for other in _others(rows)] == [2, 2, 0]
+
+
+def test_the_other_teacher_sees_nothing_of_the_row_s_own_context(
+    run_cli: Callable[..., None], preflight_args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sdft_lightning.data import DemonstrationDataModule
+
+    seen: list[Demonstration] = []
+    batch_of = DemonstrationDataModule.batch_of
+
+    def watched(self: Any, rows: Any) -> Any:
+        seen.extend(rows)
+        return batch_of(self, rows)
+
+    monkeypatch.setattr(DemonstrationDataModule, "batch_of", watched)
+    with pytest.raises(SystemExit):
+        run_cli(
+            *preflight_args,
+            "--data.prompts.style=context",
+            "--data.columns.context=context",
+            "--rows=4",
+        )
+    own, swapped = seen[:4], seen[4:8]
+    assert [row.prompt for row in swapped] == [row.prompt for row in own]
+    for row, other in zip(own, swapped, strict=True):
+        assert other.context != row.context
+        source = next(each for each in own if each.context == other.context)
+        assert other.demonstration == source.demonstration  # both from the same row
 
 
 def test_where_all_say_the_same_the_next_row_stands_in() -> None:

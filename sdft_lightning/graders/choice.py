@@ -7,7 +7,7 @@ from sdft_lightning.errors import UserError
 from sdft_lightning.graders.choice_patterns import BOLD_PICK, LABEL, MENTIONS, STATEMENTS, UNDECIDED
 
 _REFERENCE = re.compile(r"\s*\(?(?P<letter>[A-Z])(?:\s*\Z|\)[.:]?(?:\s|\Z)|[.:](?:\s|\Z))")
-_THOUGHT = re.compile(r"<(think|reasoning)>.*?</\1>", re.DOTALL | re.IGNORECASE)
+_THOUGHT_TAG = re.compile(r"<(?P<close>/?)(?P<name>think|reasoning)>", re.IGNORECASE)
 _THOUGHT_CLOSE = re.compile(r"</(?:think|reasoning)>", re.IGNORECASE)
 _THOUGHT_OPEN = re.compile(r"<(?:think|reasoning)>", re.IGNORECASE)
 _ANSWER_OPEN = re.compile(r"<\s*answer\s*>", re.IGNORECASE)
@@ -65,12 +65,28 @@ def chosen_letter(text: str) -> str | None:
     A capital A or I before another word is taken for the English word ("A molecule ..."), and
     a letter joined to something by a hyphen, slash or sign for a part of it ("C-C bond").
     """
-    text = _THOUGHT.sub(" ", unicodedata.normalize("NFKC", text))
+    text = _without_thoughts(unicodedata.normalize("NFKC", text))
     text = _THOUGHT_CLOSE.split(text)[-1]  # chat templates may hold the opening tag themselves
     answers = _ANSWER_OPEN.split(text)
     if len(answers) > 1:
         return _read(_ANSWER_CLOSE.split(answers[-1])[0])
     return _read(_THOUGHT_OPEN.split(text)[0])
+
+
+def _without_thoughts(text: str) -> str:
+    """Put a space for each thought that is closed by a tag of its own name."""
+    tags = [(tag, tag["name"].lower()) for tag in _THOUGHT_TAG.finditer(text)]
+    last_close = {name: tag.start() for tag, name in tags if tag["close"]}
+    kept, start, inside = [], 0, ""
+    # In one pass: to search the rest of the text anew from each opening tag takes seconds where a
+    # model repeats one.
+    for tag, name in tags:
+        if not (inside or tag["close"]) and tag.end() <= last_close.get(name, -1):
+            kept.append(text[start : tag.start()])
+            inside = name
+        elif tag["close"] and name == inside:
+            start, inside = tag.end(), ""
+    return " ".join([*kept, text[start:]])
 
 
 def _read(text: str) -> str | None:

@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 from sdft_lightning.graders.tool_call_released import reference_calls
 
 _OPTIONAL = re.compile(r"\[optional\]\s*", re.IGNORECASE)
+# The name keeps the blanks around it: blanks that either of two repetitions could take let the time
+# for a long run of them grow with its cube.
 _ACTION = re.compile(
-    r"^[ \t]*Action:[ \t]*(?P<name>[^\n]*?)[ \t]*(?:\n\s*|(?=Action Input:))"
+    r"^[ \t]*Action:(?P<name>[^\n]*?)(?:\n\s*)?"
     r"Action Input:[ \t]*(?:\n[ \t]*(?=[{\[]))?",
     re.MULTILINE,
 )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,10 @@ def test_an_unreadable_answer_tag_is_not_replaced_by_an_earlier_statement(inside
         ("maybe (A)</think>\n\nThe answer is C", "C"),  # the template held the opening tag
         ("<think>The answer is A", None),
         ("<reasoning>The answer is A</reasoning>\nB", "B"),
+        ("<THINK>(A)</Think>B", "B"),
+        ("<think>(A)</reasoning>(C)</think>B", "B"),
+        ("<think><reasoning>(A)</reasoning>B", None),
+        ("<think>(A)<think>(C)</think>B", "B"),
     ],
 )
 def test_a_letter_in_a_thought_is_not_an_answer(text: str, letter: str | None) -> None:
@@ -163,6 +168,17 @@ def test_text_without_a_letter_scores_zero(text: str) -> None:
 @pytest.mark.parametrize("mark", ["(", "\n", " ", "'", "A ", "B. ", "<answer>", "**", "answer is "])
 def test_a_degenerate_completion_is_read_without_error(mark: str) -> None:
     assert get_grader("choice")(mark * 2000, "D") == 0.0
+
+
+@pytest.mark.parametrize("before", ["", "answer", "The answer is", "A", "**A. ", "<answer"])
+@pytest.mark.parametrize(
+    "mark", ["<think></think", "<think>", "<reasoning>", " ", "\n", "(", "[", "1", "A ", "A\n"]
+)
+def test_a_completion_that_repeats_itself_is_graded_within_a_second(before: str, mark: str) -> None:
+    text = before + mark * (56_000 // len(mark) if "think" in mark else 20_000 // len(mark))
+    start = time.process_time()
+    assert get_grader("choice")(text, "D") == 0.0
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("reference", ["B", " B ", "B.", "(B)", "B. water", "B) water", "B: CCO"])

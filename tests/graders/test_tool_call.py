@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,36 @@ def test_an_action_without_input_or_with_another_name_is_wrong() -> None:
     assert grade("Action: get-facts", gold) == 0.0
     assert grade(call("get-facts", "{}") + "Action: get-facts", gold) == 0.0
     assert grade("", gold) == 0.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Action:" + " " * 20_000,
+        "Action:" + " " * 20_000 + "x",
+        "Action: get" + "\t" * 20_000 + "Action Inpu",
+        "Action: get" + "\n" * 20_000,
+        "Action: get\n" * 1600,
+        "Action: get Action Input: [" * 800,
+        "Action: get\nAction Input: [" * 800,
+        "Action: get\nAction Input: " + "9" * 20_000,
+    ],
+)
+def test_a_completion_that_repeats_itself_is_graded_within_a_second(text: str) -> None:
+    gold = [{"Action": "get", "Action_Input": "{}"}]
+    start = time.process_time()
+    assert grade(text, gold) == 0.0
+    assert time.process_time() - start < 1
+
+
+def test_blanks_around_a_name_do_not_belong_to_it() -> None:
+    gold = [{"Action": "get facts", "Action_Input": "{}"}]
+    for text in (
+        " Action: \t get facts \t\n\n Action Input: {}",
+        "Action:get facts Action Input:{}",
+        "Action: [Optional] get facts  Action Input:  \n  {}",
+    ):
+        assert grade(text, gold) == 1.0, text
 
 
 def test_malformed_gold_must_be_repeated_word_for_word() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,23 @@ def test_malformed_golden_arguments_count_as_none() -> None:
 def test_brackets_thousands_deep_score_zero_and_do_not_stop_the_run() -> None:
     deep = '{"limit": ' + "[" * 200_000 + "}"
     assert grade(f"Action: getFacts\nAction Input: {deep}", GOLD) == 0.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Action:" + " " * 20_000,
+        "Action:" * 2_800,
+        "Action Input: " + "\n" * 20_000,
+        "Action Input: {" * 1_300,
+        "Action Input: {" + "[" * 20_000,
+        'Action Input: {"a": ' + "9" * 20_000 + "}",
+    ],
+)
+def test_a_completion_that_repeats_itself_is_graded_within_a_second(text: str) -> None:
+    start = time.process_time()
+    assert grade(text, GOLD) == 0.0
+    assert time.process_time() - start < 1
 
 
 def test_a_name_may_be_unicode() -> None:

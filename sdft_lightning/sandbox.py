@@ -13,12 +13,13 @@ user may talk to; a program that finds the launcher's secret in its own process 
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -83,41 +84,25 @@ def run_program(program: str, limits: SandboxLimits = SandboxLimits()) -> Outcom
             f"sandbox: model-written code runs on Linux only, this is {sys.platform}. Leave tasks "
             "that run code out."
         )
+    try:
+        source = program.encode()
+    except UnicodeEncodeError as error:  # half of a character: no Python source either
+        return Outcome(False, f"UnicodeEncodeError: {error}"[:200])
     folder = Path(tempfile.mkdtemp(prefix="sandbox-"))
-    folder.chmod(0o777)  # the program may run as nobody
-    command = [
-        sys.executable,
-        "-I",
-        str(_LAUNCHER),
-        str(folder),
-        str(limits.seconds),
-        str(limits.memory_mb << 20),
-        str(limits.file_mb << 20),
-        str(limits.processes),
-    ]
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        cwd=folder,
-        env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
+    process = _launch(folder, limits)
     try:
         # Some seconds for the launcher itself on a busy machine.
-        _, written = process.communicate(program.encode(), timeout=limits.seconds + 5)
+        _, written = process.communicate(source, timeout=limits.seconds + 5)
     except subprocess.TimeoutExpired:
         return Outcome(False, "timeout")
     finally:
         # The launcher's child is the first process of its namespace: with it all others end.
         for kill in (os.killpg, os.kill):
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 kill(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _remove(folder)
     text = written.decode(errors="replace").strip()
     if process.returncode == _NO_SANDBOX:
         raise UserError(
@@ -129,3 +114,72 @@ def run_program(program: str, limits: SandboxLimits = SandboxLimits()) -> Outcom
         return Outcome(True, "passed")
     reason = text.splitlines()[-1] if text else f"exit code {process.returncode}"
     return Outcome(False, reason[:200])
+
+
+def _launch(folder: Path, limits: SandboxLimits) -> subprocess.Popen[bytes]:
+    """Start the launcher, which reads the program from its stdin."""
+    folder.chmod(0o777)  # the program may run as nobody
+    command = [
+        sys.executable,
+        "-I",
+        str(_LAUNCHER),
+        str(folder),
+        str(limits.seconds),
+        str(limits.memory_mb << 20),
+        str(limits.file_mb << 20),
+        str(limits.processes),
+    ]
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        cwd=folder,
+        env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder of a program, however deep it nested others and whatever it forbade there.
+
+    Inner folders are first moved to the top. `shutil.rmtree` calls itself for each level instead,
+    up to Python 3.12, and a program can make more levels than Python may go down.
+    """
+    folder.chmod(0o700)
+    top = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        waiting = _clear(top, top)
+        while waiting:
+            name = waiting.pop()
+            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=top)
+            try:
+                waiting += _clear(inner, top)
+            finally:
+                os.close(inner)
+            os.rmdir(name, dir_fd=top)
+    finally:
+        os.close(top)
+    folder.rmdir()
+
+
+def _clear(inner: int, top: int) -> list[str]:
+    """Delete the files of an open folder and move its folders to `top`; returns their new names."""
+    moved = []
+    for entry in list(os.scandir(inner)):
+        if not entry.is_dir(follow_symlinks=False):
+            os.unlink(entry.name, dir_fd=inner)
+            continue
+        _unlock(inner, entry.name)
+        moved.append(uuid.uuid4().hex)  # none that the program could have taken
+        os.rename(entry.name, moved[-1], src_dir_fd=inner, dst_dir_fd=top)
+    return moved
+
+
+def _unlock(parent: int, name: str) -> None:
+    """Give ourselves all rights in a folder of the program, never in one that a link leads to."""
+    handle = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+    try:
+        os.chmod(f"/proc/self/fd/{handle}", 0o700)
+    finally:
+        os.close(handle)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -187,6 +188,43 @@ def test_its_folder_is_empty_and_removed() -> None:
     folder, _, rest = outcome.reason.removeprefix("RuntimeError: ").partition("[")
     assert rest == "]"
     assert not Path(folder).exists()
+
+
+@pytest.mark.parametrize(
+    ("program", "passed"),
+    [
+        # More levels than Python's own shutil.rmtree can go down.
+        ("import os\nfor _ in range(3000):\n  os.mkdir('d'); os.chdir('d')", True),
+        ("import os; os.makedirs('a/b/c'); os.chmod('a/b', 0); os.chmod('a', 0)", True),
+        ("import os; os.mkdir('a'); os.chmod('.', 0); assert 0", False),
+        ("import os; os.makedirs('a/b'); open('a/b/f', 'w'); os.symlink('a', 'b')", True),
+    ],
+)
+def test_its_folder_is_removed_whatever_it_made_there(
+    program: str, passed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert run_program(program).passed == passed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_its_links_point_to_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir(mode=0o755)
+    (mine / "kept.txt").write_text("mine")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    links = f"import os; os.mkdir('a'); os.symlink({str(mine)!r}, 'a/b'); os.symlink('/', 'c')"
+    assert run_program(links).passed
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert (mine / "kept.txt").read_text() == "mine"
+    assert mine.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("program", ["x = '\ud800'", "x = '\0'"])
+def test_text_that_is_no_source_is_a_failed_item(program: str) -> None:
+    outcome = run_program(program)
+    assert not outcome.passed
+    assert "Error" in outcome.reason
 
 
 @pytest.mark.parametrize("name", ["seconds", "memory_mb", "file_mb", "processes"])

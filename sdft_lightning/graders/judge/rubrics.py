@@ -11,7 +11,8 @@ from sdft_lightning.errors import UserError
 from sdft_lightning.graders.accepted import accepted_texts
 from sdft_lightning.types import Message
 
-_FENCE = re.compile(r"\A```(?:json)?\s*\n(?P<inside>.*)\n```\Z", re.DOTALL)
+# The inside begins on the first line that is not blank, or each of many blank lines would be tried.
+_FENCE = re.compile(r"\A```(?:json)?\s*\n(?P<inside>[^\S\n]*\S.*)\n```\Z", re.DOTALL)
 
 
 class Rubric(NamedTuple):

@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from sdft_lightning.graders.pass_at_k import pass_at_k
 from sdft_lightning.sandbox import SandboxLimits, run_program
 
 # The seconds of Hugging Face's `code_eval`, which the published figures were made with.
-_LIMITS = SandboxLimits(seconds=3.0)
+_SECONDS = 3.0
 _KS = (1, 2, 4, 8, 10, 16, 32, 64, 100, 128)
 
 
-def all_answers(answers: list[list[str]], docs: list[dict[str, Any]]) -> list[list[str]]:
-    """Keep all answers to each item, as whole functions; for `filter_fn` of a task YAML."""
-    return [
-        [doc["prompt"] + answer for answer in given]
+def run_answers(answers: list[list[str]], docs: list[dict[str, Any]]) -> list[list[bool]]:
+    """Run all answers to all items; for `filter_fn` of a task YAML.
+
+    The harness asks for the results of one item after the other, but filters all at once: only
+    here can programs of several items run side by side, while other ranks wait.
+
+    Args:
+        answers: For each item what the model wrote behind its prompt.
+        docs: The items, with the columns of openai_humaneval.
+
+    Returns:
+        For each item whether each answer passed.
+    """
+    programs = [
+        program(doc, doc["prompt"] + answer)
         for given, doc in zip(answers, docs, strict=True)
+        for answer in given
     ]
+    passed = iter(passes(programs))
+    return [[next(passed) for _ in given] for given in answers]
 
 
 def program(doc: dict[str, Any], function: str) -> str:
@@ -25,17 +42,36 @@ def program(doc: dict[str, Any], function: str) -> str:
     return f"{function}\n{doc['test']}\ncheck({doc['entry_point']})"
 
 
-def results(doc: dict[str, Any], results: list[list[str]]) -> dict[str, float]:
-    """Run the answers to an item; for `process_results` of a task YAML.
+def passes(programs: Sequence[str], at_once: int | None = None) -> list[bool]:
+    """Whether each program passes.
+
+    Args:
+        programs: Python sources.
+        at_once: How many run side by side; as many as there are cores without it.
+
+    Returns:
+        In the order of the programs.
+    """
+    count = at_once or len(os.sched_getaffinity(0))
+    # The kernel counts the processes of a user, and where we are root all programs run as nobody:
+    # what one may start alone, it must still get beside the others.
+    limits = SandboxLimits(seconds=_SECONDS, processes=SandboxLimits.processes * count)
+    with ThreadPoolExecutor(count) as pool:
+        return [outcome.passed for outcome in pool.map(lambda p: run_program(p, limits), programs)]
+
+
+def results(doc: dict[str, Any], results: list[list[bool]] | list[list[str]]) -> dict[str, float]:
+    """Count the answers to an item that passed; for `process_results` of a task YAML.
 
     Args:
         doc: The item, with the columns of openai_humaneval.
-        results: One list of whole functions.
+        results: One list, of what `run_answers` found; or, from a filter of your own, of whole
+            functions, which are run here.
 
     Returns:
         pass@k, unbiased, for each usual k up to the number of answers.
     """
-    functions = results[0]
-    passed = sum(run_program(program(doc, each), _LIMITS).passed for each in functions)
-    count = len(functions)
-    return {f"pass@{k}": pass_at_k(count, passed, k) for k in _KS if k <= count}
+    found = results[0]
+    unrun = [program(doc, each) for each in found if isinstance(each, str)]
+    passed = sum(passes(unrun) if unrun else [bool(each) for each in found])
+    return {f"pass@{k}": pass_at_k(len(found), passed, k) for k in _KS if k <= len(found)}

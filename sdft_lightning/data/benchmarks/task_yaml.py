@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import glob
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,37 +35,36 @@ def harness_yaml(task: str) -> Path | None:
     return found
 
 
-def read_task_yaml(path: Path, data_dir: str | None = None) -> dict[str, Any]:
+def read_task_yaml(
+    path: Path, data_dir: str | None = None, check: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
     """The settings of a task YAML, with `same_as` and local files resolved.
 
     Args:
         path: The file.
         data_dir: Where relative data files are; the YAML's folder without it.
+        check: Refuses settings; called before code of the task in `same_as` is imported.
 
     Returns:
         What the harness's `ConfigurableTask` takes.
 
     Raises:
-        UserError: If the file, the task that it names, or one of its data files is missing.
+        UserError: If the file, the task that it names, or one of its data files is missing, or code
+            that they name cannot be imported.
     """
-    import yaml
     from lm_eval.tasks._yaml_loader import load_yaml
 
     if not path.is_file():
         raise UserError(f"data.benchmarks.tasks: there is no file {path}.")
     try:
         config: dict[str, Any] = load_yaml(path)
-    except (yaml.YAMLError, OSError, ValueError, ImportError, AttributeError) as error:
-        raise UserError(f"data.benchmarks.tasks: {path} cannot be read: {error}") from error
+    except Exception as error:  # its functions are imported, and code may raise anything
+        raise UserError(
+            f"data.benchmarks.tasks: {path} cannot be read: {_told(error)}. Correct it."
+        ) from error
     base = config.pop("same_as", None)
     if base is not None:
-        origin = harness_yaml(base)
-        if origin is None:
-            raise UserError(
-                f"{path}: same_as: lm-evaluation-harness has no task {base!r}; `lm-eval ls tasks` "
-                "lists them."
-            )
-        config = {**load_yaml(origin), **config}
+        config = {**_origin(base, config, path, check), **config}
     if not isinstance(config.get("task"), str):
         raise UserError(f"{path}: it names no task. Add `task: <name>`.")
     for key in ("tag", "group", "task_list"):
@@ -75,6 +75,37 @@ def read_task_yaml(path: Path, data_dir: str | None = None) -> dict[str, Any]:
         files = _resolve_files(options["data_files"], folder, path)
         config["dataset_kwargs"] = {**options, "data_files": files}
     return config
+
+
+def _origin(
+    base: str, config: dict[str, Any], path: Path, check: Callable[[dict[str, Any]], None] | None
+) -> dict[str, Any]:
+    """The settings of the task that `same_as` names, once `check` lets their code be imported."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    origin = harness_yaml(base)
+    if origin is None:
+        raise UserError(
+            f"{path}: same_as: lm-evaluation-harness has no task {base!r}; `lm-eval ls tasks` "
+            "lists them."
+        )
+    try:
+        if check is not None:
+            check({**load_yaml(origin, resolve_func=False), **config})
+        found: dict[str, Any] = load_yaml(origin)
+    except UserError:
+        raise
+    except Exception as error:  # humaneval's code alone fetches and runs things as it is imported
+        raise UserError(
+            f"{path}: same_as: the harness's {base} cannot be loaded: {_told(error)}. Install the "
+            "package that is missing, if one is; or leave same_as out and write the settings into "
+            "the file, as configs/benchmarks/humaneval.yaml does."
+        ) from error
+    return found
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()[:300]}"
 
 
 def _resolve_files(files: Any, folder: Path, origin: Path) -> Any:

@@ -82,7 +82,10 @@ def _load(settings: BenchmarkTask, options: Benchmarks) -> LoadedTask:
     path = Path(settings.name).expanduser()
     with _seeds():
         if path.suffix in _SUFFIXES:
-            config = read_task_yaml(path, options.data_dir)
+            # A task that runs code is refused before any of its own code is imported.
+            config = read_task_yaml(
+                path, options.data_dir, lambda found: _check_code(settings.name, found, options)
+            )
             name = config["task"]
             _check_code(name, config, options)
             with _explained(settings.name, config.get("dataset_path")):
@@ -114,6 +117,8 @@ def _explained(name: str, source: object) -> Iterator[None]:
 
     try:
         yield
+    except UserError:
+        raise
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"data.benchmarks.tasks: the settings of {name} are wrong "
@@ -130,7 +135,13 @@ def _explained(name: str, source: object) -> Iterator[None]:
         ) from error
     except ImportError as error:
         raise UserError(
-            f"data.benchmarks.tasks: {name} needs a package that is not installed: {error}."
+            f"data.benchmarks.tasks: {name} needs a package that is not installed: {error}. "
+            "Install it, or leave the task out."
+        ) from error
+    except Exception as error:  # code of the task, which may raise anything
+        raise UserError(
+            f"data.benchmarks.tasks: {name} cannot be loaded ({type(error).__name__}: "
+            f"{str(error)[:300]}). Correct its YAML and code, or leave the task out."
         ) from error
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from sdft_lightning.data.benchmarks import Benchmarks, BenchmarkSuite, task_yaml
+from sdft_lightning.errors import UserError
 
 
 def validations(run: Path) -> list[dict[str, Any]]:
@@ -79,6 +83,51 @@ def test_a_bad_task_file_is_named(
     message = capsys.readouterr().err
     for wish in wanted:
         assert wish in message
+
+
+@pytest.mark.parametrize("options", [{}, {"allow_code_execution": True}])
+def test_a_task_that_runs_code_is_refused_before_its_own_code_is_imported(
+    tmp_path: Path, model_folder: Path, options: dict[str, Any]
+) -> None:
+    sys.modules.pop("lm_eval.tasks.humaneval.utils", None)
+    file = tmp_path / "mine.yaml"
+    file.write_text("same_as: humaneval_plus\ntask: mine\n")
+    with pytest.raises(UserError, match=r"mine\.yaml would run code .* outside our sandbox"):
+        BenchmarkSuite(Benchmarks([str(file)], **options), str(model_folder))
+    assert "lm_eval.tasks.humaneval.utils" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        "ModuleNotFoundError('No module named x')",
+        "FileNotFoundError('code_eval')",
+        "ZeroDivisionError()",
+    ],
+)
+def test_code_behind_same_as_that_cannot_be_imported_is_told_with_its_task(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, raised: str
+) -> None:
+    (tmp_path / "broken_code.py").write_text(f"raise {raised}\n")
+    origin = tmp_path / "theirs.yaml"
+    origin.write_text("task: theirs\nprocess_docs: !function broken_code.docs\n")
+    monkeypatch.setattr(task_yaml, "harness_yaml", lambda name: origin)
+    file = tmp_path / "mine.yaml"
+    file.write_text("same_as: theirs\ntask: mine\n")
+    with pytest.raises(UserError) as refused:
+        BenchmarkSuite(Benchmarks([str(file)]), str(model_folder))
+    for text in ("mine.yaml", "theirs", raised.partition("(")[0], "Install the package"):
+        assert text in str(refused.value)
+
+
+def test_code_of_a_task_file_that_cannot_be_imported_is_told_with_its_file(
+    task_file: Path, model_folder: Path
+) -> None:
+    task_file.with_name("broken_code.py").write_text("1 / 0\n")
+    with task_file.open("a") as file:
+        file.write("process_docs: !function broken_code.docs\n")
+    with pytest.raises(UserError, match=r"choice\.yaml cannot be read: ZeroDivisionError"):
+        BenchmarkSuite(Benchmarks([str(task_file)]), str(model_folder))
 
 
 def test_unlike_metrics_are_averaged_only_on_demand(

@@ -12,7 +12,6 @@ from typing import Any
 from jsonargparse import ArgumentError
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -24,6 +23,7 @@ from sdft_lightning.callbacks import (
     RunProgressBar,
     SaveOnSignal,
     ValidateAtEnds,
+    WindowCheckpoint,
 )
 from sdft_lightning.checkpoint_io import WholeCheckpointIO
 from sdft_lightning.continual import run_continual
@@ -32,6 +32,7 @@ from sdft_lightning.data.benchmarks import Benchmarks
 from sdft_lightning.data.loader import dead_worker
 from sdft_lightning.errors import UserError
 from sdft_lightning.modules import PolicyModule
+from sdft_lightning.modules.whole_windows import check_whole_windows
 from sdft_lightning.quiet import quieten
 from sdft_lightning.report import report_command
 from sdft_lightning.run_folder import (
@@ -73,7 +74,7 @@ class SDFTCLI(LightningCLI):
             "--run.name", type=str, default="default", help="Name of the run and of its folder."
         )
         parser.add_argument("--run.root", type=str, default="runs", help="Folder of all runs.")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(WindowCheckpoint, "checkpoint")
         parser.set_defaults(
             {
                 "checkpoint.filename": "step-{step}",
@@ -142,6 +143,7 @@ class SDFTCLI(LightningCLI):
         self.datamodule.setup(command)
         if command == "fit":
             self.model.check_before_fit(self.datamodule.training_rows())
+            check_whole_windows(self.trainer, self.datamodule.batches_per_epoch)
         path = self._get(self.config, "ckpt_path")
         # DeepSpeed's folders are read, and checked, when its strategy has started.
         if path is not None and not is_deepspeed_folder(path):

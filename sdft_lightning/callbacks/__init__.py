@@ -13,6 +13,7 @@ from sdft_lightning.callbacks.result_table import ResultTable
 from sdft_lightning.callbacks.save_on_signal import SaveOnSignal
 from sdft_lightning.callbacks.token_budget import TokenBudget
 from sdft_lightning.callbacks.validate_at_ends import ValidateAtEnds
+from sdft_lightning.modules.whole_windows import WindowCheckpoint
 
 __all__ = [
     "CollapseGuard",
@@ -28,4 +29,5 @@ __all__ = [
     "SaveOnSignal",
     "TokenBudget",
     "ValidateAtEnds",
+    "WindowCheckpoint",
 ]

@@ -20,6 +20,7 @@ from sdft_lightning.modules.identity import check_same_model, model_identity
 from sdft_lightning.modules.last_checkpoint import LastCheckpoint
 from sdft_lightning.modules.precision import warn_of_slow_precision
 from sdft_lightning.modules.schedule import Schedule
+from sdft_lightning.modules.whole_windows import WholeWindows, limited_batches
 from sdft_lightning.policy import WeightsDtype, load_policy, moved_not_cast
 from sdft_lightning.quantization import Quantization
 from sdft_lightning.rollout.weights import SamplingDtype
@@ -176,8 +177,8 @@ class PolicyModule(EvaluatedModule):
         self.sampling_weights.forget()
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Each run is told whether its updates arrive, and keeps its last step."""
-        return [EffectiveUpdate(), LastCheckpoint()]
+        """Each run is told whether its updates arrive, keeps its last step, and whole windows."""
+        return [EffectiveUpdate(), LastCheckpoint(), WholeWindows()]
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the student's trainable parameters, and its schedule."""
@@ -199,10 +200,7 @@ class PolicyModule(EvaluatedModule):
             return int(trainer.estimated_stepping_batches)
         # Not estimated_stepping_batches: it starts the loaders, which then forget their place
         # when a run is resumed (Lightning #20550).
-        if isinstance(trainer.limit_train_batches, int):
-            batches = min(batches, trainer.limit_train_batches)
-        else:
-            batches = int(batches * trainer.limit_train_batches)
+        batches = limited_batches(trainer, batches)
         per_epoch = max(1, -(-batches // trainer.accumulate_grad_batches))
         epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else None
         limits = [trainer.max_steps] if trainer.max_steps > 0 else []

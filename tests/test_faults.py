@@ -393,7 +393,7 @@ calls = {
     "policy": lambda: load_policy("acme/none"),
     "tokenizer": lambda: load_tokenizer("acme/none"),
     "max_length": lambda: load_max_length("acme/none", None),
-    "rows": lambda: read_rows(HubSource("acme/none", "train"), "data.train"),
+    "rows": lambda: read_rows(HubSource(repo="acme/none", split="train"), "data.train"),
 }
 for name, call in calls.items():
     try:

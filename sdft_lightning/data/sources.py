@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from sdft_lightning.errors import UserError
 
@@ -16,9 +15,11 @@ _LONE_HALF = re.compile("[\ud800-\udfff]")
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
-@dataclass(frozen=True)
-class HubSource:
+class HubSource(TypedDict):
     """A data set on the Hugging Face Hub.
+
+    Not a dataclass: for these jsonargparse takes the path of a file to hold their options, and a
+    data file given on the command line would be read as one.
 
     Args:
         repo: owner/name.
@@ -29,8 +30,8 @@ class HubSource:
 
     repo: str
     split: str
-    config: str | None = None
-    revision: str | None = None
+    config: NotRequired[str | None]
+    revision: NotRequired[str | None]
 
 
 Source = str | HubSource
@@ -65,7 +66,7 @@ def read_rows(source: Source, option: str) -> Rows:
     Raises:
         UserError: If there is no such source, or it is malformed or empty.
     """
-    found = _read_hub(source, option) if isinstance(source, HubSource) else _read(source, option)
+    found = _read(source, option) if isinstance(source, str) else _read_hub(source, option)
     if not found.rows:
         raise UserError(f"{option}: {found.name} has no rows. Give a file with at least one.")
     return found
@@ -202,16 +203,15 @@ def _read_folder(path: Path, split: str | None, option: str) -> Rows:
 def _read_hub(source: HubSource, option: str) -> Rows:
     import datasets
 
+    repo, split, config = source["repo"], source["split"], source.get("config")
     try:
-        found = datasets.load_dataset(
-            source.repo, source.config, split=source.split, revision=source.revision
-        )
+        found = datasets.load_dataset(repo, config, split=split, revision=source.get("revision"))
     except Exception as error:  # the Hub client raises many unrelated kinds
         raise UserError(
-            f"{option}: the data set {source.repo} (config {source.config}, split {source.split}) "
+            f"{option}: the data set {repo} (config {config}, split {split}) "
             f"could not be loaded: {type(error).__name__}: {error} Check the names and the "
             "network, or download it and give the path of the file."
         ) from error
     rows = list(found)
-    name = f"{source.repo}, split {source.split}"
+    name = f"{repo}, split {split}"
     return Rows(name, rows, [f"row {number}" for number in range(1, len(rows) + 1)])

@@ -167,7 +167,7 @@ def test_hub_failure_names_the_data_set_and_the_remedy(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(UserError) as error:
-        read_rows(HubSource("owner/name", "train", config="small"), "data.train")
+        read_rows(HubSource(repo="owner/name", split="train", config="small"), "data.train")
     for word in ("data.train", "owner/name", "small", "train", "no network", "path of the file"):
         assert word in str(error.value)
 
@@ -182,7 +182,9 @@ def test_hub_rows_are_read_with_split_config_and_revision(monkeypatch: pytest.Mo
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    found = read_rows(HubSource("owner/name", "dev", "small", "abc"), "data.train")
+    found = read_rows(
+        HubSource(repo="owner/name", split="dev", config="small", revision="abc"), "data.train"
+    )
     assert asked == [(("owner/name", "small"), {"split": "dev", "revision": "abc"})]
     assert found.rows == ROWS
     assert found.name == "owner/name, split dev"

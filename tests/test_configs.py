@@ -175,6 +175,30 @@ def test_paper_batch_is_32_prompts_and_its_other_settings_stand(
     assert "`--output_dir` | `--run.root`" in readme
 
 
+@pytest.mark.parametrize(("name", "rows"), [("test_paper68", 68), ("test_97", 97)])
+def test_paper_lengths_leave_no_question_of_the_released_sets_out(
+    name: str,
+    rows: int,
+    shared_data: Path,
+    parse: Callable[[list[str]], dict[str, Any]],
+) -> None:
+    from transformers import AutoTokenizer
+
+    from sdft_lightning.embedded import embedded_model_path
+
+    lengths = parse([f"--config={CONFIGS / 'paper_tooluse.yaml'}"])["data"]["lengths"]
+    assert lengths["too_long"] == "error"
+    lines = (shared_data / "demonstrations" / "tooluse" / f"{name}.jsonl").read_text().splitlines()
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model_path())
+    chats = [[{"role": "user", "content": json.loads(line)["prompt"]}] for line in lines]
+    longest = [
+        len(tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"])
+        for chat in chats
+    ]
+    assert len(longest) == rows
+    assert max(longest) <= lengths["prompt"]
+
+
 def test_paper_config_runs_with_a_tiny_model_in_place_of_the_7b_one(
     model_folder: Path,
     write_rows: Callable[..., Path],

@@ -6,7 +6,6 @@ import contextlib
 import io
 import signal
 import sys
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError
@@ -41,6 +40,7 @@ from sdft_lightning.run_folder import (
     command_folder,
     is_deepspeed_folder,
     load_checkpoint,
+    named_folder,
     requeued_checkpoint,
     resolve_checkpoint,
 )
@@ -101,7 +101,7 @@ class SDFTCLI(LightningCLI):
         command = self.config["subcommand"]
         config = self.config[command]
         check_strategy(config["trainer"].get("strategy"))
-        self.run_folder = Path(config["run"]["root"]) / config["run"]["name"]
+        self.run_folder = named_folder(config["run"]["root"], config["run"]["name"])
         if "ckpt_path" in config:  # preflight has none
             config["ckpt_path"] = resolve_checkpoint(config["ckpt_path"], self.run_folder)
         if command == "fit":

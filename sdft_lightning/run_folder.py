@@ -18,6 +18,28 @@ from sdft_lightning.errors import UserError
 log = logging.getLogger(__name__)
 
 
+def named_folder(root: str, name: str) -> Path:
+    """The folder of a run.
+
+    Args:
+        root: Folder of all runs.
+        name: Of the run; with slashes for folders below.
+
+    Returns:
+        A path below `root`.
+
+    Raises:
+        UserError: If the name would lead to `root` itself or out of it.
+    """
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts:
+        raise UserError(
+            f"run.name: got {name!r}, which names no folder below run.root ({root}). Allowed is a "
+            "name such as first, or sweep/first; give another root with --run.root."
+        )
+    return Path(root) / name
+
+
 def resolve_checkpoint(ckpt_path: str | None, folder: Path) -> str | None:
     """The path of the checkpoint that a command names.
 

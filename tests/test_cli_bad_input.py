@@ -95,6 +95,10 @@ CASES = {
         ["--model.model_name=./absent/model"],
         ["model_name", "./absent/model", "embedded", "save_pretrained", "Hub id"],
     ),
+    "run_name_outside_the_root": Case(
+        None, ["--run.name=../evil"], ["run.name", "'../evil'", "--run.root"]
+    ),
+    "run_name_empty": Case(None, ["--run.name="], ["run.name", "got ''", "--run.root"]),
     "missing_checkpoint": Case(None, ["--ckpt_path=last"], ["ckpt_path", "last.ckpt", "none yet"]),
     "batch_larger_than_the_data": Case(
         GOOD, ["--data.batch_size=2"], ["data.batch_size", "1 training rows", "at most 1"]
@@ -206,6 +210,35 @@ def test_parser_names_the_option_what_is_allowed_and_what_it_got(
 ) -> None:
     options, words = PARSER_CASES[name]
     assert_refused(run_cli, [*fit_args, *options], words, capsys)
+    assert files(tmp_path / "runs") == []
+
+
+@pytest.mark.parametrize("option", ["train", "validation"])
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("none.jsonl", "", ["data.{}: none.jsonl has no rows"]),
+        (
+            "rows.csv",
+            "prompt,demonstration\nQ?,It is so.\n",
+            ["data.{}: rows.csv ends in .csv", ".jsonl"],
+        ),
+        ("one.json", '{"repo": "a/b", "split": "train"}', ["one.json has no column 'prompt'"]),
+    ],
+)
+def test_a_data_file_is_never_read_as_options(
+    option: str,
+    name: str,
+    text: str,
+    words: list[str],
+    run_cli: RunCli,
+    fit_args: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    args = [*fit_args, f"--data.{option}={name}"]
+    assert_refused(run_cli, args, [word.format(option) for word in words], capsys)
     assert files(tmp_path / "runs") == []
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -48,6 +49,7 @@ from sdft_lightning.run_trainer import RunTrainer
 from sdft_lightning.strategies import check_strategy
 from sdft_lightning.whole_files import check_can_make, no_room
 
+_LARGEST_SEED = 2**32 - 1
 _TERMINATED = 128 + signal.SIGTERM  # what a shell reports of a process that SIGTERM ended
 _DESCRIPTIONS = {
     "fit": "Train: see configs/ for whole runs, e.g. --config configs/quickstart.yaml.",
@@ -95,6 +97,15 @@ class SDFTCLI(LightningCLI):
             # `ResultTable` prints one table; Lightning would print one for each loader.
             parser.set_defaults({"verbose": False})
         return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Refuse a seed that numpy does not take, before Lightning sets it."""
+        super().parse_arguments(parser, args)
+        seed = self.config[self.config["subcommand"]]["seed_everything"]
+        if not isinstance(seed, bool) and not 0 <= int(seed or 0) <= _LARGEST_SEED:
+            raise UserError(
+                f"seed_everything: got {seed}, allowed is 0 to {_LARGEST_SEED}. Give another seed."
+            )
 
     def before_instantiate_classes(self) -> None:
         """Refuse a folder in use and a missing checkpoint before anything is loaded."""
@@ -159,7 +170,17 @@ class SDFTCLI(LightningCLI):
         options = self._get(self.config_init, "trainer")
         if options["max_epochs"] is None and options["max_steps"] == -1:
             kwargs["max_epochs"] = 1  # as in the paper; Lightning would take 1000
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except MisconfigurationException as error:
+            given = ", ".join(
+                f"{name} {options.get(name)!r}"
+                for name in ("accelerator", "devices", "num_nodes", "strategy", "precision")
+            )
+            raise UserError(
+                f"trainer: Lightning refuses these options: {error} Given were {given}. Correct "
+                "them; `auto` takes the accelerator and the devices that this machine has."
+            ) from error
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the user named no other
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
         return trainer

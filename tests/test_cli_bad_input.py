@@ -98,6 +98,12 @@ CASES = {
     "run_name_outside_the_root": Case(
         None, ["--run.name=../evil"], ["run.name", "'../evil'", "--run.root"]
     ),
+    "seed_below_zero": Case(
+        None, ["--seed_everything=-1"], ["seed_everything", "got -1", "0 to 4294967295"]
+    ),
+    "device_that_is_not_there": Case(
+        None, ["--trainer.devices=0"], ["trainer:", "devices '0'", "accelerator 'cpu'", "`auto`"]
+    ),
     "run_name_empty": Case(None, ["--run.name="], ["run.name", "got ''", "--run.root"]),
     "missing_checkpoint": Case(None, ["--ckpt_path=last"], ["ckpt_path", "last.ckpt", "none yet"]),
     "batch_larger_than_the_data": Case(

@@ -18,7 +18,7 @@ model: $(STAMP) ## fetch and convert the embedded model into the cache (first ti
 	$(PYTHON_BIN) -m sdft_lightning.embedded
 
 test: model ## run all tests on the CPU (15 to 26 minutes)
-	$(PYTHON_BIN) -m pytest -q -n 2 --dist loadfile
+	$(PYTHON_BIN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-vllm: model ## sample with vLLM in .venv-vllm: weight refresh, a server and its faults (10 to 20 minutes)
 	bash scripts/test_vllm.sh

@@ -16,12 +16,36 @@ import torch
 # Two cores and small tensors: threads of a pool only get in each other's way.
 torch.set_num_threads(1)
 
+# Files that take longest begin first, so that no worker is left alone with one at the end.
+SLOW_FILES = (
+    "continual/test_kill.py",
+    "callbacks/test_collapse_guard.py",
+    "notebooks/test_continual.py",
+    "test_faults.py",
+    "test_soak.py",
+    "notebooks/test_read_a_run.py",
+    "notebooks/test_quickstart.py",
+    "continual/test_lora_chain.py",
+    "continual/test_whole.py",
+    "test_cli_bad_input.py",
+)
+
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
     " + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% if enable_thinking is defined and enable_thinking %}{{ '<think>\n' }}{% endif %}{% endif %}"
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the slow files first; the order within a file stays."""
+    root = Path(__file__).parent
+    places = {root / name: place for place, name in enumerate(SLOW_FILES)}
+    missing = [str(path) for path in places if not path.is_file()]
+    if missing:
+        raise pytest.UsageError(f"SLOW_FILES of tests/conftest.py names no file: {missing}")
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def build_tokenizer(chat_template: str | None = CHATML) -> Any:

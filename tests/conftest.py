@@ -229,6 +229,7 @@ def fit_args(model_folder: Path, train_file: Path) -> list[str]:
         "model.model_name": model_folder,
         "model.sampling.max_new_tokens": 8,
         "model.eval_max_new_tokens": 8,
+        "model.sampling_dtype": "same",  # exact comparisons, also where there is bfloat16
         "data.train": train_file,
         "data.prompts.style": "turns",
         "data.batch_size": 2,
@@ -278,6 +279,7 @@ def fit_module(model_folder: Path, train_file: Path, tmp_path: Path) -> Callable
             **{
                 "model_name": str(model_folder),
                 "eval_max_new_tokens": 8,
+                "sampling_dtype": "same",  # exact comparisons, also where there is bfloat16
                 **sampling,
                 **(model or {}),
             }

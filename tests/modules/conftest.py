@@ -95,6 +95,7 @@ def command(process_folder: Path, model_folder: Path) -> Callable[..., Run]:
             "--data.train=train.jsonl",
             f"--data.batch_size={4 // devices}",
             "--data.prompts.style=turns",
+            "--model.sampling_dtype=same",  # a bfloat16 copy's completions differ with the batch
             "--trainer.accelerator=cpu",
             f"--trainer.devices={devices}",
             f"--run.name={name}",

@@ -16,8 +16,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from processes import Side, Spread, alternate, ratios, run, seconds_of
 from workload import Workload
+
+from sdft_lightning.rollout.weights import has_native_bfloat16
 
 Row = tuple[str, str, str, str]
 
@@ -183,7 +186,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", default=list(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "bf16"),
+        default="bf16" if has_native_bfloat16(torch.device("cpu")) else "float32",
+        help="bf16 (autocast) where the processor multiplies bfloat16, else float32",
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/perf"))
     args = parser.parse_args()
     unknown = [part for part in args.parts if part not in PARTS]
@@ -192,6 +200,7 @@ def main() -> int:
     if "trl" in args.parts and find_spec("trl") is None:
         parser.error("trl is not installed: pip install 'sdft-lightning[perf]', or `make perf`")
     args.output.mkdir(parents=True, exist_ok=True)
+    print(f"steps in {args.precision}")
     table: list[Row] = []
     for part in args.parts:
         print(f"\n{part} ({time.strftime('%H:%M:%S')})", flush=True)

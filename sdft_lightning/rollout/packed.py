@@ -23,10 +23,11 @@ _MOST_ROWS, _FEWEST_STEPS = 64, 8
 
 @contextmanager
 def packed_linears(model: Any, rows: int, steps: int) -> Iterator[None]:
-    """Let the float32 linear layers of a model on the CPU use rearranged copies of their weights.
+    """Let the linear layers of a model on the CPU use rearranged copies of their weights.
 
     The copies take as much memory as the layers and are dropped at the end. Where they would not
-    pay, or this build of torch has no oneDNN, nothing changes. Not for training: no gradient flows.
+    pay, or this build of torch has no oneDNN, nothing changes. Weights are float32, or bfloat16
+    where oneDNN multiplies that. Not for training: no gradient flows.
 
     Args:
         model: A causal language model of transformers, whose weights do not change meanwhile.
@@ -55,11 +56,11 @@ def _layers(model: Any) -> list[Any]:
 
 
 def _fits(module: nn.Module) -> bool:
-    return (
-        type(module) is nn.Linear
-        and module.weight.device.type == "cpu"
-        and module.weight.dtype == torch.float32
-    )
+    if type(module) is not nn.Linear or module.weight.device.type != "cpu":
+        return False
+    if module.weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return module.weight.dtype == torch.float32
 
 
 def _packed_forward(layer: Any, rows: int) -> Any:

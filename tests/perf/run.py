@@ -103,18 +103,21 @@ def sampling(args: argparse.Namespace) -> Any:
     """Sampling against transformers' generate, with equal and heavy-tailed lengths."""
     rows: list[Row] = []
     lines, data = [], []
+    others = {"generate": "generate"}
+    if args.precision == "bf16":
+        others["generate_copy"] = "generate over our bfloat16 copy"
     for kind, new_tokens, target in (("equal", 48, 0.60), ("tail", 128, 0.40)):
-        workload = replace(Workload(), new_tokens=new_tokens)
+        workload = replace(Workload(precision=args.precision), new_tokens=new_tokens)
         sides = [
-            Side(name, "sampling.py", [name, workload.dump(), kind])
-            for name in ("ours", "generate")
+            Side(name, "sampling.py", [name, workload.dump(), kind]) for name in ("ours", *others)
         ]
         results = alternate(sides, args.rounds)
-        ratio = ratios(results, "ours", "generate", seconds_of)
         title = {"equal": f"all {new_tokens} tokens", "tail": f"1 in 8 has {new_tokens}, others 16"}
-        rows.append(
-            (f"16 rows, {title[kind]}", "ours / generate", str(ratio), verdict(ratio, target))
-        )
+        for other, words in others.items():
+            ratio = ratios(results, "ours", other, seconds_of)
+            rows.append(
+                (f"16 rows, {title[kind]}", f"ours / {words}", str(ratio), verdict(ratio, target))
+            )
         for name, runs in results.items():
             seconds = Spread.of([seconds_of(each) for each in runs])
             lines.append(f"    {title[kind]}, {name}: {seconds} s")

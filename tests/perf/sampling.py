@@ -1,7 +1,11 @@
 """Time sampling with given lengths.
 
-`python tests/perf/sampling.py ours|generate '<workload as JSON>' equal|tail`; with `tail`, one row
-in eight is as long as the workload says and the others an eighth of it.
+`python tests/perf/sampling.py ours|generate|generate_copy '<workload as JSON>' equal|tail`; with
+`tail`, one row in eight is as long as the workload says and the others an eighth of it.
+
+In bfloat16, `ours` samples as a training step does: from the copy that it keeps, whose refreshing
+counts; `generate` samples as other trainers do, from float32 weights under autocast, and
+`generate_copy` from the same copy as ours.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import nullcontext
 from statistics import median
 from typing import Any
 
@@ -21,6 +26,7 @@ import sdft_lightning.rollout.generate as generate_module
 from sdft_lightning.policy import load_policy
 from sdft_lightning.rollout import Sampling, generate_rollout
 from sdft_lightning.rollout.sampling import choose_tokens
+from sdft_lightning.rollout.weights import SamplingWeights
 from sdft_lightning.uniforms import row_uniforms
 
 REPEATS = 2
@@ -100,13 +106,18 @@ def main(kind: str, workload: Workload, tail: bool) -> None:
     )
     ids, mask = encoded["input_ids"], encoded["attention_mask"].bool()
     lengths, stops = row_lengths(workload, tail), list(policy.stop_ids)
-    sample = {"ours": with_ours, "generate": with_generate}[kind]
-    policy.model.eval()
+    sample = with_ours if kind == "ours" else with_generate
+    reduced = workload.precision == "bf16"
+    weights = SamplingWeights("bfloat16" if reduced and kind != "generate" else "same")
+    context = torch.autocast("cpu", torch.bfloat16) if reduced and kind == "generate" else None
+    policy.model.eval().requires_grad_(True)
+    weights.model(policy.model, 0)  # as before the first step of a run
     seconds = []
-    with torch.no_grad():
-        for _ in range(REPEATS):
+    with torch.no_grad(), context or nullcontext():
+        for repeat in range(REPEATS):
             start = time.perf_counter()
-            completions = sample(policy.model, ids, mask, lengths, stops)
+            model = weights.model(policy.model, repeat + 1)
+            completions = sample(model, ids, mask, lengths, stops)
             seconds.append(time.perf_counter() - start)
     ends = torch.isin(completions, torch.tensor(stops)).int().argmax(dim=1) + 1  # (R,)
     assert ends.tolist() == lengths, (ends.tolist(), lengths)

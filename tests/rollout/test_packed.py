@@ -11,10 +11,15 @@ from sdft_lightning.lora import adapter_layers, merged_copy
 from sdft_lightning.rollout import Sampling, generate_rollout
 from sdft_lightning.rollout import generate as generate_file
 from sdft_lightning.rollout.packed import packed_linears
+from sdft_lightning.rollout.weights import SamplingWeights
 from sdft_lightning.uniforms import row_uniforms
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN"
+)
+needs_bfloat16 = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    reason="oneDNN does not multiply bfloat16 on this processor",
 )
 
 
@@ -31,6 +36,40 @@ def test_a_packed_layer_gives_the_same_outputs(bias: bool, rows: int) -> None:
             assert "forward" in layer[0].__dict__
             packed = layer(inputs)
     torch.testing.assert_close(packed, plain, rtol=1e-5, atol=1e-6)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("rows", [1, 16])
+def test_a_packed_bfloat16_layer_gives_the_same_outputs(rows: int) -> None:
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(24, 40, bias=True, dtype=torch.bfloat16))
+    inputs = torch.randn(rows, 5, 24, dtype=torch.bfloat16)
+    with torch.no_grad():
+        plain = layer(inputs)
+        with packed_linears(layer, rows, 100):
+            assert "forward" in layer[0].__dict__
+            packed = layer(inputs)
+    assert packed.dtype == torch.bfloat16
+    torch.testing.assert_close(packed, plain)
+
+
+@needs_bfloat16
+def test_a_rollout_of_the_bfloat16_copy_samples_the_same_tokens_as_without(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = SamplingWeights("bfloat16").model(model, 0)
+    torch.manual_seed(1)
+    ids = torch.randint(3, 60, (4, 6))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    sampling = Sampling(max_new_tokens=12)
+    uniforms = row_uniforms(0, 0, ["a", "b", "c", "d"], 1, 12)
+    packed = generate_rollout(copied, ids, mask, sampling, uniforms, [2], 0)
+    monkeypatch.setattr(
+        generate_file, "packed_linears", lambda model, rows, steps: packed_linears(model, 999, 0)
+    )
+    plain = generate_rollout(copied, ids, mask, sampling, uniforms, [2], 0)
+    assert packed.completion_ids.tolist() == plain.completion_ids.tolist()
+    torch.testing.assert_close(packed.sampled_log_probs, plain.sampled_log_probs)
 
 
 @needs_onednn
@@ -62,7 +101,7 @@ def test_the_layer_is_itself_again_also_after_an_error() -> None:
 
 @pytest.mark.parametrize(
     ("rows", "steps", "dtype"),
-    [(65, 100, torch.float32), (4, 7, torch.float32), (4, 100, torch.bfloat16)],
+    [(65, 100, torch.float32), (4, 7, torch.float32), (4, 100, torch.float16)],
 )
 def test_nothing_is_packed_where_it_would_not_pay(
     rows: int, steps: int, dtype: torch.dtype

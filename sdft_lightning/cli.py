@@ -35,8 +35,8 @@ from sdft_lightning.modules import PolicyModule
 from sdft_lightning.modules.whole_windows import check_whole_windows
 from sdft_lightning.quiet import quieten
 from sdft_lightning.report import report_command
+from sdft_lightning.run_config import SaveRunConfig
 from sdft_lightning.run_folder import (
-    SaveRunConfig,
     check_run_folder,
     command_folder,
     is_deepspeed_folder,
@@ -112,6 +112,11 @@ class SDFTCLI(LightningCLI):
         command = self.config["subcommand"]
         config = self.config[command]
         check_strategy(config["trainer"].get("strategy"))
+        clip = config["trainer"].get("gradient_clip_val") or 0.0
+        if clip < 0:  # torch would turn every gradient around
+            raise UserError(
+                f"trainer.gradient_clip_val: got {clip}, allowed are 0 (no clipping) and more."
+            )
         self.run_folder = named_folder(config["run"]["root"], config["run"]["name"])
         if "ckpt_path" in config:  # preflight has none
             config["ckpt_path"] = resolve_checkpoint(config["ckpt_path"], self.run_folder)
@@ -152,6 +157,8 @@ class SDFTCLI(LightningCLI):
         self.datamodule.row_needs = self.model.row_needs
         self.datamodule.prepare_data()
         self.datamodule.setup(command)
+        if not self.datamodule.count_too_long:  # preflight tells it among other things
+            self.datamodule.check_model_takes(self.model.new_tokens, self.model.eval_max_new_tokens)
         if command == "fit":
             self.model.check_before_fit(self.datamodule.training_rows())
             check_whole_windows(self.trainer, self.datamodule.batches_per_epoch)

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, what may be written there, and its config."""
+"""The folder of a run: whose it is, and what may be written there."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.cli import SaveConfigCallback
 
 from sdft_lightning.errors import UserError
 
@@ -116,10 +114,11 @@ def requeued_checkpoint(folder: Path) -> str | None:
     Returns:
         The newest checkpoint of the run; None in a job's first life, or if there is none.
     """
-    return resolve_checkpoint("last", folder) if _is_requeued() and _checkpoints(folder) else None
+    return resolve_checkpoint("last", folder) if is_requeued() and _checkpoints(folder) else None
 
 
-def _is_requeued() -> bool:
+def is_requeued() -> bool:
+    """Whether SLURM has started this job again."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0) > 0
 
 
@@ -168,12 +167,9 @@ def check_run_folder(folder: Path, ckpt_path: str | None) -> None:
     if not folder.is_dir() or all(_is_command_folder(path) for path in folder.iterdir()):
         return
     if ckpt_path is None and not _checkpoints(folder):
-        if _is_requeued():
+        if is_requeued():
             return  # ended before its first checkpoint: it starts anew, beside what it wrote
-        raise UserError(
-            f"run.name: the folder {folder} already holds a run, which has no checkpoint yet, and "
-            "nothing is overwritten. Choose another name with --run.name, or move the folder away."
-        )
+        raise begun_elsewhere(folder)
     if ckpt_path is None:
         raise UserError(
             f"run.name: the folder {folder} already holds a run, and nothing is overwritten. "
@@ -184,6 +180,14 @@ def check_run_folder(folder: Path, ckpt_path: str | None) -> None:
             f"run.name: the folder {folder} already holds a run, and {ckpt_path} is not one of "
             "its checkpoints. Choose another name with --run.name."
         )
+
+
+def begun_elsewhere(folder: Path) -> UserError:
+    """The error about a folder that a run has begun in."""
+    return UserError(
+        f"run.name: the folder {folder} already holds a run, which has no checkpoint yet, and "
+        "nothing is overwritten. Choose another name with --run.name, or move the folder away."
+    )
 
 
 def _is_command_folder(path: Path) -> bool:
@@ -207,20 +211,3 @@ def command_folder(folder: Path, command: str) -> Path:
     while (folder / f"{command}-{number}").exists():
         number += 1
     return folder / f"{command}-{number}"
-
-
-class SaveRunConfig(SaveConfigCallback):
-    """Writes config.yaml once; a resumed run adds config-1.yaml and so on."""
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write the whole config of this command."""
-        folder = Path(trainer.default_root_dir)
-        if not trainer.is_global_zero or self.already_saved:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        path, number = folder / "config.yaml", 0
-        while path.exists():
-            number += 1
-            path = folder / f"config-{number}.yaml"
-        self.parser.save(self.config, path, overwrite=False, multifile=self.multifile)
-        self.already_saved = True

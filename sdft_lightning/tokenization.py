@@ -56,7 +56,7 @@ def load_tokenizer(model_name: str, revision: str | None = None) -> Any:
         stands in; masks never depend on the padding id.
 
     Raises:
-        UserError: If there is no such model or tokenizer.
+        UserError: If there is no such model or tokenizer, or it has no end-of-sequence token.
     """
     from transformers import AutoTokenizer
 
@@ -71,12 +71,12 @@ def load_tokenizer(model_name: str, revision: str | None = None) -> Any:
             f"Allowed are `{EMBEDDED}`, a folder written by save_pretrained, or a Hub id that "
             "this machine can reach."
         ) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"model_name: the tokenizer of {model_name} has no end-of-sequence token, with which "
+            "an answer ends. Set eos_token in its tokenizer_config.json."
+        )
     if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise UserError(
-                f"model_name: the tokenizer of {model_name} has neither a padding nor an "
-                "end-of-sequence token. Set one in its tokenizer_config.json."
-            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

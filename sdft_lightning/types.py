@@ -53,8 +53,8 @@ class PromptBatch(NamedTuple):
     Attributes:
         prompt_ids: `(B, P)` student prompts, padded on the left.
         prompt_mask: `(B, P)`.
-        teacher_prompt_ids: `(B, Q)` teacher prompts, padded on the left; Q = 0 where no row has a
-            demonstration.
+        teacher_prompt_ids: `(B, Q)` teacher prompts, padded on the left; nothing but padding where
+            a row has no demonstration.
         teacher_prompt_mask: `(B, Q)`.
         demonstration_ids: `(B, T)` tokens of the demonstration with its stop token, padded on the
             right.

@@ -184,6 +184,41 @@ def test_validate_reports_the_accuracy_of_student_and_teacher_with_their_interva
         assert found[f"val/task/task/{name}_low"] < value < found[f"val/task/task/{name}_high"]
 
 
+@pytest.mark.parametrize("size", [1, 8])
+def test_teacher_is_graded_in_the_rows_with_demonstration_whatever_the_batch_size(
+    run_cli: RunCli,
+    other: Callable[..., list[str]],
+    write_rows: Callable[..., Path],
+    make_rows: Callable[[int], list[dict[str, Any]]],
+    tmp_path: Path,
+    model: Any,
+    tokenizer: Any,
+    capsys: pytest.CaptureFixture[str],
+    size: int,
+) -> None:
+    rows = make_rows(8)
+    teacher = answers_of(model, tokenizer, rows, shown=True)
+    for i, row in enumerate(rows):  # right in rows 0 and 3, of which the first has no demonstration
+        row["reference"] = [teacher[i]] if i % 3 == 0 and teacher[i].strip(" .") else ["not said"]
+    right = sum(teacher[i] in rows[i]["reference"] for i in range(1, 8))
+    del rows[0]["demonstration"]
+    path = write_rows(rows, "graded.jsonl")
+    assert 0 < right < 7
+    options = [f"--data.validation={path}", "--data.grader=exact", f"--data.eval_batch_size={size}"]
+    run_cli(*other("validate", *options))
+    (found,) = records(tmp_path / "runs/a/validate-0/metrics.jsonl")
+    assert found["val/task/task/teacher_accuracy"] == pytest.approx(right / 7)
+    assert "1 of 8 rows have no demonstration" in capsys.readouterr().err
+
+
+def test_demonstrations_in_questions_to_answer_are_not_looked_at(
+    run_cli: RunCli, other: Callable[..., list[str]], write_rows: Callable[..., Path]
+) -> None:
+    path = write_rows([{"prompt": "Q?", "demonstration": "It is so. " * 300}], "long.jsonl")
+    options = [f"--data.predict={path}", "--data.columns.id=null", "--data.columns.reference=null"]
+    run_cli(*other("predict", *options, "--data.lengths.demonstration=20", "--data.grader=null"))
+
+
 def test_validate_and_test_of_a_checkpoint_write_into_folders_of_their_own(
     run_cli: RunCli, fit_args: list[str], other: Callable[..., list[str]], tmp_path: Path
 ) -> None:

@@ -57,6 +57,21 @@ CASES = {
             "data.lengths.too_long: truncate",
         ],
     ),
+    "no_room_in_the_model": Case(
+        GOOD,
+        ["--model.sampling.max_new_tokens=500"],
+        [
+            "bad.jsonl, line 1",
+            "a prompt of 53 tokens and up to 500 new ones (model.sampling.max_new_tokens)",
+            "the model, which takes 512 (1 of 1 rows do not)",
+            "Lower model.sampling.max_new_tokens",
+        ],
+    ),
+    "no_room_for_an_answer": Case(
+        GOOD,
+        ["--data.validation=bad.jsonl", "--model.eval_max_new_tokens=500"],
+        ["up to 500 new ones (model.eval_max_new_tokens)", "which takes 512"],
+    ),
     "too_long_teacher_prompt": Case(
         GOOD + line(demonstration="A" * 300),
         ["--data.lengths.teacher_prompt=200"],

@@ -66,11 +66,13 @@ class CompletionLog(L.Callback):
         for role in ("graded", "teacher"):
             if role in outputs:
                 graded = outputs[role]
-                scores = graded.scores or [None] * len(batch.rows)
+                scores = graded.scores or [None] * len(graded.rows)
                 stage = "validation" if role == "graded" else "validation_teacher"
                 records = [
                     {**_record(stage, trainer.global_step, batch.task, row, text), "score": score}
-                    for row, text, score in zip(batch.rows, graded.completions, scores, strict=True)
+                    for row, text, score in zip(
+                        graded.rows, graded.completions, scores, strict=True
+                    )
                 ]
                 self._write(trainer, stage, batch.task, records[: self.rows])
 

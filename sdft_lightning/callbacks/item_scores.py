@@ -37,6 +37,6 @@ class ItemScores(L.Callback):
                 "score": None if math.isnan(score) else score,
                 "completion": text,
             }
-            for row, score, text in zip(batch.rows, graded.scores, graded.completions, strict=True)
+            for row, score, text in zip(graded.rows, graded.scores, graded.completions, strict=True)
         ]
         append_lines(run_folder(trainer) / f"items{rank}.jsonl", records)

@@ -52,13 +52,10 @@ def collate(
         window: The later micro-batches of the accumulation window, on its first.
 
     Returns:
-        The batch; the teacher's tensors have no columns where a row lacks a demonstration.
+        The batch; a row without demonstration has a teacher prompt of no tokens.
     """
-    taught = all(row.teacher_prompt_ids for row in rows)
     prompt_ids, prompt_mask = pad([row.prompt_ids for row in rows], pad_id, "left")
-    teacher_ids, teacher_mask = pad(
-        [row.teacher_prompt_ids if taught else [] for row in rows], pad_id, "left"
-    )
+    teacher_ids, teacher_mask = pad([row.teacher_prompt_ids for row in rows], pad_id, "left")
     target_ids, target_mask = pad([row.demonstration_ids for row in rows], pad_id, "right")
     context_ids, context_mask = pad([row.context_ids for row in rows], pad_id, "right")
     return PromptBatch(

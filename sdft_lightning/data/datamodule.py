@@ -24,13 +24,20 @@ from sdft_lightning.data.loader import (
 )
 from sdft_lightning.data.planned import HeldOut, PlannedSet, TaskSets
 from sdft_lightning.data.rows import Columns, parse_rows
+from sdft_lightning.data.set_warnings import set_warnings
 from sdft_lightning.data.sources import Source, read_rows
-from sdft_lightning.data.tokenize import Lengths, Tokenizer, length_report, tokenize_rows
+from sdft_lightning.data.tokenize import (
+    Lengths,
+    Tokenizer,
+    check_model_takes,
+    length_report,
+    tokenize_rows,
+)
 from sdft_lightning.embedded import cache_folder
 from sdft_lightning.errors import UserError
 from sdft_lightning.graders import JUDGED, Judge, JudgeSettings, check_reference
 from sdft_lightning.prompts import PromptStyle, check_same_header
-from sdft_lightning.tokenization import load_stop_ids, load_tokenizer
+from sdft_lightning.tokenization import load_max_length, load_stop_ids, load_tokenizer
 from sdft_lightning.types import Demonstration, PromptBatch, RowNeeds
 
 log = logging.getLogger(__name__)
@@ -110,9 +117,11 @@ class DemonstrationDataModule(L.LightningDataModule):
         self.row_needs: RowNeeds | None = None
         self._tokenizer: Tokenizer | None = None
         self._pad_id = 0
-        for name in ("batch_size", "eval_batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"data.{name}: got {getattr(self, name)}, allowed are 1 and more.")
+        for name, least in (("batch_size", 1), ("eval_batch_size", 1), ("num_workers", 0)):
+            if getattr(self, name) < least:
+                raise UserError(
+                    f"data.{name}: got {getattr(self, name)}, allowed are {least} and more."
+                )
         self._task_sets.check(judge)
 
     def prepare_data(self) -> None:
@@ -197,6 +206,8 @@ class DemonstrationDataModule(L.LightningDataModule):
                 f"`fit` stops there. The first: {tokenized.first_too_long}"
             )
         log.info(length_report(planned.key, tokenized))
+        for warning in set_warnings(planned, tokenized, len(rows), tokenizer):
+            log.warning(warning)
         return PromptDataset(tokenized.rows, self._pad_id, planned.task, planned.grader or "")
 
     def training_rows(self) -> list[Demonstration]:
@@ -208,6 +219,26 @@ class DemonstrationDataModule(L.LightningDataModule):
         rows = self._sets["train"].rows
         prompt, teacher, target = (max(len(row[place]) for row in rows) for place in (1, 2, 3))
         return prompt, teacher, target, self._left_out["train"]
+
+    def check_model_takes(self, new_tokens: int, eval_new_tokens: int) -> None:
+        """Refuse what has no room in the model, after `setup`.
+
+        Args:
+            new_tokens: Longest completion of a training prompt; 0 where none are sampled.
+            eval_new_tokens: Longest answer to a question that is graded.
+
+        Raises:
+            UserError: Names the longest row.
+        """
+        if not self._sets:
+            return
+        assert self._tokenizer is not None
+        limit = load_max_length(self.model_name, self._tokenizer.tokenizer, self.revision)
+        for key, rows in self._sets.items():
+            count, by = eval_new_tokens, "model.eval_max_new_tokens"
+            if key == "train":
+                count, by = new_tokens, "model.sampling.max_new_tokens"
+            check_model_takes(rows.rows, limit, count, by)
 
     def batch_of(self, rows: Sequence[Demonstration]) -> PromptBatch:
         """Rows rendered, tokenized and padded as training rows are, whatever their lengths."""

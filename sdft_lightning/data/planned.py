@@ -61,7 +61,7 @@ class PlannedSet(NamedTuple):
         """Whether demonstrations matter, or only the bare question (or the context)."""
         if self.key == "train":
             return self.needs.demonstration
-        return not self.key.startswith("held_out")
+        return self.key != "predict" and not self.key.startswith("held_out")
 
 
 class TaskSets(NamedTuple):

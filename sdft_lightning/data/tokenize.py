@@ -168,6 +168,46 @@ def tokenize_rows(
     return TokenizedRows(kept, skipped, truncated, first)
 
 
+def check_model_takes(rows: Sequence[TokenizedRow], limit: int, new_tokens: int, by: str) -> None:
+    """Refuse rows that do not fit into the model with what is written behind them.
+
+    Args:
+        rows: Of a split.
+        limit: Longest sequence that the model takes, in tokens.
+        new_tokens: What may be sampled behind a prompt; 0 where the demonstration stands there.
+        by: The option that says how much is sampled.
+
+    Raises:
+        UserError: Names the longest row.
+    """
+    counts = [_sequence(tokens, new_tokens) for tokens in rows]
+    longest = max(counts, default=0)
+    if longest <= limit:
+        return
+    row = rows[counts.index(longest)]
+    wanted = (
+        f"a prompt of {longest - new_tokens} tokens and up to {new_tokens} new ones ({by})"
+        if new_tokens
+        else f"{longest} tokens"
+    )
+    remedy = f"Lower {by}, lower" if new_tokens else "Lower"
+    raise UserError(
+        f"{row.row.origin}: {wanted} do not fit into the model, which takes {limit} "
+        f"({sum(count > limit for count in counts)} of {len(rows)} rows do not). {remedy} "
+        "data.lengths with data.lengths.too_long: skip or truncate, or choose a model that takes "
+        "more."
+    )
+
+
+def _sequence(tokens: TokenizedRow, new_tokens: int) -> int:
+    """Tokens of the longest sequence that a row is part of."""
+    if tokens.context_ids:
+        return len(tokens.context_ids)
+    if not new_tokens:
+        return len(tokens.prompt_ids) + len(tokens.demonstration_ids)
+    return max(len(tokens.prompt_ids), len(tokens.teacher_prompt_ids)) + new_tokens
+
+
 def length_report(name: str, tokenized: TokenizedRows) -> str:
     """One line on the lengths of a split, in tokens."""
     parts = [f"{name}: {len(tokenized.rows)} rows"]

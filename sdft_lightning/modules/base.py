@@ -18,7 +18,7 @@ from sdft_lightning.modules.effective_update import EffectiveUpdate
 from sdft_lightning.modules.evaluated import EvaluatedModule
 from sdft_lightning.modules.identity import check_same_model, model_identity
 from sdft_lightning.modules.last_checkpoint import LastCheckpoint
-from sdft_lightning.modules.precision import warn_of_slow_precision
+from sdft_lightning.modules.precision import clipping_without_scale, warn_of_slow_precision
 from sdft_lightning.modules.schedule import Schedule
 from sdft_lightning.modules.whole_windows import WholeWindows, limited_batches
 from sdft_lightning.policy import WeightsDtype, load_policy, moved_not_cast
@@ -147,7 +147,21 @@ class PolicyModule(EvaluatedModule):
 
         Args:
             rows: The rows to train on.
+
+        Raises:
+            UserError: If the optimizer refuses its options.
         """
+        try:
+            self.optimizer_factory([nn.Parameter(torch.zeros(1))])
+        except ValueError as error:
+            raise UserError(
+                f"model.optimizer: it refuses its options: {error}. Correct --model.optimizer."
+            ) from error
+
+    @property
+    def new_tokens(self) -> int:
+        """Longest completion that is sampled in training; 0 where none is."""
+        return 0
 
     @property
     def student_head(self) -> OutputHead:
@@ -208,6 +222,20 @@ class PolicyModule(EvaluatedModule):
         return min(limits) if limits else per_epoch
 
     # --- checkpoints ------------------------------------------------------------------------
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as Lightning does, in bfloat16 also for fused optimizers.
+
+        Lightning refuses these in all mixed precisions, since with float16 they divide gradients by
+        the scale themselves; bfloat16 has no scale.
+        """
+        with clipping_without_scale(self.trainer.precision_plugin):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write down which model this is, and what it could do before training."""

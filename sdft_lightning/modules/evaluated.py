@@ -15,15 +15,16 @@ from sdft_lightning.modules.timing import TimedModule
 from sdft_lightning.rollout import SamplingWeights, greedy_rollout
 from sdft_lightning.rollout.weights import SamplingDtype
 from sdft_lightning.sharding import is_sharded
-from sdft_lightning.types import GenerationBatch, PromptBatch, Rollout, ScoringBatch
+from sdft_lightning.types import Demonstration, GenerationBatch, PromptBatch, Rollout, ScoringBatch
 
 EvaluationBatch = PromptBatch | ScoringBatch | GenerationBatch
 
 
 class Graded(NamedTuple):
-    """Completions of a validation batch and their scores; `scores` is empty where ungraded."""
+    """Completions of validation rows and their scores; `scores` is empty where ungraded."""
 
     task: str
+    rows: list[Demonstration]
     completions: list[str]
     scores: list[float]
     truncated: list[bool]
@@ -112,7 +113,7 @@ class EvaluatedModule(TimedModule):
         if batch.grader:
             scores = grade_rows(batch.grader, completions, batch.rows, self._judge)
             self.accuracies.count(f"{batch.task}/{metric}", scores, self.device)
-        return Graded(batch.task, completions, scores, rollout.truncated.tolist())
+        return Graded(batch.task, batch.rows, completions, scores, rollout.truncated.tolist())
 
     def validation_step(
         self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0

@@ -114,6 +114,7 @@ class OfflineDistillationModule(SDFTModule):
         Raises:
             UserError: Names the row, or the line that has another form.
         """
+        super().check_before_fit(rows)
         if self.completions is None:
             return
         tokenizer = load_tokenizer(self.model_name, self.revision)

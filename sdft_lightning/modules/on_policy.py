@@ -98,11 +98,17 @@ class OnPolicyModule(PolicyModule):
         Raises:
             UserError: Names the option.
         """
+        super().check_before_fit(rows)
         self.engine.check(self.sampling, self.quantization is not None)
 
     def teardown(self, stage: str) -> None:
         """Give back what the engine holds."""
         self.engine.close()
+
+    @property
+    def new_tokens(self) -> int:
+        """Longest completion that is sampled in training."""
+        return self.sampling.max_new_tokens
 
     @property
     def compares_sampler(self) -> bool:

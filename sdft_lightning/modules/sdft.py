@@ -273,9 +273,14 @@ class SDFTModule(OnPolicyModule):
         """Grade the student's answers; in validate and test also the teacher's."""
         outputs = super().grade(batch)
         prompt_ids, prompt_mask = self.teacher_prompts(batch)  # (B, Q)
-        taught = prompt_ids.shape[1] > 0
-        if batch.grader and taught and self.grades_teacher:
+        taught = prompt_mask.any(dim=1)  # (B,) rows with a demonstration
+        if batch.grader and taught.any() and self.grades_teacher:
+            rows = [row for row, shown in zip(batch.rows, taught.tolist(), strict=True) if shown]
             outputs["teacher"] = self.graded_completions(
-                self.whole_teacher, prompt_ids, prompt_mask, batch, "teacher_accuracy"
+                self.whole_teacher,
+                prompt_ids[taught],
+                prompt_mask[taught],
+                batch._replace(rows=rows),
+                "teacher_accuracy",
             )
         return outputs

@@ -42,10 +42,11 @@ def test_prompts_are_padded_on_the_left_and_targets_on_the_right() -> None:
     assert (batch.task, batch.grader, batch.window) == ("task", "exact", [])
 
 
-def test_one_row_without_demonstration_leaves_the_whole_batch_without_teacher_prompts() -> None:
+def test_row_without_demonstration_has_nothing_but_padding_as_teacher_prompt() -> None:
     batch = collate([*ROWS, tokens(2, [5], [], [])], PAD, "task")
     assert batch.prompt_ids.shape == (3, 2)
-    assert batch.teacher_prompt_ids.shape == batch.teacher_prompt_mask.shape == (3, 0)
+    assert batch.teacher_prompt_ids[2].tolist() == [PAD] * 3
+    assert batch.teacher_prompt_mask.any(dim=1).tolist() == [True, True, False]
 
 
 def test_contexts_are_padded_on_the_right_and_have_no_columns_where_nobody_trains_on_them() -> None:

@@ -1,0 +1,40 @@
+"""What is told of a set that is not as it seems: rows left out, not taught, or cut short."""
+
+from __future__ import annotations
+
+from sdft_lightning.data.planned import PlannedSet
+from sdft_lightning.data.tokenize import TokenizedRows, Tokenizer
+from sdft_lightning.prompts import demonstration_text
+
+
+def set_warnings(planned: PlannedSet, found: TokenizedRows, total: int, by: Tokenizer) -> list[str]:
+    """One sentence for each thing that is not as a reader of the figures will think.
+
+    Args:
+        planned: Which set it is, and how it is graded.
+        found: Its rows as tokens.
+        total: How many rows its file has.
+        by: What tokenized them.
+    """
+    name, told = f"data.{planned.key}", []
+    if planned.grader is not None and found.skipped:
+        told.append(
+            f"{name}: {found.skipped} of {total} rows are too long and left out: accuracies are of "
+            f"the other {len(found.rows)}. Raise data.lengths to have all."
+        )
+    rows = [tokens.row for tokens in found.rows]
+    shown = [row for row in rows if row.demonstration]
+    if planned.grader is not None and 0 < len(shown) < len(rows):
+        told.append(
+            f"{name}: {len(rows) - len(shown)} of {len(rows)} rows have no demonstration: the "
+            f"teacher's accuracy is of the other {len(shown)}, the student's of all."
+        )
+    stops = [str(by.tokenizer.decode([stop])) for stop in by.stop_ids]
+    ended = [row for row in shown if any(stop in demonstration_text(row) for stop in stops)]
+    if planned.key == "train" and ended:
+        told.append(
+            f"{ended[0].origin}: the demonstration has a token in its text that ends an answer "
+            f"({' or '.join(stops)}), as {len(ended)} of {len(rows)} rows have: SFT learns it up "
+            "to there only. Take it out of the text."
+        )
+    return told

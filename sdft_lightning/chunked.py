@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sdft_lightning.closed_form import ClosedForm, closed_form
 from sdft_lightning.divergence import log_probs
 from sdft_lightning.types import OutputHead, TokenStatistics
 
@@ -164,6 +165,9 @@ def _chunk(
     temperature: float,
 ) -> tuple[Tensor, Tensor | None]:
     """Statistics `(7, C)` of one chunk, and the gradient of its products `(C, V)` if weighted."""
+    known = closed_form(token_loss) if student.softcap is None else None
+    if known is not None:
+        return _known_chunk(student, teacher, part, token_ids, token_weights, known, temperature)
     raw = student.raw(part)  # (C, V)
     with torch.set_grad_enabled(token_weights is not None):
         raw.requires_grad_(token_weights is not None)
@@ -180,6 +184,31 @@ def _chunk(
         losses.detach(), teacher_log_probs, student_log_probs.detach(), token_ids
     )
     return statistics, raw_grad
+
+
+@torch.no_grad()
+def _known_chunk(
+    student: Side,
+    teacher: Side | None,
+    part: slice,
+    token_ids: Tensor,
+    token_weights: Tensor | None,
+    known: ClosedForm,
+    temperature: float,
+) -> tuple[Tensor, Tensor | None]:
+    """As `_chunk`, for a loss whose gradient is known."""
+    raw = student.raw(part)  # (C, V)
+    student_log_probs = log_probs(student.logits(raw), temperature)  # (C, V)
+    teacher_log_probs = student_log_probs
+    if teacher is not None:
+        teacher_log_probs = log_probs(teacher.logits(teacher.raw(part)), temperature)  # (C, V)
+    statistics, gradient = known(teacher_log_probs, student_log_probs, token_ids, token_weights)
+    if gradient is None:
+        return statistics, None
+    factor = student.scale / temperature
+    if factor != 1.0:
+        gradient *= factor
+    return statistics, gradient.to(raw.dtype)
 
 
 class _Gradients:

@@ -33,7 +33,10 @@ def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
     Returns:
         `(..., V)` float32.
     """
-    return torch.log_softmax(logits.float().clamp(min=_LOGIT_FLOOR) / temperature, dim=-1)
+    floored = logits.float().clamp(min=_LOGIT_FLOOR)  # (..., V)
+    if temperature != 1.0:  # a product by one would still be written down
+        floored = floored / temperature
+    return torch.log_softmax(floored, dim=-1)
 
 
 def forward_kl(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:

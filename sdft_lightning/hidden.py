@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdft_lightning.attention_kernel import training_attention
 from sdft_lightning.errors import UserError
 from sdft_lightning.eval_mode import eval_mode
 from sdft_lightning.kv_cache import cache_argument
@@ -85,6 +86,30 @@ def completion_hidden_states(
     Returns:
         `(N, D)` with N = keep.sum(), row by row.
     """
+    length = prompt_ids.shape[1] + completion_ids.shape[1]
+    with training_attention(model, prompt_ids.shape[0], length):
+        return _completion_hidden_states(
+            model,
+            prompt_ids,
+            prompt_mask,
+            completion_ids,
+            completion_mask,
+            keep,
+            share_prefix,
+            pack,
+        )
+
+
+def _completion_hidden_states(
+    model: Any,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    keep: Tensor,
+    share_prefix: bool,
+    pack: bool,
+) -> Tensor:
     split = SplitPrompts(prompt_ids[0, :0], prompt_ids, prompt_mask)
     if share_prefix and can_share(model):
         split = split_if_worth(prompt_ids, prompt_mask)

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdft_lightning.eval_mode import eval_mode
 from sdft_lightning.kv_cache import cache_argument, cache_of
 from sdft_lightning.masking import position_ids
 from sdft_lightning.prefix import can_share, encode_prefix, split_if_worth
-from sdft_lightning.rollout.packed import packed_linears
+from sdft_lightning.rollout.decode_mode import decode_mode
 from sdft_lightning.rollout.sampling import Sampling, choose_tokens
 from sdft_lightning.rollout.stop_texts import StopTexts
 from sdft_lightning.types import Rollout
@@ -76,7 +75,7 @@ def generate_rollout(
     stops = torch.tensor(stop_ids, device=device)  # (S,)
     alive = torch.arange(rows, device=device)  # rows that are still sampled
     length = 0
-    with eval_mode(model), packed_linears(model, rows, sampling.max_new_tokens):
+    with decode_mode(model, rows, sampling.max_new_tokens):
         decoder = _Decoder(model, prompt_ids, prompt_mask, samples)
         logits = decoder.prefill()  # (R, V)
         for step in range(sampling.max_new_tokens):

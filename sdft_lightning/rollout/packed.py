@@ -48,7 +48,7 @@ def packed_linears(model: Any, rows: int, steps: int) -> Iterator[None]:
 def _layers(model: Any) -> list[Any]:
     """What is laid out: linear layers; adapted ones whole, not the three that each holds."""
     if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
-        return []
+        return []  # autocast would have cast the weights that are laid out
     adapted = [layer for layer in adapter_layers(model).values() if _fits(layer.get_base_layer())]
     inside = {part for layer in adapted for part in layer.modules() if part is not layer}
     plain = [part for part in model.modules() if _fits(part) and part not in inside]

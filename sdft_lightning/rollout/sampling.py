@@ -104,7 +104,10 @@ def choose_tokens(
         Token ids `(B,)`, and their log-probabilities `(B,)` in float32 at the temperature, before
         truncation.
     """
-    log_probs = torch.log_softmax(logits.float() / sampling.temperature, dim=-1)  # (B, V)
+    logits = logits.float()
+    if sampling.temperature != 1.0:
+        logits = logits / sampling.temperature
+    log_probs = torch.log_softmax(logits, dim=-1)  # (B, V)
     if uniforms is None:
         tokens = log_probs.argmax(dim=-1)  # (B,)
     else:

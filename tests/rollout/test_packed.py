@@ -9,7 +9,7 @@ from torch import nn
 
 from sdft_lightning.lora import adapter_layers, merged_copy
 from sdft_lightning.rollout import Sampling, generate_rollout
-from sdft_lightning.rollout import generate as generate_file
+from sdft_lightning.rollout import decode_mode as decode_file
 from sdft_lightning.rollout.packed import packed_linears
 from sdft_lightning.rollout.weights import SamplingWeights
 from sdft_lightning.uniforms import row_uniforms
@@ -65,7 +65,7 @@ def test_a_rollout_of_the_bfloat16_copy_samples_the_same_tokens_as_without(
     uniforms = row_uniforms(0, 0, ["a", "b", "c", "d"], 1, 12)
     packed = generate_rollout(copied, ids, mask, sampling, uniforms, [2], 0)
     monkeypatch.setattr(
-        generate_file, "packed_linears", lambda model, rows, steps: packed_linears(model, 999, 0)
+        decode_file, "packed_linears", lambda model, rows, steps: packed_linears(model, 999, 0)
     )
     plain = generate_rollout(copied, ids, mask, sampling, uniforms, [2], 0)
     assert packed.completion_ids.tolist() == plain.completion_ids.tolist()
@@ -122,7 +122,7 @@ def test_a_rollout_samples_the_same_tokens_as_without(
     uniforms = row_uniforms(0, 0, ["a", "b", "c", "d"], 1, 12)
     packed = generate_rollout(model, ids, mask, sampling, uniforms, [2], 0)
     monkeypatch.setattr(
-        generate_file, "packed_linears", lambda model, rows, steps: packed_linears(model, 999, 0)
+        decode_file, "packed_linears", lambda model, rows, steps: packed_linears(model, 999, 0)
     )
     plain = generate_rollout(model, ids, mask, sampling, uniforms, [2], 0)
     assert packed.completion_ids.tolist() == plain.completion_ids.tolist()

@@ -1,0 +1,63 @@
+"""What is changed about a model while it samples, and put back afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdft_lightning.eval_mode import eval_mode
+from sdft_lightning.rollout.packed import packed_linears
+
+
+@contextmanager
+def decode_mode(model: Any, rows: int, steps: int) -> Iterator[None]:
+    """Eval mode, the weights' own precision, and linear layers that are ready for few rows.
+
+    Args:
+        model: A causal language model of transformers, whose weights do not change meanwhile.
+        rows: Rows of a decoding step.
+        steps: Most decoding steps.
+    """
+    with eval_mode(model), _own_precision(model), _contiguous_head(model):
+        with packed_linears(model, rows, steps):
+            yield
+
+
+@contextmanager
+def _own_precision(model: Any) -> Iterator[None]:
+    """Without autocast where all weights are in bfloat16: there is nothing left to cast.
+
+    Autocast would still be asked about every operation, and weights would not be laid out anew.
+    """
+    parameters = list(model.parameters())
+    if any(parameter.dtype != torch.bfloat16 for parameter in parameters):
+        yield
+        return
+    with torch.autocast(parameters[0].device.type, enabled=False):
+        yield
+
+
+@contextmanager
+def _contiguous_head(model: Any) -> Iterator[None]:
+    """Give the output head its inputs in one piece.
+
+    Models slice the last position out of all; of such an input torch makes a batched product, for
+    which it copies the whole head once a row.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(_in_one_piece)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _in_one_piece(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(part.contiguous() if isinstance(part, Tensor) else part for part in inputs)

@@ -2,6 +2,9 @@
 
     .venv/bin/python scripts/compare_with_harness.py --data_dir ../shared/data/benchmarks
 
+With `--check` the exit code is 1 where they disagree: by more than 1e-3 in a log-likelihood, in one
+completion or metric, or, with `--at_most`, where the seconds' ratio is greater than that.
+
 Every item's log-likelihoods and every completion are compared, and the seconds that both take to
 answer the requests, in float32 on the CPU or GPU that there is. 200 items of all tasks take more
 than an hour on two cores.
@@ -10,6 +13,7 @@ than an hour on two cores.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -37,8 +41,10 @@ class _Module:
         self.whole_student, self.tokenizer, self.stop_ids = policy
 
 
-def compare(name: str, limit: int, options: argparse.Namespace, policy: Any, theirs: Any) -> str:
-    """Measure a task with both, and return a line of the table."""
+def compare(
+    name: str, limit: int, options: argparse.Namespace, policy: Any, theirs: Any
+) -> tuple[str, list[str]]:
+    """Measure a task with both; return a line of the table, and what does not hold."""
     from lm_eval.evaluator import evaluate
 
     task = BenchmarkTask(str(CONFIGS / f"{name}.yaml"), limit=limit)
@@ -86,10 +92,19 @@ def compare(name: str, limit: int, options: argparse.Namespace, policy: Any, the
     ]
     agreement = f"{same} of {count} the same" if texts else f"{worst:.1e}"
     shown = ", ".join(f"{k.rpartition('/')[2]} {m.value:.4g}" for k, m in measured.items())
-    return (
+    ratio = ours_seconds / theirs_seconds
+    failed = {
+        f"{worst:.1e} in a log-likelihood": worst > 1e-3,
+        f"{count - same} completions": bool(texts) and same < count,
+        f"{max(differences):.1e} in a metric": max(differences)
+        > 1e-5 * max(1.0, *(abs(m.value) for m in measured.values())),
+        f"ratio {ratio:.2f}": options.at_most is not None and ratio > options.at_most,
+    }
+    line = (
         f"| {name} | {count} | {agreement} | {max(differences):.1e} | {shown} "
-        f"| {ours_seconds:.1f} | {theirs_seconds:.1f} | {ours_seconds / theirs_seconds:.2f} |"
+        f"| {ours_seconds:.1f} | {theirs_seconds:.1f} | {ratio:.2f} |"
     )
+    return line, [f"{name}: {what}" for what, holds in failed.items() if holds]
 
 
 def timed_model(**options: Any) -> Any:
@@ -127,7 +142,7 @@ def _moved(value: Any, device: Any) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
-def main() -> None:
+def main() -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="embedded")
@@ -136,6 +151,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--limit_answered", type=int, default=20)
     parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--check", action="store_true", help="exit with 1 where both disagree")
+    parser.add_argument("--at_most", type=float, help="with --check: greatest ratio of the seconds")
     options = parser.parse_args()
     policy = load_policy(options.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -152,10 +169,16 @@ def main() -> None:
         policy.model(warm_up)  # whoever comes first would wait for the weights to be read
     print("| task | requests | largest difference | of a metric | metrics | s | harness | ratio |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
+    failed: list[str] = []
     for name in options.tasks:
         limit = options.limit_answered if name in ANSWERED.split() else options.limit
-        print(compare(name, limit, options, policy, theirs), flush=True)
+        line, wrong = compare(name, limit, options, policy, theirs)
+        failed += wrong
+        print(line, flush=True)
+    if options.check and failed:
+        print("does not hold: " + "; ".join(failed))
+    return 1 if options.check and failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import signal
 import sys
 from typing import Any
@@ -48,6 +49,8 @@ from sdft_lightning.run_folder import (
 from sdft_lightning.run_trainer import RunTrainer
 from sdft_lightning.strategies import check_strategy
 from sdft_lightning.whole_files import check_can_make, no_room
+
+log = logging.getLogger(__name__)
 
 _LARGEST_SEED = 2**32 - 1
 _TERMINATED = 128 + signal.SIGTERM  # what a shell reports of a process that SIGTERM ended
@@ -163,10 +166,22 @@ class SDFTCLI(LightningCLI):
             self.model.check_before_fit(self.datamodule.training_rows())
             check_whole_windows(self.trainer, self.datamodule.batches_per_epoch)
         path = self._get(self.config, "ckpt_path")
+        if command != "fit":
+            self._tell_weights(path)
         # DeepSpeed's folders are read, and checked, when its strategy has started.
         if path is not None and not is_deepspeed_folder(path):
             self.model.configure_model()
             self.model.on_load_checkpoint(load_checkpoint(path))
+
+    def _tell_weights(self, path: str | None) -> None:
+        """Say whose weights are measured, which no figure shows."""
+        if path is not None:
+            log.info(f"weights: the checkpoint {path}")
+            return
+        hint = ""
+        if (self.run_folder / "checkpoints").is_dir():
+            hint = "; --ckpt_path=last takes the newest checkpoint of this run"
+        log.info(f"weights: {self.model.model_name} as it is, without a checkpoint{hint}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that writes below the run's folder only."""

@@ -35,7 +35,8 @@ class SaveRunConfig(SaveConfigCallback):
         folder = run_folder(trainer)
         if not trainer.is_global_zero or self.already_saved:
             return
-        anew = stage == "fit" and trainer.ckpt_path is None and not is_requeued()
+        # The trainer knows its checkpoint only after the hooks of set-up.
+        anew = stage == "fit" and not self.config.get("ckpt_path") and not is_requeued()
         if anew and (folder / "config.yaml").exists():
             raise begun_elsewhere(folder)
         self._new_folder = folder if _is_new(folder) else None

@@ -261,3 +261,20 @@ def test_base_model_may_be_validated_under_the_name_of_the_run_before_the_fit(
     run_cli(*other("validate"))
     run_cli(*fit_args)
     assert "checkpoints/last.ckpt" in files(tmp_path / "runs" / "a")
+
+
+def test_measuring_commands_say_whose_weights_they_measure(
+    run_cli: RunCli,
+    fit_args: list[str],
+    other: Callable[..., list[str]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_cli(*other("validate"))
+    told = capsys.readouterr().err
+    assert "as it is, without a checkpoint" in told
+    assert "--ckpt_path=last" not in told  # there is none yet
+    run_cli(*fit_args)
+    run_cli(*other("validate"))
+    assert "--ckpt_path=last takes the newest checkpoint of this run" in capsys.readouterr().err
+    run_cli(*other("test", "--ckpt_path=last"))
+    assert "weights: the checkpoint runs/a/checkpoints/last.ckpt" in capsys.readouterr().err

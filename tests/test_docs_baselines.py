@@ -55,8 +55,9 @@ def test_every_method_has_its_command_and_every_fragment_named_is_there() -> Non
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_commands_run_in_their_order(
-    run_cli: Callable[..., None], model_folder: Path, tmp_path: Path
+    run_cli: Callable[..., None], make_model_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
+    model_folder = make_model_folder(max_position_embeddings=1024)  # a token is a byte
     for command in commands():
         run_cli(*shortened(command, model_folder))
     runs = {folder.name for folder in (tmp_path / "runs").iterdir()}

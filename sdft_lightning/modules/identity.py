@@ -8,7 +8,17 @@ from sdft_lightning.errors import UserError
 from sdft_lightning.lora import adapter_identity
 from sdft_lightning.tokenization import load_config, load_tokenizer
 
-_FIELDS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+_FIELDS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "head_dim",
+    "tie_word_embeddings",
+)
 
 
 def model_identity(model: Any, model_name: str, method: type) -> dict[str, Any]:
@@ -80,11 +90,14 @@ def check_same_model(saved: dict[str, Any] | None, current: dict[str, Any]) -> N
             "with --model.model_name instead."
         )
     for name in ("architecture", "method", "adapter", "base model"):
-        # Checkpoints from before there were adapters name none.
-        if saved.get(name) != current[name]:
+        # Checkpoints from before there were adapters name none, older ones fewer fields.
+        mine, theirs = current[name], saved.get(name)
+        if isinstance(mine, dict) and isinstance(theirs, dict) and name == "architecture":
+            mine = {field: value for field, value in mine.items() if field in theirs}
+        if theirs != mine:
             raise UserError(
                 f"ckpt_path: the checkpoint is of another {name}: it was written for "
-                f"{saved['model_name']} with {saved.get(name)}, this run has "
-                f"{current['model_name']} with {current[name]}. Give the checkpoint of this run, "
+                f"{saved['model_name']} with {theirs}, this run has "
+                f"{current['model_name']} with {mine}. Give the checkpoint of this run, "
                 "or the config that wrote it."
             )

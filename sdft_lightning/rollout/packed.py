@@ -67,7 +67,7 @@ def _packed_forward(layer: Any, rows: int) -> Any:
     operators = torch.ops.mkldnn
     weight, bias = layer.weight.detach(), layer.bias
     if type(layer) is not nn.Linear:
-        weight = merged_weight(layer)  # (out, in)
+        weight = merged_weight(layer).to(layer.get_base_layer().weight.dtype)  # (out, in)
     packed = operators._reorder_linear_weight(weight, rows)
     bias = None if bias is None else bias.detach()
 

@@ -175,9 +175,15 @@ class VLLMServerEngine(ExternalEngine):
         if self._checked:
             return
         if self.model is None:
-            self.model = str(client.get("/v1/models")["data"][0]["id"])
-        config = client.get("/server_info?config_format=json")["vllm_config"]
-        mode = config["model_config"]["logprobs_mode"]
+            self.model = str(_found(client, "/v1/models", [("data", 0, "id")])[0])
+        mode, device = _found(
+            client,
+            "/server_info?config_format=json",
+            [
+                ("vllm_config", "model_config", "logprobs_mode"),
+                ("vllm_config", "device_config", "device"),
+            ],
+        )
         wanted = "processed_logprobs"
         if mode != wanted:
             raise UserError(
@@ -185,8 +191,7 @@ class VLLMServerEngine(ExternalEngine):
                 f"compares with are log-probabilities as sampled. Start it with --logprobs-mode "
                 f"{wanted}."
             )
-        device = str(config["device_config"]["device"])
-        if device == "cpu" and ties_head(student) and not self.untied_head:
+        if str(device) == "cpu" and ties_head(student) and not self.untied_head:
             raise UserError(
                 f"model.engine: the server at {client.url} runs on a CPU, where vLLM does not "
                 "refresh an output head that is tied to the embedding. Start it with "
@@ -201,7 +206,7 @@ class VLLMServerEngine(ExternalEngine):
         Raises:
             ServerFaultError: If it restarted, or somebody else gave it weights.
         """
-        found = client.get("/weight_info")["weight_version"]
+        found = _found(client, "/weight_info", [("weight_version",)])[0]
         if found != self._marker:
             raise ServerFaultError(
                 f"/weight_info: the weights are {found!r} and no longer {self._marker!r}; the "
@@ -217,6 +222,29 @@ class VLLMServerEngine(ExternalEngine):
         with ThreadPoolExecutor(min(self.parallel, len(bodies))) as pool:
             answers = list(pool.map(lambda body: client.post("/v1/completions", body), bodies))
         return [read_completion(answer, client.url) for answer in answers]
+
+
+def _found(client: VLLMClient, path: str, wanted: list[tuple[str | int, ...]]) -> list[Any]:
+    """What stands under each sequence of keys in a server's answer.
+
+    Raises:
+        UserError: If it answers in another form, as no vLLM server does.
+    """
+    answer = client.get(path)
+    return [_under(answer, keys, f"{client.url}{path}") for keys in wanted]
+
+
+def _under(answer: Any, keys: tuple[str | int, ...], url: str) -> Any:
+    found = answer
+    try:
+        for key in keys:
+            found = found[key]
+    except (KeyError, IndexError, TypeError) as error:
+        raise UserError(
+            f"model.engine: the answer of {url} has no {'.'.join(map(str, keys))}, got "
+            f"{str(answer)[:200]!r}. Use a vLLM server, version 0.32 or newer."
+        ) from error
+    return found
 
 
 def completion_body(

@@ -18,13 +18,14 @@ class Endpoint:
         url: Its base URL.
         requests: Bodies of the requests, as they came.
         keys: Authorization headers of the same requests.
-        reply: From a body to the judge's text, or to the number of an HTTP error.
+        reply: From a body to the judge's text, to the number of an HTTP error, or to the bytes of
+            the whole answer.
     """
 
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
-        self.reply: Callable[[dict[str, Any]], str | int] = lambda _body: verdict("correct")
+        self.reply: Callable[[dict[str, Any]], str | int | bytes] = lambda _body: verdict("correct")
         endpoint = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -33,8 +34,10 @@ class Endpoint:
                 endpoint.requests.append(body)
                 endpoint.keys.append(self.headers.get("Authorization"))
                 reply = endpoint.reply(body) if self.path.endswith("/chat/completions") else 404
-                answer = {"error": {"message": "no"}} if isinstance(reply, int) else _wrap(reply)
-                raw = json.dumps(answer).encode()
+                answer = (
+                    {"error": {"message": "no"}} if isinstance(reply, int) else _wrap(str(reply))
+                )
+                raw = reply if isinstance(reply, bytes) else json.dumps(answer).encode()
                 self.send_response(reply if isinstance(reply, int) else 200)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(raw)))

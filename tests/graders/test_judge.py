@@ -84,6 +84,8 @@ def test_the_judge_sees_the_three_texts_and_nothing_can_pose_as_our_words(
         ("null", None),
         ('["correct"]', None),
         ("", None),
+        ('{"reason": ' + "1" * 5000 + ', "verdict": "correct"}', None),
+        ("[" * 100_000, None),
     ],
 )
 def test_only_the_object_that_was_asked_for_is_a_verdict(reply: str, verdict: str | None) -> None:
@@ -115,6 +117,33 @@ def test_a_damaged_cache_file_is_asked_anew(endpoint: Any, judge_of: Any, tmp_pa
     assert judge_of().grade("medical", [ANSWER]) == [1.0]
     assert len(endpoint.requests) == 2
     assert json.loads(path.read_text(encoding="utf-8"))["reply"] == said("correct")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        b"<html>Welcome</html>",
+        b"[]",
+        b'"text"',
+        b"null",
+        b'{"choices": [{}]}',
+        b'{"choices": [{"message": null}]}',
+        b'{"choices": ["text"]}',
+        b'{"choices": [{"message": {"content": [{"type": "text", "text": "x"}]}}]}',
+        b'{"choices": {"0": 1}, "usage": {"prompt_tokens": "many"}}',
+        b'{"choices": [], "usage": {}}',
+        b"{",
+    ],
+)
+def test_an_answer_that_is_no_chat_completion_is_told_and_no_traceback(
+    endpoint: Any, judge_of: Any, caplog: pytest.LogCaptureFixture, odd: bytes
+) -> None:
+    endpoint.reply = lambda _body: odd
+    judge = judge_of(max_unreadable=0, max_retries=0)
+    assert math.isnan(judge.grade("medical", [ANSWER])[0])
+    assert "1 of 1 answers have no verdict" in caplog.text
+    with pytest.raises(UserError, match=r"data\.judge: tiny at http.* gave no verdict"):
+        judge.check("medical", [ANSWER])
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 
 from sdft_lightning.bounded import bounded_divergence
 from sdft_lightning.divergence import Divergence
@@ -94,3 +95,40 @@ def test_bf16_true_leaves_adapters_float32(fit_module: Callable[..., Any]) -> No
     assert {each.dtype for each in rest} == {torch.bfloat16}
     # A first step of AdamW moves B by the learning rate; bfloat16 would hold none of its digits.
     assert any(not torch.equal(p, p.bfloat16().float()) for p in adapters.values())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_bf16_mixed_clips_the_gradients_of_any_optimizer(
+    fit_module: Callable[..., Any], fused: bool
+) -> None:
+    norms = []
+
+    class Watched(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            if closure is None:  # the one that measures the effective update
+                return super().step()
+            loss = closure()
+            gradients = [p.grad for group in self.param_groups for p in group["params"]]
+            norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+            return super().step(lambda: loss)
+
+    def optimizer(parameters: Any) -> torch.optim.Optimizer:
+        return Watched(parameters, lr=1e-3, fused=fused)
+
+    fit_module(model={"optimizer": optimizer}, precision="bf16-mixed", gradient_clip_val=1e-3)
+    assert norms == [pytest.approx(1e-3, rel=1e-2)]
+
+
+def test_float16_still_refuses_to_clip_for_an_optimizer_that_divides_by_the_scale_itself() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    fused = torch.optim.AdamW([weight], fused=True)
+    scaled = MixedPrecision("16-mixed", "cpu")
+    with precision.clipping_without_scale(scaled), pytest.raises(RuntimeError, match="fused"):
+        scaled.clip_gradients(fused, 1.0)
+    unscaled = MixedPrecision("bf16-mixed", "cpu")
+    with precision.clipping_without_scale(unscaled):
+        unscaled.clip_gradients(fused, 1.0)
+    assert float(weight.grad.norm()) == pytest.approx(1.0)
+    with pytest.raises(RuntimeError, match="fused"):  # outside all is Lightning's again
+        unscaled.clip_gradients(fused, 1.0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from sdft_lightning.lora import adapter_layers, merged_copy
+from sdft_lightning.lora import adapter_layers, merged_copy, merged_weight
 from sdft_lightning.rollout import Sampling, generate_rollout
 from sdft_lightning.rollout import decode_mode as decode_file
 from sdft_lightning.rollout.packed import packed_linears
@@ -149,3 +149,18 @@ def test_an_adapted_layer_is_packed_with_its_adapter_merged(
     torch.testing.assert_close(packed, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(changed, expected, rtol=1e-2)
     assert not any("forward" in part.__dict__ for part in adapted.modules())
+
+
+@needs_bfloat16
+def test_adapted_layers_of_the_bfloat16_copy_are_packed_in_its_precision(
+    make_adapted: Callable[..., Any],
+) -> None:
+    copied = SamplingWeights("bfloat16").model(make_adapted(), 0)
+    layer = next(iter(adapter_layers(copied).values()))
+    inputs = torch.randn(2, layer.get_base_layer().in_features, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = inputs.float() @ merged_weight(layer).T
+        with packed_linears(copied, 1, 100):
+            packed = layer(inputs)
+    assert packed.dtype == torch.bfloat16
+    torch.testing.assert_close(packed.float(), expected, rtol=2e-2, atol=2e-2)

@@ -392,3 +392,14 @@ def test_one_address_for_each_process(
 def test_options_that_cannot_be_meant_are_refused(options: dict[str, Any], text: str) -> None:
     with pytest.raises(UserError, match=f"model.engine.{text}"):
         VLLMServerEngine(**options)
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/server_info", "/weight_info"])
+@pytest.mark.parametrize("odd", [None, [], "text", {}, {"data": []}, {"vllm_config": None}])
+def test_server_of_another_kind_is_told_with_what_it_answered(
+    server: FakeServer, engine: VLLMServerEngine, model: Any, path: str, odd: Any
+) -> None:
+    usual = server.answer
+    server.answer = lambda asked, body: odd if asked == path else usual(asked, body)  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=f"the answer of http.*{path}.* has no .*vLLM server"):
+        generate(engine, model)

@@ -185,12 +185,32 @@ class Judge:
             response = self._client.chat.completions.create(**request)
         except openai.OpenAIError as error:
             raise _NoVerdictError(f"{type(error).__name__}: {error}") from error
-        if response.usage is not None:
-            with self._lock:
-                self.usage.input_tokens += response.usage.prompt_tokens
-                self.usage.output_tokens += response.usage.completion_tokens
-        choices = response.choices or []
-        return (choices[0].message.content or "") if choices else ""
+        except ValueError as error:  # said to be JSON and is none
+            raise _NoVerdictError(_no_completion(error)) from error
+        # The client checks no types: what is no chat completion arrives as text, or half empty.
+        usage = getattr(response, "usage", None)
+        with self._lock:
+            self.usage.input_tokens += _count(getattr(usage, "prompt_tokens", 0))
+            self.usage.output_tokens += _count(getattr(usage, "completion_tokens", 0))
+        try:
+            choices = response.choices or []
+            reply = (choices[0].message.content or "") if choices else ""
+        except (AttributeError, TypeError, KeyError) as error:
+            raise _NoVerdictError(_no_completion(response)) from error
+        if not isinstance(reply, str):
+            raise _NoVerdictError(_no_completion(response))
+        return reply
+
+
+def _count(value: object) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def _no_completion(response: object) -> str:
+    return (
+        f"the endpoint answered with something else than a chat completion, {str(response)[:200]!r}"
+        "; base_url mostly ends in /v1"
+    )
 
 
 def _client(settings: JudgeSettings) -> openai.OpenAI:

@@ -109,7 +109,7 @@ def read_verdict(rubric: Rubric, reply: str) -> str | None:
     fenced = _FENCE.match(text)
     try:
         found = json.loads(fenced["inside"] if fenced else text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON; a number or a nesting without end
         return None
     if not isinstance(found, dict) or not set(found) <= {"reason", "verdict"}:
         return None

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sdft_lightning.chunked import TokenLoss, cast_side, weighted_loss
+from sdft_lightning.chunked import TokenLoss, cast_side, gradient_form, weighted_loss
 from sdft_lightning.token_losses import cross_entropy
 from sdft_lightning.types import OutputHead, TokenStatistics
 
 # Logits of one chunk and role, in elements: 16 MB in float32, of which about twenty are alive.
 CHUNK_ELEMENTS = 2**22
+# Where the gradient is written down about six are alive, and a chunk may be larger: each reads both
+# heads and adds to a gradient of their size, which decides where it has few tokens.
+_KNOWN_CHUNK_ELEMENTS, _ENOUGH_TOKENS = 2**24, 512
 
 
 def bounded_divergence(
@@ -24,7 +27,7 @@ def bounded_divergence(
     token_weights: Tensor,
     divergence: TokenLoss,
     temperature: float = 1.0,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunk_elements: int | None = None,
 ) -> tuple[Tensor, TokenStatistics]:
     """Σ_n w_n D_n over N tokens, and what is logged about them, without N · V logits.
 
@@ -39,7 +42,8 @@ def bounded_divergence(
         token_weights: `(N,)` weight of each token in the loss, see `masking.sequence_weights`.
         divergence: What is summed: a `Divergence`, or another loss of both roles.
         temperature: Both logits are divided by it.
-        chunk_elements: Logits that exist at once, per role.
+        chunk_elements: Logits that exist at once, per role; None: 2**22, and up to 2**24 for large
+            vocabularies where the gradient is written down (`closed_form`).
 
     Returns:
         The scalar loss in float32, differentiable in the student's hidden states and head, and
@@ -55,7 +59,7 @@ def bounded_divergence(
         token_weights,
         divergence,
         temperature,
-        max(1, chunk_elements // vocabulary),
+        _chunk_tokens(chunk_elements, vocabulary, divergence, student_head),
     )
 
 
@@ -64,7 +68,7 @@ def bounded_cross_entropy(
     head: OutputHead,
     token_ids: Tensor,
     token_weights: Tensor,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunk_elements: int | None = None,
     token_loss: TokenLoss = cross_entropy,
 ) -> tuple[Tensor, TokenStatistics]:
     """Σ_n w_n (−log Q(token_n)) over N tokens, without N · V logits.
@@ -76,11 +80,22 @@ def bounded_cross_entropy(
         head: The student's head.
         token_ids: `(N,)` targets.
         token_weights: `(N,)` weight of each token in the loss.
-        chunk_elements: Logits that exist at once.
+        chunk_elements: Logits that exist at once; None as in `bounded_divergence`.
         token_loss: Another loss of the student alone, e.g. `probability_weighted`.
 
     Returns:
         The scalar loss in float32, and the statistics `(N,)`.
     """
-    chunk = max(1, chunk_elements // head.weight.shape[0])
+    chunk = _chunk_tokens(chunk_elements, head.weight.shape[0], token_loss, head)
     return weighted_loss(hidden, head, None, token_ids, token_weights, token_loss, 1.0, chunk)
+
+
+def _chunk_tokens(
+    elements: int | None, vocabulary: int, token_loss: TokenLoss, head: OutputHead
+) -> int:
+    if elements is not None:
+        return max(1, elements // vocabulary)
+    tokens = max(1, CHUNK_ELEMENTS // vocabulary)
+    if gradient_form(token_loss, head.softcap) is None:
+        return tokens
+    return max(tokens, min(_ENOUGH_TOKENS, _KNOWN_CHUNK_ELEMENTS // vocabulary))

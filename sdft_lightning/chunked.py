@@ -20,6 +20,9 @@ from sdft_lightning.types import OutputHead, TokenStatistics
 # (teacher log-probs (C, V), student log-probs (C, V), token ids (C,)) -> loss per token (C,)
 TokenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+# Rows of the head whose gradient is added at once in half precision.
+_HEAD_ROWS = 2**14
+
 
 class Side(NamedTuple):
     """Hidden states and head of one role, cast once to the dtype of the matrix products."""
@@ -106,6 +109,11 @@ def cast_side(hidden: Tensor, head: OutputHead, vocabulary: int) -> Side:
     )
 
 
+def gradient_form(token_loss: TokenLoss, softcap: float | None) -> ClosedForm | None:
+    """How the gradient of a loss is written down, or None where autograd finds it."""
+    return closed_form(token_loss) if softcap is None else None
+
+
 class _WeightedLoss(torch.autograd.Function):
     """Value and gradient of a weighted sum of token losses, chunk by chunk, in one pass."""
 
@@ -143,6 +151,7 @@ class _WeightedLoss(torch.autograd.Function):
                 )
                 if raw_grad is not None:
                     gradients.add_(part, raw_grad, student)
+                    del raw_grad  # or it would be alive beside the next one
         ctx.gradients = gradients
         ctx.mark_non_differentiable(statistics)
         return (statistics[0] * token_weights).sum(), statistics
@@ -165,7 +174,7 @@ def _chunk(
     temperature: float,
 ) -> tuple[Tensor, Tensor | None]:
     """Statistics `(7, C)` of one chunk, and the gradient of its products `(C, V)` if weighted."""
-    known = closed_form(token_loss) if student.softcap is None else None
+    known = gradient_form(token_loss, student.softcap)
     if known is not None:
         return _known_chunk(student, teacher, part, token_ids, token_weights, known, temperature)
     raw = student.raw(part)  # (C, V)
@@ -246,7 +255,10 @@ class _Gradients:
             if raw_grad.dtype == torch.float32:
                 self.weight[:size].addmm_(raw_grad.T, hidden)  # (V, D)
             else:
-                self.weight[:size] += raw_grad.T @ hidden  # (V, D)
+                # Block by block, since the product is in half precision and as large as the head.
+                for start in range(0, size, _HEAD_ROWS):
+                    block = slice(start, min(start + _HEAD_ROWS, size))
+                    self.weight[block] += raw_grad[:, block].T @ hidden  # (rows, D)
         if self.bias is not None:
             self.bias[:size] += raw_grad.float().sum(dim=0)  # (V,)
 

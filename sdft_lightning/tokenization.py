@@ -152,6 +152,17 @@ def load_max_length(model_name: str, tokenizer: Any, revision: str | None = None
     return 2048 if length > _NO_LIMIT else length
 
 
+def has_rotary_positions(model_name: str, revision: str | None = None) -> bool:
+    """Whether positions are computed, so that there is one behind `load_max_length`, too.
+
+    Args:
+        model_name: See `resolve_model`.
+        revision: Branch, tag or commit on the Hub.
+    """
+    names = load_config(model_name, revision).to_dict()
+    return any(name.startswith("rope_") or name.startswith("rotary_") for name in names)
+
+
 def token_id(tokenizer: Any, text: str) -> int | None:
     """Id of a text such as `</think>` where it is one token of the vocabulary, else None."""
     token = tokenizer.convert_tokens_to_ids(text)

@@ -71,7 +71,7 @@ def extra_bytes(
 
 def test_peak_memory_does_not_grow_with_the_number_of_tokens() -> None:
     few, many = (extra_bytes(tokens, 16_000, 64, 120, EXACT) for tokens in (1024, 4096))
-    # All logits of one role would take 66 MB and 262 MB; one chunk takes 16 MB.
+    # All logits of one role would take 66 MB and 262 MB; one chunk takes 33 MB.
     assert many < few + 2e6
     assert many < 250e6
 

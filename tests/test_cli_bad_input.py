@@ -58,19 +58,14 @@ CASES = {
         ],
     ),
     "no_room_in_the_model": Case(
-        GOOD,
-        ["--model.sampling.max_new_tokens=500"],
+        GOOD + line(demonstration="A" * 500),
+        [],
         [
-            "bad.jsonl, line 1",
-            "a prompt of 53 tokens and up to 500 new ones (model.sampling.max_new_tokens)",
-            "the model, which takes 512 (1 of 1 rows do not)",
+            "bad.jsonl, line 2",
+            "and up to 8 new ones (model.sampling.max_new_tokens) do not fit into",
+            "the model, which takes 512 (1 of 2 rows do not)",
             "Lower model.sampling.max_new_tokens",
         ],
-    ),
-    "no_room_for_an_answer": Case(
-        GOOD,
-        ["--data.validation=bad.jsonl", "--model.eval_max_new_tokens=500"],
-        ["up to 500 new ones (model.eval_max_new_tokens)", "which takes 512"],
     ),
     "too_long_teacher_prompt": Case(
         GOOD + line(demonstration="A" * 300),

@@ -37,7 +37,12 @@ from sdft_lightning.embedded import cache_folder
 from sdft_lightning.errors import UserError
 from sdft_lightning.graders import JUDGED, Judge, JudgeSettings, check_reference
 from sdft_lightning.prompts import PromptStyle, check_same_header
-from sdft_lightning.tokenization import load_max_length, load_stop_ids, load_tokenizer
+from sdft_lightning.tokenization import (
+    has_rotary_positions,
+    load_max_length,
+    load_stop_ids,
+    load_tokenizer,
+)
 from sdft_lightning.types import Demonstration, PromptBatch, RowNeeds
 
 log = logging.getLogger(__name__)
@@ -221,7 +226,7 @@ class DemonstrationDataModule(L.LightningDataModule):
         return prompt, teacher, target, self._left_out["train"]
 
     def check_model_takes(self, new_tokens: int, eval_new_tokens: int) -> None:
-        """Refuse what has no room in the model, after `setup`.
+        """Refuse or tell what has no room in the model, after `setup`.
 
         Args:
             new_tokens: Longest completion of a training prompt; 0 where none are sampled.
@@ -234,11 +239,14 @@ class DemonstrationDataModule(L.LightningDataModule):
             return
         assert self._tokenizer is not None
         limit = load_max_length(self.model_name, self._tokenizer.tokenizer, self.revision)
+        longer_works = has_rotary_positions(self.model_name, self.revision)
         for key, rows in self._sets.items():
             count, by = eval_new_tokens, "model.eval_max_new_tokens"
             if key == "train":
                 count, by = new_tokens, "model.sampling.max_new_tokens"
-            check_model_takes(rows.rows, limit, count, by)
+            warning = check_model_takes(rows.rows, limit, count, by, longer_works)
+            if warning is not None:
+                log.warning(warning)
 
     def batch_of(self, rows: Sequence[Demonstration]) -> PromptBatch:
         """Rows rendered, tokenized and padded as training rows are, whatever their lengths."""

@@ -168,7 +168,9 @@ def tokenize_rows(
     return TokenizedRows(kept, skipped, truncated, first)
 
 
-def check_model_takes(rows: Sequence[TokenizedRow], limit: int, new_tokens: int, by: str) -> None:
+def check_model_takes(
+    rows: Sequence[TokenizedRow], limit: int, new_tokens: int, by: str, longer_works: bool
+) -> str | None:
     """Refuse rows that do not fit into the model with what is written behind them.
 
     Args:
@@ -176,6 +178,10 @@ def check_model_takes(rows: Sequence[TokenizedRow], limit: int, new_tokens: int,
         limit: Longest sequence that the model takes, in tokens.
         new_tokens: What may be sampled behind a prompt; 0 where the demonstration stands there.
         by: The option that says how much is sampled.
+        longer_works: Whether the model computes longer sequences, too, though it never learned to.
+
+    Returns:
+        A warning where only the longest samples would have no room, if longer ones work.
 
     Raises:
         UserError: Names the longest row.
@@ -183,7 +189,7 @@ def check_model_takes(rows: Sequence[TokenizedRow], limit: int, new_tokens: int,
     counts = [_sequence(tokens, new_tokens) for tokens in rows]
     longest = max(counts, default=0)
     if longest <= limit:
-        return
+        return None
     row = rows[counts.index(longest)]
     wanted = (
         f"a prompt of {longest - new_tokens} tokens and up to {new_tokens} new ones ({by})"
@@ -191,12 +197,15 @@ def check_model_takes(rows: Sequence[TokenizedRow], limit: int, new_tokens: int,
         else f"{longest} tokens"
     )
     remedy = f"Lower {by}, lower" if new_tokens else "Lower"
-    raise UserError(
+    message = (
         f"{row.row.origin}: {wanted} do not fit into the model, which takes {limit} "
         f"({sum(count > limit for count in counts)} of {len(rows)} rows do not). {remedy} "
         "data.lengths with data.lengths.too_long: skip or truncate, or choose a model that takes "
         "more."
     )
+    if longer_works and longest - new_tokens < limit and new_tokens:
+        return f"{message} Samples that long are computed, but the model has not learned to."
+    raise UserError(message)
 
 
 def _sequence(tokens: TokenizedRow, new_tokens: int) -> int:

@@ -243,9 +243,9 @@ def test_score_without_a_verdict_is_null(tmp_path: Path) -> None:
     class Row:
         id = "r"
 
-    graded = type("Graded", (), {"task": "t", "scores": [float("nan")], "completions": ["x"]})()
+    told = {"task": "t", "rows": [Row()], "scores": [float("nan")], "completions": ["x"]}
+    graded = type("Graded", (), told)()
     trainer = type("T", (), {"world_size": 2, "global_rank": 1, "default_root_dir": tmp_path})()
-    batch = type("B", (), {"rows": [Row()]})()
-    ItemScores().on_test_batch_end(trainer, None, {"graded": graded}, batch, 0)
+    ItemScores().on_test_batch_end(trainer, None, {"graded": graded}, None, 0)
     line = json.loads((tmp_path / "items-rank1.jsonl").read_text())
     assert line == {"task": "t", "id": "r", "score": None, "completion": "x"}

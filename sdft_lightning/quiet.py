@@ -22,6 +22,12 @@ _NOTICES = (
     "litlogger",
     "litmodels",
     "override existing callbacks passed to Trainer: ",
+    "`weights_only` was not set",  # of saving, not of loading: the whole state is meant to be saved
+)
+_SPEAKERS = (
+    "pytorch.utilities.rank_zero",
+    "fabric.utilities.rank_zero",
+    "pytorch.trainer.connectors.checkpoint_connector",
 )
 
 
@@ -49,8 +55,8 @@ def quieten() -> None:
     """Drop these notices; show the package's own messages."""
     for pattern in _WARNINGS:
         warnings.filterwarnings("ignore", message=pattern)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(_Drop())
+    for name in _SPEAKERS:
+        logging.getLogger(f"lightning.{name}").addFilter(_Drop())
     # torchao (extra low-memory), which transformers imports where it is installed, tells of GPU
     # libraries that it does not find and of its own deprecated calls.
     logging.getLogger("torchao").setLevel(logging.ERROR)

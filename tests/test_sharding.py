@@ -189,11 +189,13 @@ def test_adapters_are_refused_before_anything_is_cut(fit_module: Any) -> None:
         module.shard_models(None)
 
 
-def test_an_optimizer_that_cannot_take_shards_is_refused_before_a_model_is_loaded() -> None:
+def test_what_cannot_take_shards_is_refused_before_a_model_is_loaded() -> None:
     from types import SimpleNamespace
 
+    from sdft_lightning.lora import LoRA
     from sdft_lightning.low_memory import LowMemoryAdamW
     from sdft_lightning.modules import SDFTModule
+    from sdft_lightning.rollout import TransformersEngine, VLLMEngine
 
     module = SDFTModule("no/such/model", optimizer=LowMemoryAdamW)
     module._device_mesh = Mesh(2, 1)  # type: ignore[assignment]
@@ -202,5 +204,12 @@ def test_an_optimizer_that_cannot_take_shards_is_refused_before_a_model_is_loade
     with pytest.raises(UserError, match=expected):
         module.configure_model()
     module.optimizer_factory = torch.optim.AdamW
+    module.engine = VLLMEngine()
+    with pytest.raises(UserError, match=r"model\.engine: under fsdp2.*strategy=ddp"):
+        module.configure_model()
+    module.lora = LoRA(r=2)
+    with pytest.raises(UserError, match=r"model\.lora: adapters under fsdp2"):
+        module.configure_model()
+    module.lora, module.engine = None, TransformersEngine()
     with pytest.raises(UserError, match=r"no model could be loaded from no/such/model"):
         module.configure_model()

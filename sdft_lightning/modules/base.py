@@ -97,14 +97,32 @@ class PolicyModule(EvaluatedModule):
         """Load the models once, and spread them over processes where the strategy asks for it.
 
         Raises:
-            UserError: Before anything is loaded, if the optimizer cannot train what is spread.
+            UserError: Before anything is loaded, see `check_can_shard`.
         """
-        if self.device_mesh is not None and self.trainer.state.fn == "fit":
-            check_takes_shards(self.optimizer_factory([nn.Parameter(torch.zeros(1))]))
+        if self.device_mesh is not None:
+            self.check_can_shard(self.trainer.state.fn == "fit")
         if self.student is None:
             self.load_models()
         if self.device_mesh is not None and not is_sharded(self.student):
             self.shard_models(data_parallel_mesh(self.device_mesh))
+
+    def check_can_shard(self, trains: bool) -> None:
+        """Refuse what cannot be spread over processes (FSDP2).
+
+        Args:
+            trains: Whether it will be trained.
+
+        Raises:
+            UserError: With adapters, whose teacher shares the frozen weights, or an optimizer that
+                cannot train what is spread.
+        """
+        if trains:
+            check_takes_shards(self._trial_optimizer())
+        if self.lora is not None:
+            raise UserError(
+                "model.lora: adapters under fsdp2 are not supported, since student and teacher "
+                "share the frozen weights. Use --trainer.strategy=ddp, or train without adapters."
+            )
 
     def shard_models(self, mesh: Any) -> None:
         """Spread the student and its teacher over processes (FSDP2).
@@ -113,13 +131,9 @@ class PolicyModule(EvaluatedModule):
             mesh: One-dimensional device mesh.
 
         Raises:
-            UserError: With adapters, whose teacher shares the frozen weights.
+            UserError: See `check_can_shard`.
         """
-        if self.lora is not None:
-            raise UserError(
-                "model.lora: adapters under fsdp2 are not supported, since student and teacher "
-                "share the frozen weights. Use --trainer.strategy=ddp, or train without adapters."
-            )
+        self.check_can_shard(trains=False)
         self.sampling_weights.prepare(self.student)
         shard_(self.student, mesh)
         for module in list(self.children()):
@@ -152,11 +166,15 @@ class PolicyModule(EvaluatedModule):
             UserError: If the optimizer refuses its options.
         """
         try:
-            self.optimizer_factory([nn.Parameter(torch.zeros(1))])
+            self._trial_optimizer()
         except ValueError as error:
             raise UserError(
                 f"model.optimizer: it refuses its options: {error}. Correct --model.optimizer."
             ) from error
+
+    def _trial_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer over a parameter of no meaning; of a matrix, which all optimizers take."""
+        return self.optimizer_factory([nn.Parameter(torch.zeros(1, 1))])
 
     @property
     def new_tokens(self) -> int:

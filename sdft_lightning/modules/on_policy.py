@@ -24,6 +24,7 @@ from sdft_lightning.rollout import (
     TransformersEngine,
     trained_log_probs,
 )
+from sdft_lightning.rollout.engine import whole_weights_wanted
 from sdft_lightning.rollout.weights import SamplingDtype
 from sdft_lightning.types import Demonstration, PromptBatch, Rollout, TokenStatistics
 
@@ -100,6 +101,16 @@ class OnPolicyModule(PolicyModule):
         """
         super().check_before_fit(rows)
         self.engine.check(self.sampling, self.quantization is not None)
+
+    def check_can_shard(self, trains: bool) -> None:
+        """As `PolicyModule.check_can_shard`.
+
+        Raises:
+            UserError: Also if the engine wants whole weights.
+        """
+        super().check_can_shard(trains)
+        if trains and not self.engine.takes_shards:
+            raise whole_weights_wanted()
 
     def teardown(self, stage: str) -> None:
         """Give back what the engine holds."""

@@ -46,10 +46,12 @@ class Engine(ABC):
         is_trainer: Whether it is the trained model itself that samples.
         truncates_log_probs: Whether `sampled_log_probs` are those after top-k, top-p and min-p, and
             not before.
+        takes_shards: Whether it samples from a model that is spread over processes (fsdp2).
     """
 
     is_trainer: ClassVar[bool] = False
     truncates_log_probs: ClassVar[bool] = False
+    takes_shards: ClassVar[bool] = True
 
     def check(self, sampling: Sampling, quantized: bool) -> None:  # noqa: B027 - most need none
         """Refuse, before a model is loaded, what the engine cannot do.
@@ -106,6 +108,14 @@ class TransformersEngine(Engine):
             request.stop_ids,
             request.pad_id,
         )
+
+
+def whole_weights_wanted() -> UserError:
+    """What is said of an engine that does not take shards."""
+    return UserError(
+        "model.engine: under fsdp2 no process has the whole weights that vLLM wants. Use "
+        "--trainer.strategy=ddp or --model.engine=TransformersEngine."
+    )
 
 
 def check_one_truncation(sampling: Sampling, engine: str) -> None:

@@ -39,6 +39,7 @@ class ExternalEngine(Engine):
     """What both forms of vLLM share: what they refuse, and the rollout made of their answers."""
 
     truncates_log_probs: ClassVar[bool] = True
+    takes_shards: ClassVar[bool] = False
 
     def check(self, sampling: Sampling, quantized: bool) -> None:
         """Refuse what vLLM's log-probabilities could not be compared for.

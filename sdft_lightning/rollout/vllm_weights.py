@@ -18,6 +18,7 @@ from torch import distributed as dist
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.lora import is_adapted, merged_copy
+from sdft_lightning.rollout.engine import whole_weights_wanted
 from sdft_lightning.sharding import is_sharded
 from sdft_lightning.whole_files import raise_user_error
 
@@ -79,10 +80,7 @@ class WeightsFolder:
 
     def _write(self, student: Any, own_head: bool) -> Path:
         if is_sharded(student):
-            raise UserError(
-                "model.engine: under fsdp2 no process has the whole weights that vLLM wants. Use "
-                "--trainer.strategy=ddp or --model.engine=TransformersEngine."
-            )
+            raise whole_weights_wanted()
         model = merged_copy(student) if is_adapted(student) else student
         self._versions += 1
         folder = self._root() / f"weights-{self._versions}"

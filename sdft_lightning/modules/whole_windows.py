@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
 from sdft_lightning.errors import UserError
 
@@ -17,9 +18,15 @@ class WindowCheckpoint(ModelCheckpoint):
 
     Lightning would also save after the first micro-batches of a window: by the clock
     (train_time_interval), and once more after a resume with every_n_train_steps.
+
+    It also waits for the validation that follows a step, where the checkpoint is ranked by one of
+    its metrics: Lightning would rank it by those of the validation before. And only for that one,
+    where Lightning leaves out what is due at an epoch's end without a validation.
     """
 
     _step = 0
+    # During `on_train_batch_end` only: whether a validation follows.
+    _validated_next: bool | None = None
 
     @property
     def state_key(self) -> str:
@@ -35,7 +42,25 @@ class WindowCheckpoint(ModelCheckpoint):
         """Save, if it is due, where the optimizer has just stepped."""
         if trainer.global_step != self._step:
             self._step = trainer.global_step
+            self._validated_next = _is_validated_next(trainer)
             super().on_train_batch_end(trainer, *args, **kwargs)
+            self._validated_next = None
+
+    def _monitor_candidates(self, trainer: L.Trainer) -> dict[str, Tensor]:
+        candidates: dict[str, Tensor] = super()._monitor_candidates(trainer)
+        if self._validated_next and not str(self.monitor).startswith("train/"):
+            candidates.pop(str(self.monitor), None)  # without it Lightning puts the checkpoint off
+        return candidates
+
+    def _should_save_on_train_epoch_end(self, trainer: L.Trainer) -> bool:
+        # Asked on an epoch's last batch: whether not to wait for a validation.
+        return self._validated_next is False or super()._should_save_on_train_epoch_end(trainer)
+
+
+def _is_validated_next(trainer: Any) -> bool:
+    """Whether a validation follows the batch that just ended."""
+    loop = trainer.fit_loop
+    return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
 
 
 class WholeWindows(L.Callback):

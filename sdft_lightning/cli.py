@@ -12,7 +12,8 @@ from typing import Any
 from jsonargparse import ArgumentError
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -47,7 +48,7 @@ from sdft_lightning.run_folder import (
     resolve_checkpoint,
 )
 from sdft_lightning.run_trainer import RunTrainer
-from sdft_lightning.strategies import check_strategy
+from sdft_lightning.trainer_options import check_trainer_options
 from sdft_lightning.whole_files import check_can_make, no_room
 
 log = logging.getLogger(__name__)
@@ -114,12 +115,7 @@ class SDFTCLI(LightningCLI):
         """Refuse a folder in use and a missing checkpoint before anything is loaded."""
         command = self.config["subcommand"]
         config = self.config[command]
-        check_strategy(config["trainer"].get("strategy"))
-        clip = config["trainer"].get("gradient_clip_val") or 0.0
-        if clip < 0:  # torch would turn every gradient around
-            raise UserError(
-                f"trainer.gradient_clip_val: got {clip}, allowed are 0 (no clipping) and more."
-            )
+        check_trainer_options(config["trainer"])
         self.run_folder = named_folder(config["run"]["root"], config["run"]["name"])
         if "ckpt_path" in config:  # preflight has none
             config["ckpt_path"] = resolve_checkpoint(config["ckpt_path"], self.run_folder)
@@ -154,6 +150,7 @@ class SDFTCLI(LightningCLI):
         self.datamodule.benchmarks = Benchmarks()
         self.datamodule.count_too_long = True
         self._check("fit")
+        self.datamodule.check_training_references()
 
     def _check(self, command: str) -> None:
         self.datamodule.trainer = self.trainer
@@ -165,6 +162,8 @@ class SDFTCLI(LightningCLI):
         if command == "fit":
             self.model.check_before_fit(self.datamodule.training_rows())
             check_whole_windows(self.trainer, self.datamodule.batches_per_epoch)
+            ends = self.trainer.max_steps != -1 or self.trainer.max_epochs not in (None, -1)
+            self.model.schedule.check_end(ends)
         path = self._get(self.config, "ckpt_path")
         if command != "fit":
             self._tell_weights(path)
@@ -206,6 +205,16 @@ class SDFTCLI(LightningCLI):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the user named no other
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
         return trainer
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        # What is always on would contradict the options that turn it off.
+        if config.get("enable_checkpointing") is False:
+            callbacks = [each for each in callbacks if not isinstance(each, Checkpoint)]
+        if config.get("enable_progress_bar") is False:
+            ours = self.trainer_defaults["callbacks"]
+            kept = [each for each in ours if not isinstance(each, ProgressBar)]
+            self.trainer_defaults = {**self.trainer_defaults, "callbacks": kept}
+        return super()._instantiate_trainer(config, callbacks)
 
     def _parse_ckpt_path(self) -> None:
         """Checkpoints hold no options: the config of the run does."""

@@ -30,3 +30,18 @@ def check_choice(option: str, value: object, allowed: Iterable[object], remedy: 
         raise UserError(
             f"{option}: got {value!r}, allowed are {listed}. {remedy or 'Choose one of them.'}"
         )
+
+
+def check_at_least(option: str, value: int, least: int) -> None:
+    """Raise unless a number is large enough.
+
+    Args:
+        option: Name of the option as the user writes it.
+        value: What was given.
+        least: The smallest value that the option takes.
+
+    Raises:
+        UserError: If `value` is below it.
+    """
+    if value < least:
+        raise UserError(f"{option}: got {value}, allowed are {least} and more.")

@@ -40,11 +40,15 @@ class RowNeeds(NamedTuple):
         prompt: A question.
         demonstration: The expert's answer; where it is not needed, it is not looked at either.
         context: A source text, which is then what is trained on.
+        target: The demonstration is what is predicted, so it holds the assistant's words only.
+        teacher_prompt: The question is also shown with its demonstration.
     """
 
     prompt: bool = True
     demonstration: bool = True
     context: bool = False
+    target: bool = False
+    teacher_prompt: bool = True
 
 
 class PromptBatch(NamedTuple):

@@ -25,6 +25,12 @@ def line(**row: Any) -> str:
 
 
 GOOD = line()
+TOOL_TURNS = [
+    {"role": "assistant", "content": "Let me look."},
+    {"role": "tool", "content": "open 7:30"},
+    {"role": "assistant", "content": "We open at 7:30."},
+]
+HELD_OUT = '{"gen": {"source": "bad.jsonl", "grader": "contains"}}'
 CASES = {
     "missing_file": Case(
         None, ["--data.train=absent.jsonl"], ["data.train", "absent.jsonl", "Correct the path"]
@@ -152,6 +158,56 @@ CASES = {
         None,
         ["--model=ReinvokeModule", "--model.original_model_name=./absent/model"],
         ["model_name", "./absent/model", "save_pretrained"],
+    ),
+    "window_of_no_micro_batch": Case(
+        None,
+        ["--trainer.accumulate_grad_batches=0"],
+        ["trainer.accumulate_grad_batches", "got 0", "1 and more"],
+    ),
+    "overfit_batches": Case(
+        None,
+        ["--trainer.overfit_batches=1"],
+        ["trainer.overfit_batches", "got 1", "--trainer.limit_train_batches"],
+    ),
+    "all_tokens_skipped": Case(
+        None,
+        ["--model.num_loss_tokens_to_skip=8"],
+        ["model.num_loss_tokens_to_skip", "got 8", "at most 8 tokens", "no token would be left"],
+    ),
+    "a_planned_rate_without_an_end": Case(
+        None,
+        ["--trainer.max_steps=-1", "--trainer.max_epochs=-1", "--trainer.max_time=00:00:01:00"],
+        ["model.schedule", "got cosine", "no last step", "--model.schedule.name=constant"],
+    ),
+    "callback_every_0_steps": Case(
+        None,
+        ["--trainer.callbacks+=CompletionLog", "--trainer.callbacks.every_n_steps=0"],
+        ["CompletionLog.every_n_steps", "got 0", "1 and more"],
+    ),
+    "strip_every_0_steps": Case(
+        None,
+        ["--trainer.callbacks+=KLStrip", "--trainer.callbacks.every_n_steps=0"],
+        ["KLStrip.every_n_steps", "got 0", "1 and more"],
+    ),
+    "export_every_0_steps": Case(
+        None,
+        ["--trainer.callbacks+=ExportModel", "--trainer.callbacks.every_n_steps=0"],
+        ["ExportModel.every_n_steps", "got 0", "1 and more"],
+    ),
+    "sft_on_turns_of_others": Case(
+        GOOD + line(demonstration=TOOL_TURNS),
+        ["--model=SFTModule"],
+        ["bad.jsonl, line 2", "turns of the role tool", "data.prompts.style: turns"],
+    ),
+    "tool_calls_that_nobody_reads": Case(
+        line(demonstration=[{**TOOL_TURNS[0], "tool_calls": [{"name": "hours"}]}, TOOL_TURNS[2]]),
+        [],
+        ["bad.jsonl, line 1", "'demonstration' has tool_calls", "Write the call into the content"],
+    ),
+    "held_out_set_without_its_column": Case(
+        GOOD,
+        ["--data.train=train.jsonl", "--data.held_out", HELD_OUT],
+        ["data.held_out.gen.columns.reference: bad.jsonl has no column 'reference'"],
     ),
     "no_training_file": Case(None, ["--data.train=null"], ["data.train", "`fit` needs it"]),
 }

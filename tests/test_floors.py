@@ -58,6 +58,7 @@ FLOORS: dict[str, float] = {
     "continual": 5,
     "report": 5.25,
     "run_folder": 5,
+    "trainer_options": 5,
     "run_config": 5.25,
     "run_trainer": 5.5,
     "cli": 6,

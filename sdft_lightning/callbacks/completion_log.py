@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 
 from sdft_lightning.callbacks.run_files import append_lines, run_folder, tensorboard
+from sdft_lightning.errors import check_at_least
 from sdft_lightning.prompts import demonstration_text
 from sdft_lightning.types import Demonstration
 
@@ -20,6 +21,8 @@ class CompletionLog(L.Callback):
     """
 
     def __init__(self, every_n_steps: int = 10, rows: int = 4) -> None:
+        check_at_least("CompletionLog.every_n_steps", every_n_steps, 1)
+        check_at_least("CompletionLog.rows", rows, 1)
         self.every_n_steps = every_n_steps
         self.rows = rows
         self._logged_at = 0

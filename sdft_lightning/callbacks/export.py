@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import lightning as L
 
 from sdft_lightning.callbacks.run_files import run_folder, unused_path
-from sdft_lightning.errors import UserError, check_choice
+from sdft_lightning.errors import UserError, check_at_least, check_choice
 from sdft_lightning.lora import is_adapted, merged_copy, save_adapter
 from sdft_lightning.sharding import is_sharded, whole_state_dict
 from sdft_lightning.tokenization import resolve_model
@@ -34,6 +34,8 @@ class ExportModel(L.Callback):
         every_n_steps: int | None = None,
         format: ExportFormat = "merged",
     ) -> None:
+        if every_n_steps is not None:
+            check_at_least("ExportModel.every_n_steps", every_n_steps, 1)
         self.at_end = at_end
         self.every_n_steps = every_n_steps
         self.format: ExportFormat = format

@@ -8,6 +8,7 @@ import lightning as L
 import numpy as np
 
 from sdft_lightning.callbacks.run_files import tensorboard
+from sdft_lightning.errors import check_at_least
 
 _TOKENS_A_LINE = 7
 _MOST_TOKENS = 120
@@ -22,6 +23,8 @@ class KLStrip(L.Callback):
     """
 
     def __init__(self, every_n_steps: int = 10, rows: int = 3) -> None:
+        check_at_least("KLStrip.every_n_steps", every_n_steps, 1)
+        check_at_least("KLStrip.rows", rows, 1)
         self.every_n_steps = every_n_steps
         self.rows = rows
         self._drawn_at = 0

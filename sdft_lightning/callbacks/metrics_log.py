@@ -30,7 +30,8 @@ class MetricsLog(L.Callback):
     ) -> None:
         """Write the training metrics of a logged step."""
         step = trainer.global_step
-        if step != self._logged_at and step % trainer.log_every_n_steps == 0:
+        every = trainer.log_every_n_steps  # 0 is never
+        if every and step != self._logged_at and step % every == 0:
             self._logged_at = step
             self._write(trainer, "train", ("train/", "perf/", "guard/"))
 

@@ -9,6 +9,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from sdft_lightning.errors import check_at_least
+
 
 class RunProgressBar(TQDMProgressBar):
     """A bar on a terminal; a line every few steps where the output is a file.
@@ -19,6 +21,7 @@ class RunProgressBar(TQDMProgressBar):
 
     def __init__(self, every_n_steps: int = 10) -> None:
         super().__init__()
+        check_at_least("RunProgressBar.every_n_steps", every_n_steps, 1)
         self.every_n_steps = every_n_steps
         self._terminal = sys.stderr.isatty()
         self._start: tuple[int, float] | None = None
@@ -51,8 +54,8 @@ class RunProgressBar(TQDMProgressBar):
             return None
         done = trainer.global_step - self._start[0]
         a_step = (time.monotonic() - self._start[1]) / done
-        left: int = max(0, module.total_steps() - trainer.global_step)
-        return a_step * left
+        total = module.total_steps()
+        return None if total is None else a_step * max(0, total - trainer.global_step)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         """Move the bar, or print a line."""
@@ -67,7 +70,9 @@ class RunProgressBar(TQDMProgressBar):
             for name, value in self.get_metrics(trainer, pl_module).items()
         }
         shown = "  ".join(f"{name} {value}" for name, value in metrics.items())
-        print(f"step {step}/{pl_module.total_steps()}  {shown}", flush=True)
+        total = pl_module.total_steps()
+        place = f"{step}" if total is None else f"{step}/{total}"
+        print(f"step {place}  {shown}", flush=True)
 
 
 def format_seconds(seconds: float) -> str:

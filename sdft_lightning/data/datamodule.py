@@ -23,7 +23,7 @@ from sdft_lightning.data.loader import (
     check_rows_for_all,
 )
 from sdft_lightning.data.planned import HeldOut, PlannedSet, TaskSets
-from sdft_lightning.data.rows import Columns, parse_rows
+from sdft_lightning.data.rows import Columns, columns_of_questions, parse_rows
 from sdft_lightning.data.set_warnings import set_warnings
 from sdft_lightning.data.sources import Source, read_rows
 from sdft_lightning.data.tokenize import (
@@ -187,7 +187,12 @@ class DemonstrationDataModule(L.LightningDataModule):
     def _load(self, planned: PlannedSet, tokenizer: Tokenizer) -> PromptDataset:
         found = read_rows(planned.source, f"data.{planned.key}")
         check = None if planned.grader is None else partial(check_reference, planned.grader)
-        rows = parse_rows(found, planned.columns, planned.needs, check)
+        columns, option = planned.columns, "data.columns"
+        if planned.key == "predict":
+            columns = columns_of_questions(found, columns)
+        elif planned.key.startswith("held_out"):
+            option = f"data.{planned.key}.columns"
+        rows = parse_rows(found, columns, planned.needs, check, option)
         if planned.grader is not None:
             line = gold_report(planned.key, planned.grader, rows, self.judge)
             if line:
@@ -195,12 +200,12 @@ class DemonstrationDataModule(L.LightningDataModule):
         if not planned.is_taught:
             rows = [row._replace(demonstration=[]) for row in rows]
         taught = next((row for row in rows if row.demonstration), None)
-        if taught is not None:
+        if taught is not None and planned.needs.teacher_prompt:
             check_same_header(tokenizer.tokenizer, taught, planned.prompts or self.prompts)
         tokenizer = tokenizer._replace(
             style=planned.prompts or tokenizer.style,
             lengths=planned.lengths or tokenizer.lengths,
-            on_context=planned.needs.context,
+            needs=planned.needs,
         )
         tokenized = tokenize_rows(rows, tokenizer, self.count_too_long)
         self._left_out[planned.key] = tokenized.skipped + tokenized.truncated
@@ -218,6 +223,18 @@ class DemonstrationDataModule(L.LightningDataModule):
     def training_rows(self) -> list[Demonstration]:
         """The training rows that fit, after `setup("fit")`."""
         return [tokens.row for tokens in self._sets["train"].rows]
+
+    def check_training_references(self) -> None:
+        """Refuse a training row whose reference the grader does not take, after `setup("fit")`.
+
+        A fit does not grade its training rows, `preflight` does; rows without one are left out.
+
+        Raises:
+            UserError: Names the row.
+        """
+        for row in self.training_rows():
+            if self.grader is not None and row.reference is not None:
+                check_reference(self.grader, row.reference, row.origin)
 
     def training_lengths(self) -> tuple[int, int, int, int]:
         """Longest prompt, teacher prompt and demonstration in tokens, and rows left out or cut."""

@@ -121,7 +121,8 @@ class TaskSets(NamedTuple):
                 f"--data.{splits[0]}=my/{splits[0]}.jsonl."
             )
         sets: list[PlannedSet] = []
-        graded = RowNeeds(demonstration=False)
+        shown = training_needs.teacher_prompt
+        graded = RowNeeds(demonstration=False, teacher_prompt=shown)
         for split in splits:
             source = self.sources[split]
             grader = self.grader if split in ("validation", "test") else None

@@ -11,6 +11,8 @@ from sdft_lightning.errors import UserError
 from sdft_lightning.types import Demonstration, Message, RowNeeds
 
 _ROLES = ("system", "user", "assistant", "tool")
+# What a turn may say besides its content; no text is made of it.
+_UNREAD = ("tool_calls", "function_call")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ def parse_rows(
     columns: Columns,
     needs: RowNeeds,
     check_reference: Callable[[Any, str], None] | None = None,
+    option: str = "data.columns",
 ) -> list[Demonstration]:
     """Turn raw rows into demonstrations.
 
@@ -46,6 +49,7 @@ def parse_rows(
         columns: The column map.
         needs: What every row must have.
         check_reference: Called with each row's reference and place where rows are graded.
+        option: Which option holds the column map.
 
     Returns:
         One demonstration a row, in order.
@@ -53,7 +57,7 @@ def parse_rows(
     Raises:
         UserError: Names the file, the row and what is wrong with it.
     """
-    _check_columns(found, columns, needs, check_reference is not None)
+    _check_columns(found, columns, needs, check_reference is not None, option)
     parsed = [
         _parse_row(row, f"{found.name}, {place}", number, columns, needs)
         for number, (row, place) in enumerate(zip(found.rows, found.places, strict=True))
@@ -65,16 +69,18 @@ def parse_rows(
     return parsed
 
 
-def _check_columns(found: Rows, columns: Columns, needs: RowNeeds, graded: bool) -> None:
-    present = sorted({name for row in found.rows for name in row})
+def _check_columns(
+    found: Rows, columns: Columns, needs: RowNeeds, graded: bool, option: str
+) -> None:
+    present = _names(found)
     wanted = {"context": columns.context, "id": columns.id}
     if needs.prompt:
         wanted["prompt"] = columns.prompt
     if needs.context and columns.context is None:
         raise UserError(
-            f"data.columns.context: the method trains on source texts, and no column of "
+            f"{option}.context: the method trains on source texts, and no column of "
             f"{found.name} is named as theirs. Its columns are {', '.join(present)}. Map the right "
-            "one with --data.columns.context."
+            f"one with --{option}.context."
         )
     if needs.demonstration:
         wanted["demonstration"] = columns.demonstration
@@ -82,15 +88,31 @@ def _check_columns(found: Rows, columns: Columns, needs: RowNeeds, graded: bool)
         wanted["reference"] = columns.reference
         if columns.reference is None:
             raise UserError(
-                f"data.columns.reference: {found.name} is to be graded and no column holds the "
+                f"{option}.reference: {found.name} is to be graded and no column holds the "
                 f"reference. Its columns are {', '.join(present)}."
             )
     for role, name in wanted.items():
         if name is not None and name not in present:
             raise UserError(
-                f"data.columns.{role}: {found.name} has no column {name!r}. Its columns are "
-                f"{', '.join(present)}. Map the right one with --data.columns.{role}."
+                f"{option}.{role}: {found.name} has no column {name!r}. Its columns are "
+                f"{', '.join(present)}. Map the right one with --{option}.{role}."
             )
+
+
+def columns_of_questions(found: Rows, columns: Columns) -> Columns:
+    """The column map for rows of which only the questions are read, and their ids if there are any.
+
+    Args:
+        found: The raw rows.
+        columns: The map of the rows that are trained on.
+    """
+    named = columns.id if columns.id in _names(found) else None
+    return Columns(prompt=columns.prompt, demonstration=columns.demonstration, id=named)
+
+
+def _names(found: Rows) -> list[str]:
+    """All columns of the rows."""
+    return sorted({name for row in found.rows for name in row})
 
 
 def _parse_row(
@@ -104,6 +126,14 @@ def _parse_row(
         raise UserError(
             f"{origin}: the demonstration (column {columns.demonstration!r}) is empty. Fill it or "
             "remove the row; only ReinvokeModule and CPTModule train without demonstrations."
+        )
+    others = [message["role"] for message in demonstration if message["role"] != "assistant"]
+    if needs.target and others:
+        raise UserError(
+            f"{origin}: the demonstration (column {columns.demonstration!r}) has turns of the role "
+            f"{', '.join(sorted(set(others)))}, and the method trains the model to write all of "
+            "it. Leave the assistant's turns, move the earlier ones into the prompt, or train with "
+            "SDFTModule, whose teacher reads it as a conversation (data.prompts.style: turns)."
         )
     context = None if columns.context is None else row.get(columns.context)
     if context is not None and not isinstance(context, str):
@@ -187,6 +217,13 @@ def _parse_messages(value: Any, origin: str, column: str) -> list[Message]:
                 f"{origin}: a message in column {column!r} must have a role "
                 f"({', '.join(_ROLES)}) and a text as content, got role {role!r} and content of "
                 f"type {type(content).__name__}."
+            )
+        unread = [name for name in _UNREAD if message.get(name)]
+        if unread:
+            raise UserError(
+                f"{origin}: a message in column {column!r} has {unread[0]}, which would be lost: "
+                "only content is read. Write the call into the content as the model shall write "
+                "it (docs/graders.md shows a form), and take the key out."
             )
         messages.append({"role": role, "content": content})
     return messages

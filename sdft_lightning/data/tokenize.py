@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from sdft_lightning.errors import UserError, check_choice
 from sdft_lightning.prompts import PromptStyle, render_student, render_target, render_teacher
-from sdft_lightning.types import Demonstration, Message
+from sdft_lightning.types import Demonstration, Message, RowNeeds
 
 TooLong = Literal["error", "skip", "truncate"]
 
@@ -77,23 +77,26 @@ class Tokenizer(NamedTuple):
         style: How the teacher is shown the demonstration.
         lengths: What fits.
         stop_ids: Ids of which any ends a completion.
-        on_context: Whether rows are their contexts as plain text (CPT), not questions.
+        needs: What the method does with a row; where it is about contexts (CPT), rows are these as
+            plain text, not questions.
     """
 
     tokenizer: Any
     style: PromptStyle
     lengths: Lengths
     stop_ids: list[int]
-    on_context: bool = False
+    needs: RowNeeds = RowNeeds(target=True)
 
     def __call__(self, row: Demonstration) -> TokenizedRow:
         """Render and tokenize a row as it is, whatever its lengths."""
-        if self.on_context:
+        if self.needs.context:
             return TokenizedRow(row, [], [], [], self._encode_context(row))
         prompt_ids = self.encode(render_student(self.tokenizer, row, self.style))
         if not row.demonstration:
             return TokenizedRow(row, prompt_ids, [], [])
-        teacher_ids = self.encode(render_teacher(self.tokenizer, row, self.style))
+        teacher_ids: list[int] = []
+        if self.needs.teacher_prompt:
+            teacher_ids = self.encode(render_teacher(self.tokenizer, row, self.style))
         target = self.encode(render_target(self.tokenizer, row, self.style))
         return TokenizedRow(row, prompt_ids, teacher_ids, self._cut_after_stop(target))
 
@@ -149,10 +152,10 @@ def tokenize_rows(
     first = ""
     for row in rows:
         tokens = tokenizer(row)
-        if not _excess(tokens, lengths):
+        if not _excess(tokens, tokenizer):
             kept.append(tokens)
             continue
-        first = first or _too_long_message(tokens, lengths)
+        first = first or _too_long_message(tokens, tokenizer)
         if lengths.too_long == "error" and not count_only:
             raise UserError(first)
         if lengths.too_long == "truncate":
@@ -229,21 +232,24 @@ def length_report(name: str, tokenized: TokenizedRows) -> str:
     return "; ".join(parts)
 
 
-def _excess(tokens: TokenizedRow, lengths: Lengths) -> dict[str, int]:
+def _excess(tokens: TokenizedRow, tokenizer: Tokenizer) -> dict[str, int]:
     """Tokens over the limit, by the name of the limit; empty if the row fits."""
+    lengths = tokenizer.lengths
     over = {
         "prompt": len(tokens.prompt_ids) - lengths.prompt,
         "teacher_prompt": len(tokens.teacher_prompt_ids) - lengths.teacher_prompt,
         "demonstration": len(tokens.demonstration_ids) - lengths.demonstration,
         "context": len(tokens.context_ids) - lengths.context,
     }
+    if not tokenizer.needs.target:
+        del over["demonstration"]
     return {name: count for name, count in over.items() if count > 0}
 
 
-def _too_long_message(tokens: TokenizedRow, lengths: Lengths) -> str:
-    over = _excess(tokens, lengths)
+def _too_long_message(tokens: TokenizedRow, tokenizer: Tokenizer) -> str:
+    over = _excess(tokens, tokenizer)
     name = next(iter(over))
-    limit = getattr(lengths, name)
+    limit = getattr(tokenizer.lengths, name)
     counted = (
         f"prompt {len(tokens.prompt_ids)}, teacher prompt {len(tokens.teacher_prompt_ids)}, "
         f"demonstration {len(tokens.demonstration_ids)}"
@@ -261,20 +267,22 @@ def _too_long_message(tokens: TokenizedRow, lengths: Lengths) -> str:
 
 def _truncate(tokens: TokenizedRow, tokenizer: Tokenizer) -> TokenizedRow:
     limit = tokenizer.lengths.demonstration
-    row = tokens.row
+    row, target = tokens.row, tokens.demonstration_ids
     if tokens.context_ids:
         return tokens._replace(context_ids=tokens.context_ids[: tokenizer.lengths.context])
     for _ in range(8):  # re-tokenizing a cut text may give a token more or less
-        excess = _excess(tokens, tokenizer.lengths)
+        excess = _excess(tokens, tokenizer)
         over = max(excess.get("teacher_prompt", 0), 0)
         if "prompt" in excess or not over:
             break
         row = _shorten(row, over, tokenizer)
         tokens = tokenizer(row)
-    tokens = tokens._replace(demonstration_ids=tokens.demonstration_ids[:limit])
-    if _excess(tokens, tokenizer.lengths):
+    # What is predicted is cut at its own limit only, and never ends with a stop token that is not
+    # its own.
+    tokens = tokens._replace(demonstration_ids=target[:limit])
+    if _excess(tokens, tokenizer):
         raise UserError(
-            f"{_too_long_message(tokens, tokenizer.lengths)} It was tried with truncate: the "
+            f"{_too_long_message(tokens, tokenizer)} It was tried with truncate: the "
             "question alone does not fit, and it is never cut."
         )
     return tokens

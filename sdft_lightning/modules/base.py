@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
@@ -224,20 +225,21 @@ class PolicyModule(EvaluatedModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+    def total_steps(self) -> int | None:
+        """Optimizer steps of the whole run; None where neither steps nor epochs end it."""
         trainer = self.trainer
         batches = getattr(getattr(trainer, "datamodule", None), "batches_per_epoch", None)
         if batches is None:
-            return int(trainer.estimated_stepping_batches)
+            estimate = trainer.estimated_stepping_batches
+            return int(estimate) if math.isfinite(estimate) else None
         # Not estimated_stepping_batches: it starts the loaders, which then forget their place
         # when a run is resumed (Lightning #20550).
         batches = limited_batches(trainer, batches)
         per_epoch = max(1, -(-batches // trainer.accumulate_grad_batches))
         epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else None
-        limits = [trainer.max_steps] if trainer.max_steps > 0 else []
+        limits = [max(1, trainer.max_steps)] if trainer.max_steps != -1 else []
         limits += [per_epoch * epochs] if epochs is not None else []
-        return min(limits) if limits else per_epoch
+        return min(limits) if limits else None
 
     # --- checkpoints ------------------------------------------------------------------------
 

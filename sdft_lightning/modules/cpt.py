@@ -13,7 +13,9 @@ from sdft_lightning.types import PromptBatch, RowNeeds
 class CPTModule(SupervisedModule):
     """Next-token training on the context of each row, as plain text without a chat template."""
 
-    row_needs: ClassVar[RowNeeds] = RowNeeds(prompt=False, demonstration=False, context=True)
+    row_needs: ClassVar[RowNeeds] = RowNeeds(
+        prompt=False, demonstration=False, context=True, teacher_prompt=False
+    )
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         """Predict each token of the text from those before it."""

@@ -161,7 +161,8 @@ class EffectiveUpdate(L.Callback):
             self._copy.grad = gradient
             self._optimizer.step()
         self._follow_teacher(module, student, step)
-        if step % trainer.log_every_n_steps == 0:
+        every = trainer.log_every_n_steps  # 0 is never
+        if every and step % every == 0:
             self._log(module, student)
 
     def _follow_teacher(self, module: Any, student: Tensor, step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -27,6 +28,8 @@ from sdft_lightning.rollout import (
 from sdft_lightning.rollout.engine import whole_weights_wanted
 from sdft_lightning.rollout.weights import SamplingDtype
 from sdft_lightning.types import Demonstration, PromptBatch, Rollout, TokenStatistics
+
+log = logging.getLogger(__name__)
 
 # Shown by --print_config as a class with its arguments; each module makes its own from it.
 DEFAULT_ENGINE = lazy_instance(TransformersEngine)
@@ -82,6 +85,7 @@ class OnPolicyModule(PolicyModule):
         self.mismatch_correction = mismatch_correction
         self.sampler_alarm = sampler_alarm
         self._window = SampledWindow()
+        self._told_empty = False
 
     def configure_callbacks(self) -> list[L.Callback]:
         """The sampler is watched where it is compared."""
@@ -185,11 +189,18 @@ class OnPolicyModule(PolicyModule):
         """Log what a step of on-policy distillation shows, under `train/`."""
         mask = rollout.completion_mask  # (R, T)
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+        if not tokens.kl.numel() and not self._told_empty:
+            self._told_empty = True
+            log.warning(
+                f"step {self.trainer.global_step + 1}: no token of a micro-batch is in the loss, "
+                "as all of its completions end within model.num_loss_tokens_to_skip tokens; its "
+                "means are logged as 0. This is told once."
+            )
         values: dict[str, Tensor | float] = {
-            "kl": tokens.kl.mean(),
-            "student_entropy": tokens.student_entropy.mean(),
-            "teacher_entropy": tokens.teacher_entropy.mean(),
-            "top1_agreement": tokens.top1_agreement.mean(),
+            "kl": _mean(tokens.kl),
+            "student_entropy": _mean(tokens.student_entropy),
+            "teacher_entropy": _mean(tokens.teacher_entropy),
+            "top1_agreement": _mean(tokens.top1_agreement),
             "completion_length": mask.sum(dim=1).float().mean(),
             "truncated_fraction": rollout.truncated.float().mean(),
             "distinct_2": distinct_bigrams(rollout.completion_ids, mask),
@@ -197,6 +208,11 @@ class OnPolicyModule(PolicyModule):
         for name, value in values.items():
             self.log(f"train/{name}", value, prog_bar=name == "kl", sync_dist=True)
         self.completion_tokens = int(mask.sum())
+
+
+def _mean(values: Tensor) -> Tensor:
+    """The mean of `(N,)`; 0 of none, where NaN would spread over all processes."""
+    return values.sum() / max(1, values.numel())
 
 
 def distinct_bigrams(completion_ids: Tensor, completion_mask: Tensor) -> float:

@@ -56,7 +56,7 @@ class ReinvokeModule(SDFTModule):
         sampler_alarm: When these are too far apart.
     """
 
-    row_needs: ClassVar[RowNeeds] = RowNeeds(demonstration=False)
+    row_needs: ClassVar[RowNeeds] = RowNeeds(demonstration=False, teacher_prompt=False)
     has_preflight: ClassVar[bool] = False
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -9,6 +10,8 @@ from typing import Any, Literal, get_args
 from torch.optim import Optimizer
 
 from sdft_lightning.errors import UserError, check_choice
+
+log = logging.getLogger(__name__)
 
 ScheduleName = Literal["cosine", "linear", "constant"]
 
@@ -50,14 +53,50 @@ class Schedule:
             return self.warmup_steps
         return math.ceil((self.warmup_ratio or 0.0) * total_steps)
 
-    def build(self, optimizer: Optimizer, total_steps: int) -> Any:
-        """The scheduler, stepped once an optimizer step (transformers' `get_scheduler`)."""
+    @property
+    def needs_an_end(self) -> bool:
+        """Whether the rate at a step depends on how many steps there will be."""
+        return self.name != "constant" or bool(self.warmup_ratio)
+
+    def check_end(self, has_end: bool) -> None:
+        """Refuse a rate that is planned over a run whose length nobody knows.
+
+        Args:
+            has_end: Whether a number of steps or epochs ends the run.
+
+        Raises:
+            UserError: If there is none and the rate depends on it.
+        """
+        if self.needs_an_end and not has_end:
+            raise UserError(
+                f"model.schedule: got {self.name} with warmup_ratio {self.warmup_ratio}, and the "
+                "run has no last step (trainer.max_steps -1, trainer.max_epochs -1). Set "
+                "trainer.max_steps, or --model.schedule.name=constant with warmup_steps if you "
+                "like; trainer.max_time and a stop by a callback leave the length open."
+            )
+
+    def build(self, optimizer: Optimizer, total_steps: int | None) -> Any:
+        """The scheduler, stepped once an optimizer step (transformers' `get_scheduler`).
+
+        Args:
+            optimizer: Whose rates it moves.
+            total_steps: Optimizer steps of the run; None where it has no end.
+
+        Raises:
+            UserError: If there is no end and the rate depends on it.
+        """
         from transformers import get_scheduler
 
-        name = "constant_with_warmup" if self.name == "constant" else self.name
+        self.check_end(total_steps is not None)
+        warmup = self.warmup(total_steps or 0)
+        if total_steps is not None and warmup >= total_steps and self.warmup_steps:
+            log.warning(
+                f"model.schedule.warmup_steps: got {warmup}, and the run has {total_steps} steps: "
+                "the learning rate never comes to the optimizer's lr. Lower it."
+            )
         return get_scheduler(
-            name,
+            "constant_with_warmup" if self.name == "constant" else self.name,
             optimizer,
-            num_warmup_steps=self.warmup(total_steps),
+            num_warmup_steps=warmup,
             num_training_steps=total_steps,
         )

@@ -122,6 +122,12 @@ class SDFTModule(OnPolicyModule):
                 f"model.num_loss_tokens_to_skip: got {num_loss_tokens_to_skip}, allowed are 0 and "
                 "more."
             )
+        if num_loss_tokens_to_skip >= sampling.max_new_tokens:
+            raise UserError(
+                f"model.num_loss_tokens_to_skip: got {num_loss_tokens_to_skip}, and completions "
+                f"have at most {sampling.max_new_tokens} tokens (model.sampling.max_new_tokens): "
+                "no token would be left to learn from. Lower the one or raise the other."
+            )
         self.teacher = EMATeacher(0.01) if teacher is _DEFAULT_TEACHER else teacher
         self.divergence = divergence
         self.num_loss_tokens_to_skip = num_loss_tokens_to_skip

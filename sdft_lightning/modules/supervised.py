@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from sdft_lightning.bounded import bounded_cross_entropy
@@ -10,11 +12,13 @@ from sdft_lightning.hidden import completion_hidden_states
 from sdft_lightning.masking import sequence_weights
 from sdft_lightning.modules.base import PolicyModule
 from sdft_lightning.token_losses import cross_entropy
-from sdft_lightning.types import TokenStatistics
+from sdft_lightning.types import RowNeeds, TokenStatistics
 
 
 class SupervisedModule(PolicyModule):
     """Trains on text that is given and not sampled; methods add the step."""
+
+    row_needs: ClassVar[RowNeeds] = RowNeeds(target=True, teacher_prompt=False)
 
     def student_hidden(
         self, prompt_ids: Tensor, prompt_mask: Tensor, target_ids: Tensor, keep: Tensor

@@ -34,5 +34,6 @@ class TeacherUpdate(L.Callback):
             return
         module.teacher.update_(module.student, step)
         self.updated_at = step
-        if step % trainer.log_every_n_steps == 0:
+        every = trainer.log_every_n_steps  # 0 is never
+        if every and step % every == 0:
             module.log("train/teacher_distance", module.teacher.distance(module.student))

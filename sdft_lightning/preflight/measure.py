@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import re
@@ -19,6 +20,8 @@ from sdft_lightning.graders import Judge, grade_rows, wilson_interval
 from sdft_lightning.preflight.report import Report, Role
 from sdft_lightning.prompts import demonstration_text
 from sdft_lightning.types import Demonstration, PromptBatch
+
+log = logging.getLogger(__name__)
 
 # What a model says when it talks about what it was shown instead of answering.
 ARTIFACTS = re.compile(
@@ -149,9 +152,26 @@ def _unlike(row: Demonstration, other: Demonstration) -> tuple[bool, bool]:
 
 def _grading(data: TrainingData, sample: list[Demonstration]) -> Grading | None:
     name = data.grader
-    if name is None or any(row.reference is None for row in sample):
+    without = sum(row.reference is None for row in sample)
+    if name is None or without == len(sample):
         return None
-    return lambda texts, rows: grade_rows(name, texts, rows, data.judge)
+    if without:
+        log.warning(
+            f"preflight: {without} of {len(sample)} sampled rows have no reference and are not "
+            "graded; the accuracies are of the others."
+        )
+
+    def grade(texts: Sequence[str], rows: Sequence[Demonstration]) -> list[float]:
+        known = [place for place, row in enumerate(rows) if row.reference is not None]
+        scores = [math.nan] * len(rows)
+        found = grade_rows(
+            name, [texts[place] for place in known], [rows[place] for place in known], data.judge
+        )
+        for place, score in zip(known, found, strict=True):
+            scores[place] = score
+        return scores
+
+    return grade
 
 
 def _role(

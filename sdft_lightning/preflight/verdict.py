@@ -68,7 +68,7 @@ def judge(report: Report, limits: Limits = Limits()) -> Verdict:
     if student is None or teacher is None or other is None:
         reason = (
             "nothing was graded, so it is not known whether the teacher is better: set data.grader "
-            "and data.columns.reference"
+            "and data.columns.reference, and fill the references of the training rows"
         )
         return Verdict("warn", [reason, *warnings], 1)
     if student > 1 - limits.gain and teacher >= student - limits.gain:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdft_lightning.errors import UserError
 from sdft_lightning.kv_cache import cache_argument, cache_of
 from sdft_lightning.masking import position_ids
 from sdft_lightning.prefix import can_share, encode_prefix, split_if_worth
@@ -64,6 +65,9 @@ def generate_rollout(
 
     Returns:
         The rollout, as long as its longest completion.
+
+    Raises:
+        UserError: If the model's logits are no numbers.
     """
     samples = sampling.completions_per_prompt
     rows = prompt_ids.shape[0] * samples
@@ -90,9 +94,22 @@ def generate_rollout(
             if alive.numel() == 0 or length == sampling.max_new_tokens:
                 break
             logits = decoder.step(tokens, going)  # (A, V)
+    _check_finite(log_probs)
     truncated = torch.zeros(rows, dtype=torch.bool, device=device)  # (R,)
     truncated[alive] = True
     return Rollout(ids[:, :length], mask[:, :length], log_probs[:, :length], truncated)
+
+
+def _check_finite(log_probs: Tensor) -> None:
+    """Refuse completions `(R, T)` of a model that has diverged; asked once, not a token."""
+    broken = int((~log_probs.isfinite()).any(dim=1).sum())
+    if broken:
+        raise UserError(
+            f"rollout: the model's logits are not finite (NaN or infinity) in {broken} of "
+            f"{log_probs.shape[0]} completions. Its weights have diverged, or the precision "
+            "overflows. Go on from an earlier checkpoint (--ckpt_path) with a lower learning rate "
+            "(--model.optimizer.init_args.lr), or set --trainer.precision to bf16-mixed or 32-true."
+        )
 
 
 class _Decoder:

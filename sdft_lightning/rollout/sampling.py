@@ -87,7 +87,8 @@ def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
     total = cumulative[:, -1:]  # (B, 1)
     target = uniforms.to(probs.device, dtype).unsqueeze(-1) * total  # (B, 1)
     target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)  # (B,)
+    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)  # (B,)
+    return tokens.clamp(max=probs.shape[-1] - 1)  # NaN is behind the last; `generate` says so
 
 
 def choose_tokens(

@@ -17,6 +17,7 @@ from sdft_lightning.continual import ResumePoint, StageEnd
 from sdft_lightning.data.planned import HeldOut
 from sdft_lightning.lora import LoRA, adapter_parameters
 from sdft_lightning.modules import SDFTModule, SFTModule
+from sdft_lightning.modules.schedule import Schedule
 
 FitModule = Callable[..., Any]
 
@@ -41,6 +42,7 @@ def test_fit_ends_with_the_optimizer_step_that_reaches_the_tokens(
     counted = Counted(100)
     module = fit_module(
         method,
+        {"schedule": Schedule("constant")},
         callbacks=[counted],
         max_steps=-1,
         max_epochs=-1,

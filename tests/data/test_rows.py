@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sdft_lightning.data.rows import Columns, parse_rows
+from sdft_lightning.data.rows import Columns, columns_of_questions, parse_rows
 from sdft_lightning.data.sources import Rows
 from sdft_lightning.errors import UserError
 from sdft_lightning.graders import check_reference
@@ -204,3 +204,36 @@ def test_wrong_row_is_named_with_its_fault_and_the_remedy(name: str) -> None:
         parse(*rows, **options)
     for word in words:
         assert word in str(error.value)
+
+
+TOOL_TURNS = [ANSWER, {"role": "tool", "content": "7:30"}, {"role": "assistant", "content": "Yes."}]
+
+
+def test_turns_of_others_may_be_shown_but_not_predicted() -> None:
+    (row,) = parse({"prompt": "Q?", "demonstration": TOOL_TURNS})
+    assert row.demonstration == TOOL_TURNS
+    with pytest.raises(UserError, match=r"line 1: the demonstration .* turns of the role tool"):
+        parse({"prompt": "Q?", "demonstration": TOOL_TURNS}, needs=RowNeeds(target=True))
+    several = [ANSWER, {"role": "assistant", "content": "Yes."}]
+    (row,) = parse({"prompt": "Q?", "demonstration": several}, needs=RowNeeds(target=True))
+    assert row.demonstration == several
+
+
+@pytest.mark.parametrize("name", ["tool_calls", "function_call"])
+def test_calls_beside_the_content_are_refused_rather_than_lost(name: str) -> None:
+    call = {**ANSWER, name: [{"name": "hours"}]}
+    for row in ({"prompt": "Q?", "demonstration": [call]}, {"prompt": [call, ASK]}):
+        with pytest.raises(UserError, match=rf"line 1: .* has {name}, which would be lost"):
+            parse({"demonstration": "It is so.", **row})
+    (found,) = parse({"prompt": "Q?", "demonstration": [{**ANSWER, name: None}]})
+    assert found.demonstration == [ANSWER]
+
+
+def test_questions_need_no_column_but_their_own() -> None:
+    found = Rows("q.jsonl", [{"prompt": "Q?"}], ["line 1"])
+    whole = Columns(context="context", reference="reference", id="id")
+    (row,) = parse_rows(found, columns_of_questions(found, whole), RowNeeds(demonstration=False))
+    assert (row.id, row.prompt) == ("0", [ASK])
+    named = Rows("q.jsonl", [{"prompt": "Q?", "id": "mine"}], ["line 1"])
+    (row,) = parse_rows(named, columns_of_questions(named, whole), RowNeeds(demonstration=False))
+    assert row.id == "mine"

@@ -17,7 +17,7 @@ from sdft_lightning.data.tokenize import (
 )
 from sdft_lightning.errors import UserError
 from sdft_lightning.prompts import PromptStyle
-from sdft_lightning.types import Demonstration
+from sdft_lightning.types import Demonstration, RowNeeds
 
 STOP = 2  # <|im_end|>
 WIDE = Lengths(10_000, 10_000, 10_000)
@@ -51,7 +51,7 @@ def test_context_to_train_on_is_plain_text_between_bos_and_eos_where_there_are_s
 ) -> None:
     tokenizer = make_tokenizer()
     tokenizer.bos_token = bos
-    plain = Tokenizer(tokenizer, PromptStyle("turns"), WIDE, [STOP], on_context=True)
+    plain = Tokenizer(tokenizer, PromptStyle("turns"), WIDE, [STOP], needs=RowNeeds(context=True))
     (tokens,) = tokenize_rows([row(context="A source.")], plain).rows
     assert tokenizer.decode(tokens.context_ids) == (bos or "") + "A source.<|im_end|>"
     assert tokens.prompt_ids == tokens.teacher_prompt_ids == tokens.demonstration_ids == []
@@ -65,7 +65,9 @@ def test_context_to_train_on_is_plain_text_between_bos_and_eos_where_there_are_s
 def test_context_to_train_on_has_its_own_limit_and_is_cut_at_its_end(tokenizer: Any) -> None:
     long = row("Q" * 99, "A" * 99, "Source " + "x" * 93)  # 101 tokens with EOS
     lengths = Lengths(5, 5, 5, "error", context=100)
-    plain = Tokenizer(tokenizer, PromptStyle("turns"), lengths, [STOP], on_context=True)
+    plain = Tokenizer(
+        tokenizer, PromptStyle("turns"), lengths, [STOP], needs=RowNeeds(context=True)
+    )
     with pytest.raises(UserError) as error:
         tokenize_rows([long], plain)
     for word in ("line 1: too long", "context has 101 tokens", "data.lengths.context is 100"):
@@ -81,7 +83,7 @@ def test_context_to_train_on_has_its_own_limit_and_is_cut_at_its_end(tokenizer: 
 def test_context_of_one_token_is_refused(make_tokenizer: Callable[..., Any]) -> None:
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
-    plain = Tokenizer(tokenizer, PromptStyle("turns"), WIDE, [STOP], on_context=True)
+    plain = Tokenizer(tokenizer, PromptStyle("turns"), WIDE, [STOP], needs=RowNeeds(context=True))
     with pytest.raises(UserError, match=r"line 1: the context 'a' is a single token.*remove"):
         tokenize_rows([row(context="a")], plain)
     assert len(tokenize_rows([row(context="ab")], plain).rows[0].context_ids) == 2
@@ -226,3 +228,30 @@ def test_wrong_lengths_name_option_value_and_what_is_allowed(
     with pytest.raises(UserError) as error:
         Lengths(**options)
     assert all(word in str(error.value) for word in words)
+
+
+def test_truncate_leaves_the_target_whole_where_only_the_teacher_prompt_is_too_long(
+    tokenizer: Any,
+) -> None:
+    long = row(demonstration="A" * 50)
+    (found,) = tokenize(tokenizer, [long], Lengths(100, 90, 60, "truncate")).rows
+    _, teacher, target = texts(tokenizer, found)
+    assert len(found.teacher_prompt_ids) <= 90
+    assert teacher.count("A") < 50
+    # A shorter text with a stop token would teach to stop there.
+    assert target == "A" * 50 + "<|im_end|>"
+
+
+def test_lengths_of_what_a_method_never_shows_or_predicts_do_not_count(tokenizer: Any) -> None:
+    rows, narrow = [row(demonstration="A" * 50)], Lengths(100, 90, 20)
+    plain = Tokenizer(tokenizer, PromptStyle("turns"), narrow, [STOP])
+    supervised = RowNeeds(target=True, teacher_prompt=False)
+    with pytest.raises(UserError, match="teacher prompt has"):
+        tokenize_rows(rows, plain._replace(needs=RowNeeds()))
+    with pytest.raises(UserError, match="demonstration has 51 tokens"):
+        tokenize_rows(rows, plain._replace(needs=supervised))
+    wide = plain._replace(lengths=Lengths(100, 90, 51), needs=supervised)
+    (found,) = tokenize_rows(rows, wide).rows
+    assert found.teacher_prompt_ids == []
+    taught = plain._replace(lengths=Lengths(100, 500, 20), needs=RowNeeds())
+    assert len(tokenize_rows(rows, taught).rows) == 1

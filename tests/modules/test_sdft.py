@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.divergence import Divergence
+from sdft_lightning.errors import UserError
 from sdft_lightning.modules import SDFTModule
 from sdft_lightning.modules.on_policy import distinct_bigrams
 from sdft_lightning.rollout import Sampling
@@ -202,12 +202,25 @@ def test_bf16_mixed_trains_and_keeps_both_roles_in_float32(fit_module: FitModule
     assert all(math.isfinite(loss) and loss > 0 for loss in recorder.losses)
 
 
-def test_skip_longer_than_every_completion_gives_loss_zero_not_nan(
-    fit_module: FitModule, model_folder: Path
+def test_completions_all_shorter_than_the_skip_give_zeros_not_nan_and_are_told_once(
+    fit_module: FitModule, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    def nothing(self: Any, batch: Any, rollout: Rollout) -> Tensor:
+        return torch.zeros_like(rollout.completion_mask)
+
+    monkeypatch.setattr(SDFTModule, "loss_mask", nothing)
     recorder = Recorder()
-    fit_module(model={"num_loss_tokens_to_skip": 99}, callbacks=[recorder])
-    assert recorder.losses == [0.0]
+    module = fit_module(max_steps=2, callbacks=[recorder])
+    assert recorder.losses == [0.0, 0.0]
+    assert float(module.trainer.callback_metrics["train/kl"]) == 0.0
+    told = [record for record in caplog.records if "no token of a micro-batch" in record.message]
+    assert len(told) == 1
+
+
+def test_skip_that_leaves_no_token_of_any_completion_is_refused() -> None:
+    with pytest.raises(UserError, match=r"num_loss_tokens_to_skip: got 8, .* at most 8 tokens"):
+        SDFTModule("embedded", num_loss_tokens_to_skip=8, sampling=Sampling(max_new_tokens=8))
+    SDFTModule("embedded", num_loss_tokens_to_skip=7, sampling=Sampling(max_new_tokens=8))
 
 
 def test_distinct_bigrams_counts_pairs_inside_the_mask_only() -> None:

@@ -238,3 +238,41 @@ def test_measuring_does_not_move_the_student(
     with pytest.raises(SystemExit):
         run_cli(*preflight_args, "--rows=2")
     assert seen["same"]
+
+
+def test_rows_without_a_reference_are_told_and_the_others_graded(
+    run_cli: Callable[..., None],
+    preflight_args: list[str],
+    write_rows: Callable[..., Path],
+    make_rows: Callable[[int], list[dict[str, Any]]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = make_rows(6)
+    rows[2]["reference"] = None
+    path = write_rows(rows, "some.jsonl")
+    with pytest.raises(SystemExit):
+        run_cli(*preflight_args, "--rows=6", f"--data.train={path}")
+    folder = tmp_path / "runs" / "a" / "preflight-0"
+    found = json.loads((folder / "preflight.json").read_text())
+    assert found["student"]["accuracy"] is not None
+    shown = capsys.readouterr()
+    assert "1 of 6 sampled rows have no reference" in shown.err + shown.out
+
+
+def test_a_training_reference_that_the_grader_does_not_take_is_named(
+    run_cli: Callable[..., None],
+    preflight_args: list[str],
+    write_rows: Callable[..., Path],
+    make_rows: Callable[[int], list[dict[str, Any]]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = make_rows(6)
+    rows[4]["reference"] = 10
+    path = write_rows(rows, "some.jsonl")
+    monkeypatch.setattr("sdft_lightning.modules.base.load_policy", pytest.fail)
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(*preflight_args, f"--data.train={path}")
+    assert stopped.value.code == 2
+    assert "some.jsonl, line 5" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sdft_lightning import prefix as prefix_room
+from sdft_lightning.errors import UserError
 from sdft_lightning.rollout import Sampling, generate, generate_rollout, greedy_rollout
 from sdft_lightning.types import Rollout
 from sdft_lightning.uniforms import row_uniforms
@@ -222,3 +223,13 @@ def test_other_numbers_give_other_completions(model: Any, pad_left: Pad) -> None
         for step in (0, 1)
     ]
     assert all(first != second for first, second in zip(*found, strict=True))
+
+
+def test_a_model_that_has_diverged_is_refused_with_a_reason(model: Any, pad_left: Pad) -> None:
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    reason = r"logits are not finite .* in 6 of 6 completions"
+    with pytest.raises(UserError, match=reason):
+        free_greedy(model, pad_left)
+    with pytest.raises(UserError, match=reason):
+        sample(model, pad_left, EVERY, SAMPLING)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import lightning as L
@@ -10,6 +9,7 @@ import lightning as L
 from sdft_lightning.callbacks.export import ExportFormat, check_format, export_model
 from sdft_lightning.data import DemonstrationDataModule
 from sdft_lightning.errors import UserError
+from sdft_lightning.json_text import json_text
 from sdft_lightning.modules import PolicyModule
 from sdft_lightning.preflight import Limits, judge, run_preflight
 from sdft_lightning.run_folder import load_checkpoint
@@ -102,7 +102,7 @@ class RunTrainer(L.Trainer):
         path = Path(self.default_root_dir) / "preflight.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         found = {"verdict": verdict.name, "reasons": verdict.reasons, **report.as_dict()}
-        path.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(json_text(found, indent=2) + "\n", encoding="utf-8")
         print(report.table())
         print(f"\nVerdict: {verdict.name}" + "".join(f"\n- {why}" for why in verdict.reasons))
         print(f"Written to {path}")

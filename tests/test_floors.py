@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "sdft_lightning"
 FLOORS: dict[str, float] = {
     "__init__": 0,  # the version, and how torch takes memory; imports nothing of the project
     "errors": 0,
+    "json_text": 0,
     "eval_mode": 0,
     "quiet": 0,
     "sandbox": 0.5,

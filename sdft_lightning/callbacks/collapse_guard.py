@@ -59,6 +59,7 @@ class CollapseGuard(L.Callback):
         self._first: dict[str, float] = {}
         self._in_a_row: dict[str, int] = {}
         self._kept = ""
+        self.stopped = ""  # the reason, once the run is being stopped
 
     def state_dict(self) -> dict[str, Any]:
         """What the judgement of later steps depends on."""
@@ -144,6 +145,7 @@ class CollapseGuard(L.Callback):
     def _act(self, trainer: Any, sign: str, reason: str) -> None:
         stop = self.action == "stop"
         trainer.should_stop = trainer.should_stop or stop
+        self.stopped = reason if stop else self.stopped
         if not trainer.is_global_zero:
             return
         step, kept = trainer.global_step, self._kept or None

@@ -7,7 +7,10 @@ from typing import Any
 
 import lightning as L
 
-from sdft_lightning.callbacks.run_files import append_lines, run_folder
+from sdft_lightning.callbacks.run_files import append_lines, run_folder, unused_path
+from sdft_lightning.json_text import json_text
+
+BENCHMARKS_FILE = "benchmarks.json"
 
 
 class ItemScores(L.Callback):
@@ -40,3 +43,10 @@ class ItemScores(L.Callback):
             for row, score, text in zip(graded.rows, graded.scores, graded.completions, strict=True)
         ]
         append_lines(run_folder(trainer) / f"items{rank}.jsonl", records)
+
+    def on_test_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
+        """Write down which metrics of the benchmarks count, in benchmarks.json."""
+        suite = getattr(getattr(trainer, "datamodule", None), "benchmark_suite", None)
+        if suite is not None and trainer.is_global_zero:
+            path = unused_path(run_folder(trainer) / BENCHMARKS_FILE)
+            path.write_text(json_text(suite.counted) + "\n", encoding="utf-8")

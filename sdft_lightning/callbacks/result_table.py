@@ -134,8 +134,9 @@ def previous_metrics(folder: Path, stage: str) -> dict[str, float] | None:
     files = [file for file in files if file.is_file() and file.parent != folder]
     found: dict[str, float] = {}
     for file in sorted(files, key=lambda path: path.stat().st_mtime):
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for line in filter(None, file.read_text(encoding="utf-8").split("\n")):
             record: dict[str, Any] = json.loads(line)
             if record.get("stage") == wanted:
-                found.update({name: value for name, value in record.items() if "/" in name})
+                numbers = {name: value for name, value in record.items() if "/" in name}
+                found.update({name: x for name, x in numbers.items() if x is not None})
     return found or None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from sdft_lightning.json_text import json_text
 from sdft_lightning.whole_files import append_whole
 
 
@@ -18,8 +18,11 @@ def run_folder(trainer: L.Trainer) -> Path:
 
 
 def append_lines(path: Path, records: list[dict[str, Any]]) -> None:
-    """Append records to a JSON Lines file, made if absent; no line is ever half there."""
-    append_whole(path, "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in records))
+    """Append records to a JSON Lines file, made if absent; no line is ever half there.
+
+    What is no number (NaN, an infinity) is written as null.
+    """
+    append_whole(path, "".join(json_text(each) + "\n" for each in records))
 
 
 def unused_path(path: Path) -> Path:

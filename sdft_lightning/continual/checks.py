@@ -34,6 +34,7 @@ def check_plan(plan: ContinualPlan, parse: Parse) -> None:
             options = fit_options(plan, unit, None if unit.number == 1 else "the stage before")
             where = f"methods.{unit.method}, stages.{unit.stage.name}"
             _check_handed_on(where, options["model"])
+            _check_best_is_whole(where, plan.select, options["trainer"].get("strategy"))
             if plan.budget_of(unit.stage).tokens is not None:
                 _check_schedule(where, options["model"])
             _check(where, parse("fit", json.dumps(options)))
@@ -67,6 +68,18 @@ def _check_schedule(where: str, model: Mapping[str, Any]) -> None:
             f"{where}: budget.tokens leaves the number of steps open, and the learning rate is "
             f"scheduled over it: got model.init_args.schedule {dict(schedule)}. Set it to "
             "{name: constant}, with warmup_steps if you like, or give budget.updates."
+        )
+
+
+def _check_best_is_whole(where: str, select: str, strategy: Any) -> None:
+    """The best weights are put into whole models only."""
+    name = strategy.get("class_path", "") if isinstance(strategy, Mapping) else str(strategy or "")
+    if select == "best" and (
+        name == "fsdp2" or name.endswith(("FSDP2Strategy", "ParallelStrategy"))
+    ):
+        raise UserError(
+            f"{where}: trainer.strategy: {name} spreads the model over processes, and select: best "
+            "puts the best weights into a whole one. Set select: last, or another strategy."
         )
 
 

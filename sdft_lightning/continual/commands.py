@@ -6,6 +6,7 @@ import gc
 import signal
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 Command = Callable[[list[str]], None]
 _LAST_LINES = 20
+_INTERRUPTED_ITSELF = 5.0  # seconds that a process has to end after a Ctrl-C of its own
 # Of a process that a person or a scheduler ended.
 _STOPPED = (-signal.SIGINT, -signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 
@@ -96,15 +98,44 @@ def in_own_process(locks: tuple[int, ...] = ()) -> Command:
             pass_fds=locks,
         )
         assert process.stderr is not None
-        last = _show(process.stderr)
-        code = process.wait()
-        if code in _STOPPED:
+        with _told_to_stop(process) as told:
+            last = _show(process.stderr)
+            code = process.wait()
+        if code in _STOPPED or told:
             raise Stopped
         if code:
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
             raise RunFailed("\n".join([f"{how}; the last lines of its messages:", *last]))
 
     return run
+
+
+@contextmanager
+def _told_to_stop(process: subprocess.Popen[str]) -> Iterator[list[int]]:
+    """Pass SIGTERM and Ctrl-C on to a command's process, and wait until it has saved and ended.
+
+    Yields:
+        The signals that came.
+    """
+    told: list[int] = []
+
+    def pass_on(number: int, frame: object) -> None:
+        told.append(number)
+        # A terminal sends Ctrl-C to both. Where it came to this process alone, the other is told.
+        delay = 0.0 if number == signal.SIGTERM else _INTERRUPTED_ITSELF
+        timer = threading.Timer(delay, process.terminate)  # nothing, where it has ended
+        timer.daemon = True
+        timer.start()
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python takes none
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, pass_on)
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _show(stream: IO[str]) -> list[str]:

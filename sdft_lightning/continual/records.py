@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sdft_lightning.callbacks.item_scores import BENCHMARKS_FILE
 from sdft_lightning.continual.plan import BASE, ContinualPlan
 from sdft_lightning.continual.units import Unit
 from sdft_lightning.continual.whole import read_records
@@ -79,21 +80,43 @@ def measured(folder: Path, tasks: list[str], held_out: list[str]) -> dict[str, A
     """
     metrics = _lines(folder / "metrics.jsonl")[-1]
     items = _items(folder)
-    capabilities: dict[str, Any] = {name: _graded(name, metrics, items) for name in held_out}
-    for name, value in metrics.items():
-        kind, _, rest = name.removeprefix("test/").partition("/")
-        benchmark, _, metric = rest.rpartition("/")
-        if kind == "capability" and benchmark:  # without one: the mean, which reports form anew
-            capabilities.setdefault(benchmark, {})[metric] = value
+    graded = {name: _graded(name, metrics, items) for name in held_out}
+    benchmarks = _benchmarks(folder, metrics)
+    # A held-out set may have the name of a benchmark.
+    renamed = {f"{name} (benchmark)" if name in graded else name: x for name, x in benchmarks}
     return {
         "tasks": {name: _graded(name, metrics, items) for name in tasks},
-        "capabilities": capabilities,
+        "capabilities": {**graded, **renamed},
         "drift": {
             name.removeprefix("test/drift/"): value
             for name, value in metrics.items()
             if name.startswith("test/drift/")
         },
     }
+
+
+def _benchmarks(folder: Path, metrics: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The harness's figures by task; which metric counts, and what is in no mean, is marked."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in metrics.items():
+        kind, _, rest = name.removeprefix("test/").partition("/")
+        benchmark, _, metric = rest.rpartition("/")
+        if kind == "capability" and benchmark:  # without one: the mean, which reports form anew
+            found.setdefault(benchmark, {})[metric] = value
+    path = folder / BENCHMARKS_FILE
+    if not path.is_file():
+        return list(found.items())
+    chosen: dict[str, str | None] = {}
+    for task in json.loads(path.read_text(encoding="utf-8")):
+        whole = task["name"] in found
+        for name in [task["name"]] if whole else task["leaves"]:
+            chosen[name] = task["metric"]
+    for name, values in found.items():
+        if name not in chosen:
+            values["in_mean"] = False
+        elif chosen[name] is not None:
+            values["metric"] = chosen[name]
+    return list(found.items())
 
 
 def _graded(name: str, metrics: Mapping[str, Any], items: Mapping[str, Any]) -> dict[str, Any]:

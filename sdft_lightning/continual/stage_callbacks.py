@@ -11,11 +11,12 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
-from sdft_lightning.callbacks import TokenBudget
+from sdft_lightning.callbacks import CollapseGuard, TokenBudget
 from sdft_lightning.callbacks.export import export_model
 from sdft_lightning.callbacks.run_files import run_folder, unused_path
 from sdft_lightning.continual.whole import write_whole
 from sdft_lightning.errors import UserError
+from sdft_lightning.sharding import is_sharded, whole_state_dict
 
 FIT_RESULT = "fit.json"
 
@@ -91,15 +92,18 @@ class StageEnd(L.Callback):
     def on_fit_end(self, trainer: Any, module: Any) -> None:
         """Export, and tell what there is."""
         step = selected = trainer.global_step
+        folder = run_folder(trainer)
+        _check_not_stopped(trainer, step, folder)
         best = _watching(trainer)
         if best is not None:
             selected = load_best(best, module)
+        # Spread weights are gathered by all processes together.
+        weights = whole_state_dict(module.student) if is_sharded(module.student) else None
         if not trainer.is_global_zero:
             return
-        folder = run_folder(trainer)
         # One that was interrupted while it was written may lie there.
         exported = unused_path(folder / "exported" / f"step-{selected}")
-        export_model(module, exported)
+        export_model(module, exported, weights=weights)
         (tokens,) = (each.trained for each in trainer.callbacks if isinstance(each, TokenBudget))
         found = {
             "updates": step,
@@ -109,6 +113,17 @@ class StageEnd(L.Callback):
             "exported": str(exported.relative_to(folder)),
         }
         write_whole(folder / FIT_RESULT, json.dumps(found) + "\n")
+
+
+def _check_not_stopped(trainer: Any, step: int, folder: Path) -> None:
+    """Refuse to hand on, as if it were trained, what a guard found to collapse."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, CollapseGuard) and callback.stopped:
+            raise UserError(
+                f"CollapseGuard stopped this stage after {step} updates: {callback.stopped}. It "
+                f"hands nothing on; what it was shows {folder}. Change the method's settings (in a "
+                "plan of another name), or set the guard's action to warn."
+            )
 
 
 def _watching(trainer: Any) -> ModelCheckpoint | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.json_text import json_text
 
 _LOCK_ATTEMPTS = 20
 _LOCK_PAUSE = 0.5  # seconds
@@ -29,7 +30,7 @@ def write_whole(path: Path, text: str) -> None:
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
     """Append one line in one write, and wait until it is on the disk."""
-    line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+    line = (json_text(record) + "\n").encode()
     with path.open("ab") as file:
         file.write(line)
         file.flush()

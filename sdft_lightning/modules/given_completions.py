@@ -93,7 +93,8 @@ def read_completions(path: str, target: CompletionTokens) -> dict[str, list[Kept
             f"model.completions: there is no file {path}. Correct the path, or leave it out: the "
             "teacher then writes the completions."
         )
-    lines = file.read_text(encoding="utf-8").splitlines()
+    # Not splitlines(): that also cuts at characters that JSON strings may hold, like U+2028.
+    lines = file.read_text(encoding="utf-8").split("\n")
     found: dict[str, list[KeptCompletion]] = {}
     for number, line in enumerate(lines, start=1):
         if line.strip():

@@ -137,7 +137,7 @@ def _remarks(
         found["summary"] = (
             "There is no plot of new tasks against retained abilities: no complete run has both.",
         )
-    if all(len(each.stages) == 1 for each in summaries):
+    if summaries and all(len(each.stages) == 1 for each in summaries):
         found["forgetting"] = ("Forgetting and transfer take two stages; the plan has one.",)
     if not curves:
         found["curves"] = ("No run recorded a learning curve.",)

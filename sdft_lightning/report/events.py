@@ -41,6 +41,8 @@ def write_events(
     tags: dict[str, None] = {}
     by_label = {each.label: each for each in summaries}
     for method in results.methods:
+        if method.label not in by_label:  # of a plan in which nothing has finished
+            continue
         for seed in method.seeds:
             with _writer(folder / names[method.label] / f"seed{seed}") as writer:
                 tags.update(_write_seed(writer, method, by_label[method.label], seed))

@@ -78,6 +78,8 @@ def sign_flip_p(first: Array, second: Array) -> tuple[float, bool]:
     steps = np.rint(scaled)
     if np.abs(scaled - steps).max(initial=0.0) < _ROUNDING:
         return _exact_p(steps.astype(int)), True
+    if scaled.size < 2:  # both signs of the one difference are as far from 0
+        return 1.0, True
     found = stats.permutation_test(
         (first.mean(axis=0), second.mean(axis=0)),
         _mean_difference,

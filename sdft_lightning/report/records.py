@@ -14,7 +14,7 @@ BASE = "base"
 # A standard error times this is half of a 95 % interval.
 _NORMAL_95 = 1.96
 _ROUNDING = 1e-6
-_NO_METRICS = ("low", "high", "n", "items")
+_NO_METRICS = ("low", "high", "n", "items", "metric", "in_mean")
 # Their values lie in [0, 1] by chance at most.
 _NO_FRACTIONS = ("perplexity", "bits_per_byte")
 
@@ -30,6 +30,8 @@ class Measure(NamedTuple):
         n: Number of items; None where it was not recorded.
         items: Score of each item by its id; empty where they were not recorded.
         fraction: Whether the metric is a share in [0, 1], of which means can be formed.
+        in_mean: Whether the mean of the retained abilities counts it: not the parts of a group of
+            benchmarks, and not what stands in no mean of the run itself.
     """
 
     metric: str
@@ -39,6 +41,7 @@ class Measure(NamedTuple):
     n: int | None
     items: Mapping[str, float]
     fraction: bool
+    in_mean: bool = True
 
 
 class Record(NamedTuple):
@@ -118,7 +121,8 @@ class _Fields:
         return value
 
     def numbers(self, name: str) -> dict[str, float]:
-        value = self.mapping(name)
+        """Null is what was no number when it was measured; it is left out."""
+        value = {key: each for key, each in self.mapping(name).items() if each is not None}
         if not all(_is_number(each) for each in value.values()):
             raise self.wrong(name, "an object of finite numbers")
         return {plain(key): float(each) for key, each in value.items()}
@@ -136,7 +140,9 @@ class _Fields:
         for key, value in self.mapping(name).items():
             if not isinstance(value, dict):
                 raise self.wrong(name, f"an object of objects ({key} is none)")
-            found[plain(key)] = parse_measure(value, f"{self.where}, {name}.{plain(key)}")
+            measure = parse_measure(value, f"{self.where}, {name}.{plain(key)}")
+            if measure is not None:
+                found[plain(key)] = measure
         return found
 
 
@@ -149,11 +155,12 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def parse_measure(raw: Mapping[str, Any], where: str) -> Measure:
-    """Read what was measured on one set of items.
+def parse_measure(raw: Mapping[str, Any], where: str) -> Measure | None:
+    """Read what was measured on one set of items; None where there was nothing to measure.
 
-    The metric is `accuracy`, or else the first that the object names. Its interval is `low` and
-    `high`, or else value ± 1.96 `<metric>_stderr`, or else Wilson's on the items.
+    The metric is the one that `metric` names, or else `accuracy`, or else the first in the object.
+    Its interval is `low` and `high`, or else value ± 1.96 `<metric>_stderr`, or else Wilson's on
+    the items.
 
     Args:
         raw: The JSON object.
@@ -167,8 +174,17 @@ def parse_measure(raw: Mapping[str, Any], where: str) -> Measure:
     if not metrics:
         raise UserError(f"{where}: it has no metric. Give accuracy, or another one by its name.")
     metric = "accuracy" if "accuracy" in metrics else metrics[0]
+    if raw.get("metric") is not None:
+        metric = raw["metric"]
+        if metric not in metrics:
+            raise fields.wrong("metric", f"one of {', '.join(metrics)}")
+    n = fields.whole("n")
+    if raw[metric] is None or n == 0:  # no number, or no item that anyone could judge
+        return None
     if not _is_number(raw[metric]):
-        raise fields.wrong(metric, "a finite number")
+        raise fields.wrong(metric, "a finite number, or null")
+    if not isinstance(raw.get("in_mean", True), bool):
+        raise fields.wrong("in_mean", "true or false")
     value = float(raw[metric])
     if metric == "accuracy" and not 0 <= value <= 1:
         raise fields.wrong(metric, "between 0 and 1")
@@ -176,9 +192,10 @@ def parse_measure(raw: Mapping[str, Any], where: str) -> Measure:
     items = fields.numbers("items")
     if not all(0 <= score <= 1 for score in items.values()):
         raise fields.wrong("items", "an object of scores between 0 and 1")
-    n = fields.whole("n")
     low, high = _interval(fields, metric, value, items, fraction)
-    return Measure(plain(metric), value, low, high, len(items) if n is None else n, items, fraction)
+    n = len(items) if n is None else n
+    in_mean = raw.get("in_mean", True)
+    return Measure(plain(metric), value, low, high, n, items, fraction, in_mean)
 
 
 def _interval(

@@ -24,12 +24,14 @@ class Column(NamedTuple):
         name: Name of the task or capability.
         metric: What was measured.
         fraction: Whether it is a share in [0, 1].
+        in_mean: Whether the mean of what was retained counts it.
     """
 
     kind: str
     name: str
     metric: str
     fraction: bool
+    in_mean: bool = True
 
 
 class Cell(NamedTuple):
@@ -146,7 +148,12 @@ def _columns(records: Sequence[Record]) -> tuple[Column, ...]:
     rest = sorted((key for key in seen if key[0] != "task"), key=lambda key: key[0] != "other")
     return tuple(
         # A metric that leaves [0, 1] once is no share anywhere.
-        Column(*key, seen[key][0].metric, all(measure.fraction for measure in seen[key]))
+        Column(
+            *key,
+            seen[key][0].metric,
+            all(measure.fraction for measure in seen[key]),
+            all(measure.in_mean for measure in seen[key]),
+        )
         for key in [*tasks, *rest]
     )
 
@@ -161,7 +168,9 @@ def _point(record: Record, columns: Sequence[Column]) -> Point:
     return Point(
         record.seed,
         _mean_of(record, [c for c in columns if c.kind == "task"], len(record.stages)),
-        _mean_of(record, [c for c in columns if c.kind == "capability" and c.fraction], 1),
+        _mean_of(
+            record, [c for c in columns if c.kind == "capability" and c.fraction and c.in_mean], 1
+        ),
         record.drift,
     )
 

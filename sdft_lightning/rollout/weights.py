@@ -95,9 +95,11 @@ def has_native_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
-        # Only with AMX tiles: AVX-512 alone multiplies bfloat16 no faster than float32.
-        probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
-        return bool(probe()) if probe is not None else False
+        # Other AVX-512 multiplies bfloat16 no faster than float32.
+        return any(
+            getattr(torch.cpu, name, bool)()
+            for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        )
     return False
 
 

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file
 
-from sdft_lightning.callbacks import DriftMonitor, ItemScores, TokenBudget
+from sdft_lightning.callbacks import CollapseGuard, DriftMonitor, ItemScores, TokenBudget
 from sdft_lightning.callbacks.metrics_log import MetricsLog
 from sdft_lightning.continual import ResumePoint, StageEnd
 from sdft_lightning.data.planned import HeldOut
+from sdft_lightning.errors import UserError
 from sdft_lightning.lora import LoRA, adapter_parameters
 from sdft_lightning.modules import SDFTModule, SFTModule
 from sdft_lightning.modules.schedule import Schedule
@@ -251,3 +253,32 @@ def test_score_without_a_verdict_is_null(tmp_path: Path) -> None:
     ItemScores().on_test_batch_end(trainer, None, {"graded": graded}, None, 0)
     line = json.loads((tmp_path / "items-rank1.jsonl").read_text())
     assert line == {"task": "t", "id": "r", "score": None, "completion": "x"}
+
+
+def test_stage_that_a_guard_stopped_hands_nothing_on(fit_module: FitModule, tmp_path: Path) -> None:
+    class Stops(CollapseGuard):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            if trainer.global_step == 2:
+                self._act(trainer, "nan", "the loss is NaN")
+
+    with pytest.raises(UserError, match=r"stopped this stage after 2 updates: the loss is NaN"):
+        fit_module(max_steps=5, callbacks=[Stops(), TokenBudget(), StageEnd()])
+    assert not (tmp_path / "fit.json").exists()
+    assert not (tmp_path / "exported").exists()
+    assert (tmp_path / "stopped.json").exists()
+
+
+def test_spread_weights_are_gathered_before_they_are_handed_on(
+    fit_module: FitModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sdft_lightning.continual import stage_callbacks
+
+    def whole(student: Any) -> dict[str, torch.Tensor]:
+        return {name: torch.zeros_like(value) for name, value in student.state_dict().items()}
+
+    monkeypatch.setattr(stage_callbacks, "is_sharded", lambda student: True)
+    monkeypatch.setattr(stage_callbacks, "whole_state_dict", whole)
+    fit_module(callbacks=[TokenBudget(), StageEnd()])
+    exported = json.loads((tmp_path / "fit.json").read_text())["exported"]
+    weights = load_file(tmp_path / exported / "model.safetensors")
+    assert all(not value.any() for value in weights.values())

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -305,3 +309,51 @@ def test_commands_see_their_own_command_line_which_is_put_back(
     in_this_process(lambda: seen.append([*sys.argv]))(["fit", "--x=1"])
     assert seen == [["cli.py", "fit", "--x=1"]]
     assert sys.argv == ["cli.py", "continual"]
+
+
+# Stands in for the command line: says that it is there, saves when told to end, and exits as ours.
+CHILD = """
+import signal, sys, time
+def save(number, frame):
+    print("saved", file=sys.stderr, flush=True)
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGINT, signal.SIG_IGN if {deaf} else signal.default_int_handler)
+print("ready", file=sys.stderr, flush=True)
+time.sleep(60)
+"""
+PARENT = """
+import sys
+from sdft_lightning.continual import commands
+commands._INTERRUPTED_ITSELF = 0.5
+real = commands.subprocess.Popen
+commands.subprocess.Popen = lambda args, **options: real([args[0], "-c", {child!r}], **options)
+try:
+    commands.in_own_process()(["fit"])
+except commands.Stopped:
+    sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "to_all", "saves"),
+    [
+        (signal.SIGTERM, False, True),  # kill, timeout, a scheduler
+        (signal.SIGINT, True, False),  # Ctrl-C: both get it
+        (signal.SIGINT, False, True),  # kill -INT
+    ],
+)
+def test_signal_to_the_plan_ends_its_command_too_and_is_a_stop(
+    number: signal.Signals, to_all: bool, saves: bool
+) -> None:
+    code = PARENT.format(child=CHILD.format(deaf=not to_all))
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert parent.stderr is not None
+    assert parent.stderr.readline() == "ready\n"
+    os.killpg(parent.pid, number) if to_all else os.kill(parent.pid, number)
+    # The child holds this pipe, too: its end is the end of both.
+    rest = parent.stderr.read()
+    assert parent.wait(timeout=30) == 7, rest
+    assert ("saved" in rest) is saves

@@ -262,3 +262,14 @@ def test_parser_of_the_runs_finds_misspelt_options_before_anything_runs(
     message = capsys.readouterr().err
     assert all(word in message for word in words), message
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", {"class_path": "FSDP2Strategy"}])
+def test_best_weights_of_a_model_that_is_spread_are_refused(
+    strategy: Any, plan_options: Options
+) -> None:
+    options = {**plan_options, "select": "best"}
+    options["trainer"] = {**options["trainer"], "strategy": strategy}
+    with pytest.raises(UserError, match="select: best puts the best weights into a whole one"):
+        check_plan(build_plan(options), lambda command, text: "")
+    check_plan(build_plan({**options, "select": "last"}), lambda command, text: "")

@@ -100,3 +100,9 @@ def test_row_with_too_few_or_too_many_completions_is_named(count: int) -> None:
     assert "'b'" in message
     assert "completions_per_prompt is 2" in message
     check_completions({**given, "b": [one, one]}, rows, 2, "given.jsonl")
+
+
+def test_text_may_hold_characters_that_look_like_line_ends(tmp_path: Path, tokenizer: Any) -> None:
+    line = json.dumps({"id": "a", "completion": "a\u2028b\u0085c"}, ensure_ascii=False)
+    found = read(tmp_path, tokenizer, line, longest=20)
+    assert tokenizer.decode(found["a"][0].token_ids[:-1]) == "a\u2028b\u0085c"

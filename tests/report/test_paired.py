@@ -106,3 +106,7 @@ def test_holm_by_hand() -> None:
     assert holm([0.03, 0.01, 0.6, 0.02]) == pytest.approx([0.06, 0.04, 0.6, 0.06])
     assert holm([0.5, 0.6]) == pytest.approx([1.0, 1.0])
     assert holm([]) == []
+
+
+def test_one_item_with_fractional_scores_decides_nothing() -> None:
+    assert sign_flip_p(np.array([[0.25]]), np.array([[0.75]])) == (1.0, True)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
+from sdft_lightning.report import tables
 from sdft_lightning.report.tables import (
+    _LATEX,
     Table,
     as_latex,
     as_markdown,
     as_text,
     fewer,
+    latex_text,
     markdown_text,
     p_value,
     percent,
@@ -59,3 +65,13 @@ def test_other_figures() -> None:
         "< 0.0001",
     ]
     assert (fewer(3, 3), fewer(2, 3)) == ("", " (2 of 3 seeds)")
+
+
+def test_latex_of_our_own_texts_needs_no_further_package() -> None:
+    # Letters beyond ASCII are T1's; of other signs pdfLaTeX has to be told.
+    known = {*_LATEX, "“", "”"}
+    for path in sorted(Path(tables.__file__).parent.glob("*tables.py")):
+        for text in re.findall(r'"((?:[^"\\\n]|\\.)*)"', path.read_text(encoding="utf-8")):
+            odd = {sign for sign in text if ord(sign) > 127 and not sign.isalpha()}
+            assert odd <= known, (path.name, text)
+    assert latex_text("p ≤ 0.05") == r"p $\le$ 0.05"

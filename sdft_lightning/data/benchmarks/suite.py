@@ -73,6 +73,19 @@ class BenchmarkSuite:
         ]
 
     @property
+    def counted(self) -> list[dict[str, Any]]:
+        """What stands for the benchmarks: `name`, `metric` and `leaves` of each task.
+
+        Where tasks name metrics, those tasks only; else all that were asked for, with None as
+        metric. The leaves are what a tag consists of, of which the harness gives no figure.
+        """
+        named = [task for task in self.tasks if task.settings.metric]
+        return [
+            {"name": task.name, "metric": task.settings.metric, "leaves": list(task.leaves)}
+            for task in named or self.tasks
+        ]
+
+    @property
     def dataset(self) -> RequestDataset:
         """All batches."""
         return RequestDataset(self._plans, self.tokenizer.pad_token_id)

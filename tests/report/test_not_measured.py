@@ -1,0 +1,84 @@
+"""What was not measured, or stands in no mean, is told or left out; it is never averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdft_lightning.errors import UserError
+from sdft_lightning.report import write_report
+from sdft_lightning.report.reading import read_records
+from sdft_lightning.report.records import parse_measure, parse_record
+from sdft_lightning.report.results import gather
+from sdft_lightning.report.summary import summarise
+
+Raw = dict[str, Any]
+Write = Callable[..., Path]
+NOTHING_JUDGED = {"accuracy": None, "low": None, "high": None, "n": 0, "items": {}}
+LEAVES = {f"mmlu_{i}": {"acc": 0.9, "acc_stderr": 0.1, "in_mean": False} for i in range(57)}
+BENCHMARKS = {
+    "ifeval": {
+        "prompt_level_strict_acc": 0.4,
+        "prompt_level_strict_acc_stderr": 0.02,
+        "inst_level_loose_acc": 0.7,
+        "inst_level_loose_acc_stderr": 0.02,
+        "metric": "inst_level_loose_acc",
+    },
+    "mmlu": {"acc": 0.5, "acc_stderr": 0.01, "metric": "acc"},
+    **LEAVES,
+}
+
+
+def test_benchmarks_count_by_the_metric_of_the_plan_and_groups_once(by_hand: list[Raw]) -> None:
+    for record in by_hand:
+        record["capabilities"] = BENCHMARKS
+    results = gather([parse_record(record, "line 1") for record in by_hand])
+    _, method = summarise(results)
+    assert method.retained is not None
+    assert method.retained.estimate.value == pytest.approx((0.7 + 0.5) / 2)
+    shown = {column.name: column.metric for column in method.columns}
+    assert shown["ifeval"] == "inst_level_loose_acc"
+    assert shown["mmlu_3"] == "acc"  # the matrix has them all
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [NOTHING_JUDGED, {"accuracy": 0.0, "n": 0}, {"word_perplexity": None}],
+    ids=["no verdict", "no items", "no number"],
+)
+def test_a_set_without_any_verdict_is_not_measured(
+    raw: Raw, by_hand: list[Raw], write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert parse_measure(raw, "here") is None
+    by_hand[2]["capabilities"]["general"] = raw
+    by_hand[2]["drift"] = {"general": None}
+    by_hand[2]["curve"] = [{"step": 4, "drift/general": None}]
+    folder = write_report([write(by_hand)], tmp_path / "report")
+    assert "capabilities.general is missing in 1 of 5 records" in capsys.readouterr().out
+    assert (folder / "report.json").is_file()
+
+
+def test_a_metric_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"here: metric must be one of acc; got 'f1'"):
+        parse_measure({"acc": 0.5, "metric": "f1"}, "here")
+
+
+@pytest.mark.parametrize("also_good", [False, True])
+def test_a_plan_in_which_everything_has_failed_makes_a_report_that_says_so(
+    also_good: bool,
+    by_hand: list[Raw],
+    write: Write,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    failed = {**by_hand[1], "status": "failed", "error": "out of memory", "plan": "f" * 64}
+    found = [*by_hand, failed] if also_good else [failed]
+    folder = write_report([write(found)], tmp_path / "report")
+    shown = capsys.readouterr().out
+    assert "out of memory" in shown
+    assert "the plan has one" not in (folder / "report.md").read_text(encoding="utf-8")
+    assert (folder / "report.json").is_file()
+    assert len(read_records([write(found)])[0]) == len(found)

@@ -2,37 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sdft_lightning.callbacks.progress import format_seconds
 from sdft_lightning.continual.plan import BASE, Budget, ContinualPlan
 from sdft_lightning.continual.records import Key
+from sdft_lightning.continual.rough_time import RoughTime
 from sdft_lightning.continual.units import Shard, Unit, chains_of, plan_folder, share_of
 
 Records = Mapping[Key, Mapping[str, Any]]
+Guess = Callable[[Unit | None], float | None]
 
 
-def overview(plan: ContinualPlan, shard: Shard, records: Records) -> str:
-    """All runs of a share with their state, and the time that is left where it is known.
+def overview(
+    plan: ContinualPlan, shard: Shard, records: Records, guess: Guess | None = None
+) -> str:
+    """All runs of a share with their state, and the time that is left.
 
     Args:
         plan: The plan.
         shard: The share.
         records: The newest record of each run.
+        guess: Seconds of a run of whose method none is finished; `RoughTime` without it.
     """
+    guess = guess or RoughTime(plan).seconds
     base: list[list[Unit | None]] = [[None]] if shard.number == 1 else []
     chains = base + [[*chain] for chain in share_of(chains_of(plan), shard)]
     rows = [("run", "trains", "state", "seconds")]
-    left: list[float | None] = []
+    measured: list[float] = []
+    guessed: list[float | None] = []
     for unit in (unit for chain in chains for unit in chain):
         record = records.get((BASE, None, 0) if unit is None else unit.key)
         if record is not None and record["status"] == "finished":
             state, seconds = "done", f"{_seconds(record):.0f}"
         else:
             state = "to do" if record is None else "failed, to do again"
-            left.append(estimate(plan, unit, records))
-            seconds = "" if left[-1] is None else f"about {left[-1]:.0f}"
+            known = estimate(plan, unit, records)
+            if known is not None:
+                measured.append(known)
+                seconds = f"about {known:.0f}"
+            else:
+                guessed.append(guess(unit))
+                seconds = "" if guessed[-1] is None else f"roughly {guessed[-1]:.0f}"
         length = "nothing" if unit is None else _length(plan.budget_of(unit.stage))
         rows.append((BASE if unit is None else unit.run, length, state, seconds))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -40,7 +52,7 @@ def overview(plan: ContinualPlan, shard: Shard, records: Records) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    return "\n".join([f"{plan_folder(plan)}:", *lines, _time_left(left)])
+    return "\n".join([f"{plan_folder(plan)}:", *lines, _time_left(measured, guessed)])
 
 
 def _length(budget: Budget) -> str:
@@ -74,16 +86,21 @@ def estimate(plan: ContinualPlan, unit: Unit | None, records: Records) -> float 
     return fit / max(trained, 1) * (amount or 0) + evaluation / len(done)
 
 
-def _time_left(left: list[float | None]) -> str:
-    """The sum, and how many runs it cannot tell."""
-    known = [seconds for seconds in left if seconds is not None]
-    unknown = len(left) - len(known)
-    if not left:
+def _time_left(measured: list[float], guessed: list[float | None]) -> str:
+    """The sums of what is known and of what is guessed, and how many runs nothing tells of."""
+    rough = [seconds for seconds in guessed if seconds is not None]
+    unknown = len(guessed) - len(rough)
+    if not measured and not guessed:
         return "All is done."
-    text = f"{len(left)} runs to do"
-    if known:
-        text += f", {len(known)} of them about {format_seconds(sum(known))} (as their method took)"
+    parts = [f"{len(measured) + len(guessed)} runs to do"]
+    if measured:
+        took = format_seconds(sum(measured))
+        parts.append(f"{len(measured)} of them about {took} (as their method took)")
+    if rough:
+        parts.append(
+            f"{len(rough)} roughly {format_seconds(sum(rough))} (within a factor of three, from "
+            "the model's size, the rows and a matrix product on this machine)"
+        )
     if unknown:
-        text += f"; how long {'the other ' if known else ''}{unknown} take is not known: none of "
-        text += "their method is finished"
-    return f"{text}."
+        parts.append(f"{unknown} of which nothing is known, as their model or rows are not here")
+    return "; ".join(parts) + "."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,18 @@ import pytest
 
 from sdft_lightning.continual.overview import overview
 from sdft_lightning.continual.plan_file import build_plan
-from sdft_lightning.continual.units import Shard
+from sdft_lightning.continual.rough_time import Machine, RoughTime, SetSize
+from sdft_lightning.continual.units import Shard, chains_of
 
 Options = dict[str, Any]
 
 
-def test_times_come_from_finished_runs_of_the_same_method_and_none_is_invented(
+def test_times_come_from_finished_runs_of_the_same_method_and_others_are_told_apart(
     plan_options: Options, drive: Any
 ) -> None:
+    def guess(unit: Any) -> float | None:
+        return None if unit.stage.name == "ferry" else 20.0
+
     plan_options["stages"][1]["budget"] = {"updates": 10}
     drive.runs.fail = lambda command, options: options["run"]["name"] == "2_museum"
     drive({**plan_options, "seeds": [1], "methods": plan_options["methods"]})
@@ -29,7 +34,7 @@ def test_times_come_from_finished_runs_of_the_same_method_and_none_is_invented(
     del records["sft", 1, 1]
     lines = {
         cells[0]: " ".join(cells[1:])
-        for line in overview(build_plan(plan_options), Shard(), records).splitlines()
+        for line in overview(build_plan(plan_options), Shard(), records, guess).splitlines()
         if (cells := line.split())
     }
     assert lines["base"] == "nothing done 3"
@@ -37,11 +42,13 @@ def test_times_come_from_finished_runs_of_the_same_method_and_none_is_invented(
     # 2 seconds for 4 updates: 5 for 10, and 1 for the evaluation.
     assert lines["sdft/seed1/2_museum"] == "10 updates failed, to do again about 6"
     assert lines["sdft/seed2/1_ferry"] == "4 updates to do about 3"
-    assert lines["sft/seed2/2_museum"] == "10 updates to do"
-    # sdft: 6 of seed 1, 3 + 6 of seed 2; sft: four runs of which nothing is known.
+    assert lines["sft/seed2/1_ferry"] == "4 updates to do"
+    assert lines["sft/seed2/2_museum"] == "10 updates to do roughly 20"
+    # sdft: 6 of seed 1, 3 + 6 of seed 2; sft: four runs of which none is finished.
     assert lines["7"] == (
-        "runs to do, 3 of them about 15s (as their method took); how long the other 4 take is not "
-        "known: none of their method is finished."
+        "runs to do; 3 of them about 15s (as their method took); 2 roughly 40s (within a factor of "
+        "three, from the model's size, the rows and a matrix product on this machine); 2 of which "
+        "nothing is known, as their model or rows are not here."
     )
 
 
@@ -71,4 +78,61 @@ def test_dry_run_writes_nothing_and_shows_every_run(
     assert sorted(tmp_path.rglob("*")) == before
     out = capsys.readouterr().out
     assert "sft/seed5/2_museum" in out
-    assert "5 runs to do; how long 5 take is not known" in out
+    assert re.search(r"5 runs to do; 5 roughly \d+s \(within", out)
+
+
+ROWS = SetSize(rows=100, prompt=30.0, demonstration=10.0, context=60.0)
+
+
+@pytest.fixture
+def rough(plan_options: Options, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Seconds of each method's first stage, on a machine of round figures."""
+
+    def times(**changes: Any) -> dict[str, float]:
+        plan_options.update(changes)
+        plan_options["trainer"].pop("val_check_interval")
+        found = RoughTime(build_plan(plan_options))
+        monkeypatch.setattr(found, "_size", lambda source, columns: ROWS)
+        found.parameters, found.machine = 1000, Machine(operations=1e6, bytes_read=1e6)
+        evaluation = found.seconds(None)
+        assert evaluation is not None
+        stages = {chain[0].method: found.seconds(chain[0]) for chain in chains_of(found.plan)}
+        return {
+            "evaluate": evaluation,
+            **{name: (seconds or 0.0) - evaluation for name, seconds in stages.items()},
+        }
+
+    return times
+
+
+def test_rough_time_by_hand(rough: Callable[..., Any]) -> None:
+    found = rough()
+    # A forward pass takes 2 ms a token; reading 1000 weights of 4 bytes takes 4 ms.
+    # Questions: 3 sets of 100; 25 batches of 4, 8 new tokens each at max(4, 8) ms; the drift twice.
+    assert found["evaluate"] == pytest.approx(3 * (6.0 + 25 * 8 * 0.008) + 2 * 6.0)
+    # 4 updates of 3 rows: 40 tokens each, forward and backward.
+    assert found["sft"] == pytest.approx(4 * 3 * 0.002 * 3 * 40)
+    # 4 updates of 2 rows: prompts, 8 new tokens, the student three times, the teacher once.
+    step = 2 * 30 * 0.002 + 8 * 0.004 + 3 * 2 * 38 * 0.002 + 2 * 108 * 0.002
+    assert found["sdft"] == pytest.approx(4 * step)
+
+
+def test_rough_time_of_a_budget_of_tokens(rough: Callable[..., Any]) -> None:
+    found = rough(budget={"tokens": 100})
+    assert found["sft"] == pytest.approx(4 * 3 * 0.002 * 3 * 40)  # 30 tokens an update
+
+
+def test_rough_time_counts_the_weights_and_measures_the_machine(
+    plan_options: Options, model: Any
+) -> None:
+    rough = RoughTime(build_plan(plan_options))
+    assert rough.parameters == model.num_parameters()
+    assert min(rough.machine) > 1e6
+    seconds = rough.seconds(None)
+    assert seconds is not None
+    assert seconds > 0
+
+
+def test_rough_time_is_none_where_the_model_is_not_here(plan_options: Options) -> None:
+    plan_options["model"]["init_args"]["model_name"] = "./absent/model"
+    assert RoughTime(build_plan(plan_options)).seconds(None) is None

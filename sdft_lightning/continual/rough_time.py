@@ -1,0 +1,217 @@
+"""How long runs may take of which none is finished: from model, rows and this machine's speed.
+
+A guess within a factor of two or three, for the decision whether to wait, go to lunch, or go home:
+floating-point operations (2 a parameter and token forward, 6 with the backward pass) over the speed
+of a matrix product, and sampling as reading all weights once a token.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Mapping
+from functools import cached_property
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+
+from sdft_lightning import modules
+from sdft_lightning.continual.options import base_model, merged, stage_data
+from sdft_lightning.continual.plan import ContinualPlan
+from sdft_lightning.continual.units import Unit
+from sdft_lightning.data import DemonstrationDataModule
+from sdft_lightning.data.rows import Columns
+from sdft_lightning.data.sources import read_rows
+from sdft_lightning.modules.on_policy import OnPolicyModule
+from sdft_lightning.rollout import Sampling
+from sdft_lightning.tokenization import resolve_model
+
+_CHARACTERS_A_TOKEN = 4
+_TEMPLATE_TOKENS = 20
+_MEASURED_SECONDS = 0.2
+_BYTES_A_WEIGHT = 4
+
+
+class Machine(NamedTuple):
+    """What a device does in a second.
+
+    Attributes:
+        operations: Floating-point operations of a product of large matrices.
+        bytes_read: Bytes of a matrix that is multiplied by a vector.
+    """
+
+    operations: float
+    bytes_read: float
+
+
+class SetSize(NamedTuple):
+    """Rows of a set, and tokens of an average one.
+
+    Attributes:
+        rows: How many.
+        prompt: Tokens of the question with its template.
+        demonstration: Tokens of the answer.
+        context: Tokens of the source text.
+    """
+
+    rows: int
+    prompt: float
+    demonstration: float
+    context: float
+
+
+class RoughTime:
+    """Guesses the seconds of a plan's runs; each part is looked at when it is first needed.
+
+    Args:
+        plan: The plan.
+    """
+
+    def __init__(self, plan: ContinualPlan) -> None:
+        self.plan = plan
+        self._sizes: dict[str, SetSize] = {}
+
+    def seconds(self, unit: Unit | None) -> float | None:
+        """Of a stage with its evaluation, or of the base model's evaluation without one.
+
+        None where the model or the rows cannot be looked at (a Hub that is not reached, say).
+        """
+        try:
+            evaluation = self._evaluation()
+            return evaluation if unit is None else self._fit(unit) + evaluation
+        except (OSError, ValueError, RuntimeError):
+            return None
+
+    @cached_property
+    def machine(self) -> Machine:
+        """The speed of the device that the plan trains on, measured in half a second."""
+        wanted = str(self.plan.trainer.get("accelerator", "auto"))
+        on_gpu = wanted in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+        return measure_machine(torch.device("cuda" if on_gpu else "cpu"))
+
+    @cached_property
+    def parameters(self) -> int:
+        """Weights of the model, counted without loading any."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        name, revision = base_model(self.plan)
+        config = AutoConfig.from_pretrained(resolve_model(name), revision=revision)
+        with torch.device("meta"):
+            return int(AutoModelForCausalLM.from_config(config).num_parameters())
+
+    def _size(self, source: Any, columns: Mapping[str, Any]) -> SetSize:
+        key = repr((source, sorted(columns.items())))
+        if key not in self._sizes:
+            rows = read_rows(source, "data").rows
+            names = Columns(**columns)
+
+            def tokens(column: str | None) -> float:
+                texts = [str(row.get(column or "") or "") for row in rows]
+                return fmean(map(len, texts)) / _CHARACTERS_A_TOKEN
+
+            prompt = tokens(names.prompt) + _TEMPLATE_TOKENS
+            self._sizes[key] = SetSize(
+                len(rows), prompt, tokens(names.demonstration), tokens(names.context)
+            )
+        return self._sizes[key]
+
+    def _forward(self, tokens: float) -> float:
+        return 2 * self.parameters * tokens / self.machine.operations
+
+    def _sampled(self, rows: float, new_tokens: int) -> float:
+        reading = _BYTES_A_WEIGHT * self.parameters / self.machine.bytes_read
+        return new_tokens * max(reading, self._forward(rows))
+
+    def _answers(self, size: SetSize, data: Mapping[str, Any]) -> float:
+        """Seconds to answer all questions of a set."""
+        batch = min(size.rows, _option(DemonstrationDataModule, "eval_batch_size", data))
+        new = _option(modules.PolicyModule, "eval_max_new_tokens", _init(self.plan.model))
+        batches = math.ceil(size.rows / batch)
+        return self._forward(size.rows * size.prompt) + batches * self._sampled(batch, new)
+
+    def _evaluation(self) -> float:
+        total = 0.0
+        for stage in self.plan.stages:
+            data = stage_data(self.plan, stage)
+            total += self._answers(self._size(data["test"], data.get("columns", {})), data)
+        return total + self._kept()
+
+    def _kept(self) -> float:
+        """The held-out sets; those of the drift are read once more."""
+        total = 0.0
+        for name, held in self.plan.held_out.items():
+            columns = held.get("columns", {"reference": "reference"})
+            size = self._size(held["source"], columns)
+            total += self._answers(size, self.plan.data)
+            if name in self.plan.drift:
+                total += 2 * self._forward(size.rows * size.prompt)
+        return total
+
+    def _fit(self, unit: Unit) -> float:
+        model = merged(self.plan.model, unit.options.model)
+        data = merged(stage_data(self.plan, unit.stage), unit.options.data)
+        trainer = merged(self.plan.trainer, unit.options.trainer)
+        size = self._size(data["train"], data.get("columns", {}))
+        window = int(trainer.get("accumulate_grad_batches") or 1)
+        rows = _option(DemonstrationDataModule, "batch_size", data) * window
+        step, trained = self._step(model, size, rows)
+        budget = self.plan.budget_of(unit.stage)
+        updates = budget.updates or math.ceil((budget.tokens or 0) / max(1.0, trained))
+        total = updates * step
+        interval = trainer.get("val_check_interval")
+        if data.get("validation") is not None and isinstance(interval, int):
+            each = self._answers(self._size(data["validation"], data.get("columns", {})), data)
+            total += updates * window // interval * (each + self._kept())
+        return total
+
+    def _step(self, model: Mapping[str, Any], size: SetSize, rows: int) -> tuple[float, float]:
+        """Seconds of an optimizer step, and tokens that it trains on."""
+        method = getattr(modules, str(model.get("class_path", "")).rpartition(".")[2], None)
+        if not (isinstance(method, type) and issubclass(method, OnPolicyModule)):
+            tokens = rows * size.demonstration
+            return 3 * self._forward(rows * (size.prompt + size.demonstration)), tokens
+        sampling = _init(model).get("sampling") or {}
+        new = int(sampling.get("max_new_tokens", Sampling().max_new_tokens))
+        rows *= int(sampling.get("completions_per_prompt", 1))
+        shown = size.prompt + size.demonstration + size.context
+        seconds = self._forward(rows * size.prompt) + self._sampled(rows, new)
+        seconds += 3 * self._forward(rows * (size.prompt + new))  # student
+        return seconds + self._forward(rows * (shown + new)), rows * new
+
+
+def measure_machine(device: torch.device) -> Machine:
+    """How fast a device multiplies, for a moment.
+
+    Args:
+        device: A CPU or a GPU.
+    """
+    square = torch.randn(1024, 1024, device=device)
+    long = torch.randn(4096, 4096, device=device)
+    one = torch.randn(1, 4096, device=device)
+    products = _per_second(lambda: square @ square, device)
+    reads = _per_second(lambda: one @ long, device)
+    return Machine(products * 2 * 1024**3, reads * long.numel() * long.element_size())
+
+
+def _per_second(call: Any, device: torch.device) -> float:
+    call()
+    count, start = 0, time.perf_counter()
+    while (passed := time.perf_counter() - start) < _MEASURED_SECONDS:
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        count += 1
+    return count / passed
+
+
+def _init(model: Mapping[str, Any]) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = model.get("init_args") or {}
+    return found
+
+
+def _option(owner: Any, name: str, given: Mapping[str, Any]) -> int:
+    """An option as it is given, or its default."""
+    value = given.get(name)
+    return int(inspect.signature(owner).parameters[name].default if value is None else value)

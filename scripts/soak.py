@@ -143,7 +143,7 @@ def resident(process: int) -> float:
 def logged(run: Path) -> list[int]:
     """The steps that the run wrote down; one done again after a kill comes twice."""
     path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
     return [int(line.split('"step": ')[1].split(",")[0]) for line in lines if '"step": ' in line]
 
 
@@ -238,7 +238,12 @@ def main() -> None:
     """Run from the command line; exit code 1 where anything is not as it should be."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seconds", type=float, default=20.0, help="mean time to a kill")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=20.0,
+        help="mean time to a kill; at most a quarter of what the run takes alone",
+    )
     parser.add_argument("--kill_after", type=int, default=0, help="steps, instead of seconds")
     parser.add_argument("--tokens", type=int, default=48, help="of a completion")
     parser.add_argument("--kills", type=int, default=2, help="fewer are a failure")
@@ -257,6 +262,8 @@ def main() -> None:
             if not wait(child, after_seconds(3600), whole, memory):
                 raise RuntimeError("the run left alone took more than an hour")
             alone = time.monotonic() - began
+            # On a fast machine the whole run takes no longer than the time to the first kills.
+            options.seconds = min(options.seconds, alone / 4)
             args = arguments(folder, "killed", options.steps, options.tokens)
             result = run_killed(args, killed, options, log)
         except RuntimeError:

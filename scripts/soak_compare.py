@@ -64,7 +64,8 @@ def count_items(value: Any) -> int:
 def completions(run: Path) -> dict[tuple[int, str], list[dict[str, Any]]]:
     """All logged completions by (step, row); a step done again after a kill has several."""
     found: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for line in (run / "completions.jsonl").read_text(encoding="utf-8").splitlines():
+    # Not splitlines(): completions of random weights hold U+2028 and the like.
+    for line in filter(None, (run / "completions.jsonl").read_text(encoding="utf-8").split("\n")):
         record = json.loads(line)
         found.setdefault((record["step"], record["id"]), []).append(record)
     return found

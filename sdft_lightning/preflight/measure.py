@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.graders import Judge, grade_rows, wilson_interval
+from sdft_lightning.graders import JUDGED, Judge, gold_self_test, grade_rows, wilson_interval
 from sdft_lightning.preflight.report import Report, Role
 from sdft_lightning.prompts import demonstration_text
 from sdft_lightning.types import Demonstration, PromptBatch
@@ -113,6 +113,7 @@ def run_preflight(
         student_role,
         teacher_role,
         other_role,
+        _demonstrations_right(data, known),
         sum(own > other for own, other in pairs),
         sum(own < other for own, other in pairs),
         kl,
@@ -172,6 +173,15 @@ def _grading(data: TrainingData, sample: list[Demonstration]) -> Grading | None:
         return scores
 
     return grade
+
+
+def _demonstrations_right(data: TrainingData, known: list[Demonstration]) -> float | None:
+    """How many demonstrations the grader finds right in their own rows, as a fraction."""
+    rows = [row for row in known if row.reference is not None and row.demonstration]
+    if data.grader is None or data.grader in JUDGED or not rows:
+        return None
+    texts = [demonstration_text(row) for row in rows]
+    return gold_self_test(data.grader, [row.reference for row in rows], texts).passed / len(rows)
 
 
 def _role(

@@ -34,6 +34,8 @@ class Report(NamedTuple):
         student: The policy on the bare question.
         teacher: The same with its demonstration.
         other: The same with demonstration and context of another row.
+        demonstrations_right: Fraction of all training rows that are kept whose demonstration itself
+            is right by the grader; None where nothing is graded, or a judge would be asked.
         better_with_own: Rows in which the own demonstration scores higher than another row's.
         better_with_other: Rows in which it scores lower.
         kl: KL(teacher ‖ student) on the student's own completions, nats a token; before training
@@ -55,6 +57,7 @@ class Report(NamedTuple):
     student: Role
     teacher: Role
     other: Role
+    demonstrations_right: float | None
     better_with_own: int
     better_with_other: int
     kl: float
@@ -105,6 +108,11 @@ class Report(NamedTuple):
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in rows
         ]
+        if self.demonstrations_right is not None:
+            lines.append(
+                f"The demonstrations themselves are right in {self.demonstrations_right:.0%} of "
+                "the training rows."
+            )
         lines += [
             "",
             f"KL(teacher || student) {self.kl:.2f} nats a token on the student's own answers; the "

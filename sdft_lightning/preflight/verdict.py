@@ -24,6 +24,7 @@ class Limits:
         copied: More completions of the teacher that hold the whole demonstration, or are all of it,
             are warned of. Short answers may well be repeated; a teacher that does nothing else
             comes to plain SFT on the demonstrations.
+        demonstrations: Where fewer demonstrations are right in their own rows, it is warned.
     """
 
     gain: float = 0.1
@@ -32,14 +33,13 @@ class Limits:
     artifacts: float = 0.1
     truncated: float = 0.5
     copied: float = 0.95
+    demonstrations: float = 0.5
 
     def __post_init__(self) -> None:
         """Refuse what is no fraction."""
-        for name in ("gain", "teacher", "information", "artifacts", "truncated", "copied"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(
-                    f"limits.{name}: got {getattr(self, name)}, allowed are 0 to 1 (a fraction)."
-                )
+        for name, value in vars(self).items():
+            if not 0 <= value <= 1:
+                raise UserError(f"limits.{name}: got {value}, allowed are 0 to 1 (a fraction).")
 
 
 class Verdict(NamedTuple):
@@ -107,6 +107,13 @@ def _warnings(report: Report, limits: Limits) -> list[str]:
             f"KL(teacher || student) is {report.kl}, and the loss would be: set "
             "trainer.precision=32-true and model.weights_dtype=float32, and see whether the "
             "model's weights are finite"
+        )
+    right = report.demonstrations_right
+    if right is not None and right < limits.demonstrations:
+        found.append(
+            f"the demonstrations themselves are right in {right:.0%} of their rows "
+            f"(limits.demonstrations is {limits.demonstrations:.0%}): they stand in the wrong "
+            "rows, say nothing, or the references and the grader do not fit them"
         )
     if report.teacher.copied > limits.copied:
         found.append(

@@ -276,3 +276,33 @@ def test_a_training_reference_that_the_grader_does_not_take_is_named(
         run_cli(*preflight_args, f"--data.train={path}")
     assert stopped.value.code == 2
     assert "some.jsonl, line 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "right"),
+    [
+        (lambda rows, i: rows[i]["demonstration"], 1.0),
+        (lambda rows, i: rows[i - 1]["demonstration"], 0.0),  # shuffled among the rows
+        (lambda rows, i: "A good question.", 0.0),  # empty words
+    ],
+    ids=["as they are", "shuffled", "empty words"],
+)
+def test_demonstrations_are_graded_in_their_own_rows(
+    change: Callable[..., str],
+    right: float,
+    run_cli: Callable[..., None],
+    preflight_args: list[str],
+    write_rows: Callable[..., Path],
+    make_rows: Callable[[int], list[dict[str, Any]]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = make_rows(8)
+    changed = [{**row, "demonstration": change(rows, i)} for i, row in enumerate(rows)]
+    with pytest.raises(SystemExit):
+        run_cli(*preflight_args, "--rows=4", f"--data.train={write_rows(changed, 'some.jsonl')}")
+    found = json.loads((tmp_path / "runs/a/preflight-0/preflight.json").read_text())
+    assert found["demonstrations_right"] == right
+    told = any("stand in the wrong rows" in reason for reason in found["reasons"])
+    assert told is (right < 0.5)
+    assert f"are right in {right:.0%} of the training rows" in capsys.readouterr().out

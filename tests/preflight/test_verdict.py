@@ -34,6 +34,7 @@ def report(
         student=role(student),
         teacher=role(teacher),
         other=role(other),
+        demonstrations_right=1.0,
         better_with_own=own_only,
         better_with_other=other_only,
         kl=0.9,
@@ -81,6 +82,14 @@ def report(
             "eval_max_new_tokens",
         ),
         (report(0.0, 0.9, 0.5)._replace(teacher=role(0.9, copied=0.95)), "go", 0, ""),
+        (report(0.0, 0.9, 0.5, demonstrations_right=0.5), "go", 0, ""),
+        (report(0.0, 0.9, 0.5, demonstrations_right=None), "go", 0, ""),
+        (
+            report(0.0, 0.7, 0.1, demonstrations_right=0.06),
+            "warn",
+            1,
+            "right in 6% of their rows (limits.demonstrations is 50%): they stand in the wrong",
+        ),
         (
             report(0.0, 0.9, 0.5)._replace(teacher=role(0.9, copied=0.96)),
             "warn",
@@ -126,7 +135,7 @@ def test_the_limits_are_options() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["gain", "teacher", "information", "artifacts", "truncated", "copied"]
+    "name", ["gain", "teacher", "information", "artifacts", "truncated", "copied", "demonstrations"]
 )
 def test_a_limit_out_of_range_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=rf"limits\.{name}: got 50"):

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.eval_mode import eval_mode
+from sdft_lightning.rollout.decode_attention import decode_attention
 from sdft_lightning.rollout.packed import packed_linears
 
 
 @contextmanager
 def decode_mode(model: Any, rows: int, steps: int) -> Iterator[None]:
-    """Eval mode, the weights' own precision, and linear layers that are ready for few rows.
+    """Eval mode, the weights' own precision, and layers that are ready for few rows.
 
     Args:
         model: A causal language model of transformers, whose weights do not change meanwhile.
@@ -23,7 +24,7 @@ def decode_mode(model: Any, rows: int, steps: int) -> Iterator[None]:
         steps: Most decoding steps.
     """
     with eval_mode(model), _own_precision(model), _contiguous_head(model):
-        with packed_linears(model, rows, steps):
+        with packed_linears(model, rows, steps), decode_attention(model):
             yield
 
 

@@ -32,6 +32,16 @@ _CHARACTERS_A_TOKEN = 4
 _TEMPLATE_TOKENS = 20
 _MEASURED_SECONDS = 0.2
 _BYTES_A_WEIGHT = 4
+# Whatever odd options do to a guess, it ends no plan: the run itself says what is wrong with them.
+_UNKNOWN = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+)
 
 
 class Machine(NamedTuple):
@@ -81,7 +91,7 @@ class RoughTime:
         try:
             evaluation = self._evaluation()
             return evaluation if unit is None else self._fit(unit) + evaluation
-        except (OSError, ValueError, RuntimeError):
+        except _UNKNOWN:
             return None
 
     @cached_property

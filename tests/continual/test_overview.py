@@ -136,3 +136,14 @@ def test_rough_time_counts_the_weights_and_measures_the_machine(
 def test_rough_time_is_none_where_the_model_is_not_here(plan_options: Options) -> None:
     plan_options["model"]["init_args"]["model_name"] = "./absent/model"
     assert RoughTime(build_plan(plan_options)).seconds(None) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"columns": None}, {"test": None}, {"eval_batch_size": 0}],
+    ids=lambda each: str(each),
+)
+def test_odd_options_end_no_plan_for_a_guess(change: Options, plan_options: Options) -> None:
+    for stage in plan_options["stages"]:
+        stage["data"].update(change)
+    assert RoughTime(build_plan(plan_options)).seconds(None) is None

@@ -74,3 +74,12 @@ def test_a_warm_up_longer_than_the_run_is_told(
     run_cli(*fit_args, f"--model.schedule.warmup_steps={steps}")
     message = f"model.schedule.warmup_steps: got {steps}, and the run has 2 steps"
     assert (message in capsys.readouterr().err + caplog.text) is told
+
+
+def test_planned_rate_without_an_end_is_refused_before_the_model_is_loaded(
+    run_cli: RunCli, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sdft_lightning.modules.base.load_policy", pytest.fail)
+    with pytest.raises(SystemExit) as stop:
+        run_cli(*fit_args, "--trainer.max_steps=-1", "--trainer.max_epochs=-1")
+    assert stop.value.code == 2

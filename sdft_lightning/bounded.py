@@ -13,9 +13,10 @@ from sdft_lightning.types import OutputHead, TokenStatistics
 
 # Logits of one chunk and role, in elements: 16 MB in float32, of which about twenty are alive.
 CHUNK_ELEMENTS = 2**22
-# Where the gradient is written down about six are alive, and a chunk may be larger: each reads both
-# heads and adds to a gradient of their size, which decides where it has few tokens.
-_KNOWN_CHUNK_ELEMENTS, _ENOUGH_TOKENS = 2**24, 512
+# Where the gradient is written down two are alive, in the dtype of the products, and a chunk may be
+# larger: each reads both heads and adds to a gradient of their size, which decides where it has few
+# tokens.
+_KNOWN_CHUNK_ELEMENTS, _ENOUGH_TOKENS = 2**25, 512
 
 
 def bounded_divergence(
@@ -42,7 +43,7 @@ def bounded_divergence(
         token_weights: `(N,)` weight of each token in the loss, see `masking.sequence_weights`.
         divergence: What is summed: a `Divergence`, or another loss of both roles.
         temperature: Both logits are divided by it.
-        chunk_elements: Logits that exist at once, per role; None: 2**22, and up to 2**24 for large
+        chunk_elements: Logits that exist at once, per role; None: 2**22, and up to 2**25 for large
             vocabularies where the gradient is written down (`closed_form`).
 
     Returns:

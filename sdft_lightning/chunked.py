@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sdft_lightning.closed_form import ClosedForm, closed_form
-from sdft_lightning.divergence import log_probs
+from sdft_lightning.closed_form import ROOMS, ClosedForm, closed_form
+from sdft_lightning.divergence import floored, log_probs
 from sdft_lightning.types import OutputHead, TokenStatistics
 
 # (teacher log-probs (C, V), student log-probs (C, V), token ids (C,)) -> loss per token (C,)
@@ -24,7 +24,7 @@ TokenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 # float32: they stay in the processor's cache from one operation to the next.
 _ELEMENTS_IN_CACHE = 2**18
 # Rows of the head whose gradient is added at once in half precision.
-_HEAD_ROWS = 2**14
+_HEAD_ROWS = 2**12
 
 
 class Side(NamedTuple):
@@ -103,9 +103,11 @@ def cast_side(hidden: Tensor, head: OutputHead, vocabulary: int) -> Side:
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     bias = None if head.bias is None else head.bias[:vocabulary].detach().to(dtype)
+    rounded = head.rounded
+    weight = head.weight if rounded is None or rounded.dtype != dtype else rounded
     return Side(
         hidden.detach().to(dtype),
-        head.weight[:vocabulary].detach().to(dtype),
+        weight[:vocabulary].detach().to(dtype),
         bias,
         head.scale,
         head.softcap,
@@ -214,18 +216,38 @@ def _known_chunk(
     taught = None if teacher is None else teacher.raw(part)  # (C, V)
     factor = student.scale / temperature
     rows = max(1, _ELEMENTS_IN_CACHE // raw.shape[1])
+    # The same memory for all: the system's zeroing of new pages took longer than the work.
+    rooms = raw.new_empty(3 + ROOMS, min(rows, raw.shape[0]), raw.shape[1], dtype=torch.float32)
     statistics = raw.new_empty(7, raw.shape[0], dtype=torch.float32)  # (7, C)
     for start in range(0, raw.shape[0], rows):
-        few = slice(start, start + rows)
-        mine = log_probs(student.logits(raw[few]), temperature)  # (c, V)
-        theirs = mine
-        if teacher is not None and taught is not None:
-            theirs = log_probs(teacher.logits(taught[few]), temperature)  # (c, V)
+        few = slice(start, min(start + rows, raw.shape[0]))
+        room, mine, theirs = rooms[:3, : few.stop - start]  # (c, V) each
+        _log_probs_into(mine, student, raw[few], temperature, room)
+        if teacher is None or taught is None:
+            theirs = mine
+        else:
+            _log_probs_into(theirs, teacher, taught[few], temperature, room)
         weights = None if token_weights is None else token_weights[few]
-        statistics[:, few], gradient = known(theirs, mine, token_ids[few], weights)
+        statistics[:, few], gradient = known(
+            theirs, mine, token_ids[few], weights, rooms[3:, : few.stop - start]
+        )
         if gradient is not None:  # in the place of the products, which are not needed again
-            torch.mul(gradient, factor, out=raw[few])
+            raw[few] = gradient if factor == 1.0 else gradient.mul_(factor)
     return statistics, None if token_weights is None else raw
+
+
+def _log_probs_into(out: Tensor, side: Side, raw: Tensor, temperature: float, room: Tensor) -> None:
+    """As `log_probs` of a side's logits, written into `(c, V)`; `room` is as large."""
+    if side.softcap is not None:
+        out.copy_(log_probs(side.logits(raw), temperature))
+        return
+    room.copy_(raw)
+    if side.scale != 1.0:
+        room.mul_(side.scale)
+    floored(room, out=room)
+    if temperature != 1.0:
+        room.div_(temperature)
+    torch.log_softmax(room, dim=-1, out=out)
 
 
 class _Gradients:

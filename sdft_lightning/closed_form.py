@@ -1,7 +1,8 @@
 """Gradients of the commonest token losses written down, so that no graph of the logits is kept.
 
 The general way through autograd keeps about twenty tensors of the size of a chunk of logits and
-walks over each; here there are five. With z the logits divided by the temperature:
+walks over each; here there are five, in memory that the caller uses again. With z the logits
+divided by the temperature:
 
 - forward KL(P ‖ Q): its gradient in z is Q − P;
 - cross-entropy −log Q(y): Q − onehot(y).
@@ -18,9 +19,10 @@ from torch import Tensor
 from sdft_lightning.divergence import Divergence
 from sdft_lightning.token_losses import cross_entropy
 
-# (teacher log-probs (C, V), student log-probs (C, V), token ids (C,), weights (C,) or None)
-#   -> statistics (7, C), gradient of the weighted sum in z (C, V) or None
-ClosedForm = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+# (teacher log-probs (C, V), student log-probs (C, V), token ids (C,), weights (C,) or None, memory
+# to work in (ROOMS, C, V)) -> statistics (7, C), gradient of the weighted sum in z (C, V) or None
+ClosedForm = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor | None]]
+ROOMS = 3
 
 
 def closed_form(token_loss: Any) -> ClosedForm | None:
@@ -45,10 +47,12 @@ def closed_form(token_loss: Any) -> ClosedForm | None:
 
 @torch.no_grad()
 def _forward_kl(
-    teacher: Tensor, student: Tensor, token_ids: Tensor, weights: Tensor | None
+    teacher: Tensor, student: Tensor, token_ids: Tensor, weights: Tensor | None, rooms: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    teacher_probs, student_probs = teacher.exp(), student.exp()  # (C, V)
-    room = torch.sub(teacher, student)  # (C, V)
+    teacher_probs, student_probs, room = rooms  # (C, V)
+    torch.exp(teacher, out=teacher_probs)
+    torch.exp(student, out=student_probs)
+    torch.sub(teacher, student, out=room)
     losses = room.mul_(teacher_probs).sum(dim=-1)  # (C,)
     statistics = _statistics(
         losses,
@@ -66,12 +70,13 @@ def _forward_kl(
 
 @torch.no_grad()
 def _cross_entropy(
-    teacher: Tensor, student: Tensor, token_ids: Tensor, weights: Tensor | None
+    teacher: Tensor, student: Tensor, token_ids: Tensor, weights: Tensor | None, rooms: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """With the student in the teacher's place, as there is none."""
-    probs = student.exp()  # (C, V)
+    probs, room, _ = rooms  # (C, V)
+    torch.exp(student, out=probs)
     chosen = _chosen(student, token_ids)  # (C,)
-    entropy = -torch.mul(probs, student).sum(dim=-1)  # (C,)
+    entropy = -torch.mul(probs, student, out=room).sum(dim=-1)  # (C,)
     zeros = torch.zeros_like(chosen)  # (C,)
     statistics = _statistics(-chosen, zeros, entropy, entropy, zeros + 1.0, chosen, chosen)
     if weights is None:

@@ -33,10 +33,15 @@ def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
     Returns:
         `(..., V)` float32.
     """
-    floored = logits.float().clamp(min=_LOGIT_FLOOR)  # (..., V)
+    finite = floored(logits.float())  # (..., V)
     if temperature != 1.0:  # a product by one would still be written down
-        floored = floored / temperature
-    return torch.log_softmax(floored, dim=-1)
+        finite = finite / temperature
+    return torch.log_softmax(finite, dim=-1)
+
+
+def floored(logits: Tensor, out: Tensor | None = None) -> Tensor:
+    """Logits `(..., V)`, -inf replaced by a number so low that its probability is 0."""
+    return torch.clamp(logits, min=_LOGIT_FLOOR, out=out)
 
 
 def forward_kl(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sdft_lightning.attention_kernel import training_attention
 from sdft_lightning.errors import UserError
 from sdft_lightning.eval_mode import eval_mode
+from sdft_lightning.fused import completion_states, decoder_of
 from sdft_lightning.kv_cache import cache_argument
 from sdft_lightning.masking import position_ids
 from sdft_lightning.packing import PackedRows, attention_mask, own_sequence, pack_if_worth, unpack
@@ -67,6 +68,8 @@ def completion_hidden_states(
     keep: Tensor,
     share_prefix: bool = True,
     pack: bool = True,
+    fuse: bool = True,
+    rounded: Any = None,
 ) -> Tensor:
     """Hidden states that predict the kept completion tokens.
 
@@ -82,6 +85,9 @@ def completion_hidden_states(
         keep: `(B, T)` tokens of which the state is wanted.
         share_prefix: Compute what all prompts begin with only once, see `prefix`.
         pack: Lay short rows side by side instead of padding them, see `packing`.
+        fuse: Compute known decoders in fewer operations where that is faster, see `fused`.
+        rounded: The same model in bfloat16, where there is a copy: it spares fused decoders to cast
+            their weights. Gradients are the model's.
 
     Returns:
         `(N, D)` with N = keep.sum(), row by row.
@@ -97,6 +103,8 @@ def completion_hidden_states(
             keep,
             share_prefix,
             pack,
+            fuse,
+            rounded,
         )
 
 
@@ -109,10 +117,25 @@ def _completion_hidden_states(
     keep: Tensor,
     share_prefix: bool,
     pack: bool,
+    fuse: bool,
+    rounded: Any,
 ) -> Tensor:
     split = SplitPrompts(prompt_ids[0, :0], prompt_ids, prompt_mask)
     if share_prefix and can_share(model):
         split = split_if_worth(prompt_ids, prompt_mask)
+    dtype = _fused_dtype(model)
+    if fuse and dtype is not None:
+        decoder = decoder_of(model)
+        if decoder is not None:
+            return completion_states(
+                decoder,
+                split,
+                completion_ids,
+                completion_mask,
+                keep,
+                dtype,
+                None if rounded is None else decoder_of(rounded),
+            )
     if pack and takes_own_mask(model):
         rows = pack_if_worth(split, completion_ids, completion_mask)
         if rows is not None:
@@ -123,6 +146,16 @@ def _completion_hidden_states(
     hidden = hidden_states(model, input_ids, mask, split.prefix_ids)  # (B, R + T - 1, D)
     predicting = hidden[:, split.rest_ids.shape[1] - 1 :]  # (B, T, D)
     return predicting[keep]  # (N, D)
+
+
+def _fused_dtype(model: Any) -> torch.dtype | None:
+    """The dtype of matrix products where fused blocks are faster: bfloat16 autocast on the CPU."""
+    if model.device.type != "cpu" or model.dtype != torch.float32:
+        return None
+    if not torch.is_autocast_enabled("cpu"):
+        return None
+    dtype = torch.get_autocast_dtype("cpu")
+    return dtype if dtype == torch.bfloat16 else None
 
 
 def _packed_hidden_states(model: Any, prefix_ids: Tensor, rows: PackedRows) -> Tensor:

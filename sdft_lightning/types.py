@@ -207,12 +207,14 @@ class OutputHead(NamedTuple):
         bias: `(V,)` or None.
         scale: Factor on the logits (Cohere, Granite); 1 for most models.
         softcap: Bound of the soft cap (Gemma 2); None for most models.
+        rounded: The weight in the dtype of the products, where there is a copy; it is cast without.
     """
 
     weight: Tensor
     bias: Tensor | None
     scale: float
     softcap: float | None
+    rounded: Tensor | None = None
 
 
 class TokenStatistics(NamedTuple):

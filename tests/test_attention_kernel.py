@@ -54,7 +54,7 @@ def gradients(model: Any, monkeypatch: pytest.MonkeyPatch, plain: bool) -> list[
     kept = torch.ones_like(completions, dtype=torch.bool)
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
-        states = completion_hidden_states(model, prompts, mask, completions, kept, kept)
+        states = completion_hidden_states(model, prompts, mask, completions, kept, kept, fuse=False)
     states.float().square().sum().backward()
     monkeypatch.undo()
     return [each.grad.clone() for each in model.base_model.parameters() if each.grad is not None]

@@ -17,6 +17,7 @@ FLOORS: dict[str, float] = {
     "__init__": 0,  # the version, and how torch takes memory; imports nothing of the project
     "errors": 0,
     "json_text": 0,
+    "memory": 0,
     "eval_mode": 0,
     "quiet": 0,
     "sandbox": 0.5,
@@ -43,6 +44,7 @@ FLOORS: dict[str, float] = {
     "packing": 1.1,
     "closed_form": 1.2,
     "chunked": 1.25,
+    "fused": 1.1,  # on prefix
     "hidden": 1.25,
     "prompt_cache": 1.25,
     "token_losses": 1.1,

@@ -91,6 +91,7 @@ class PolicyModule(EvaluatedModule):
         self.optimizer_factory = optimizer
         self.schedule = schedule
         self.seed = seed
+        self._dropped_at = 0  # optimizer step after which gradients were dropped
 
     # --- the policy -------------------------------------------------------------------------
 
@@ -198,6 +199,14 @@ class PolicyModule(EvaluatedModule):
             self.print(
                 f"LoRA: {trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
             )
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Drop gradients after a step, when callbacks have seen them: the next needs the memory."""
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        if self.trainer.global_step != self._dropped_at:
+            self._dropped_at = self.trainer.global_step
+            for parameter in self.student.parameters():
+                parameter.grad = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PolicyModule:
         """Cast the student's weights only, see `moved_not_cast`; teachers see to themselves."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import lightning as L
 from jsonargparse import lazy_instance  # type: ignore[attr-defined]
 from torch import Tensor
 
 from sdft_lightning.lora import LoRA
+from sdft_lightning.memory import give_back_memory
 from sdft_lightning.mismatch import MismatchCorrection, SamplerAlarm
 from sdft_lightning.modules.base import OptimizerFactory, PolicyModule
 from sdft_lightning.modules.sampler_watch import SamplerWatch
@@ -27,7 +29,7 @@ from sdft_lightning.rollout import (
 )
 from sdft_lightning.rollout.engine import whole_weights_wanted
 from sdft_lightning.rollout.weights import SamplingDtype
-from sdft_lightning.types import Demonstration, PromptBatch, Rollout, TokenStatistics
+from sdft_lightning.types import Demonstration, OutputHead, PromptBatch, Rollout, TokenStatistics
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +132,19 @@ class OnPolicyModule(PolicyModule):
         """Whether the trainer asks itself how likely the sampled tokens were."""
         return not self.engine.is_trainer or self.mismatch_correction.kind != "none"
 
+    @property
+    def rounded_student(self) -> Any:
+        """The bfloat16 copy that was sampled from, while it is the student; None without one."""
+        return self.sampling_weights.rounded(self.student, self.trainer.global_step)
+
+    @property
+    def student_head(self) -> OutputHead:
+        """The student's output head, with what the sampler has rounded of it."""
+        head, rounded = super().student_head, self.rounded_student
+        if rounded is None:
+            return head
+        return head._replace(rounded=rounded.get_output_embeddings().weight)
+
     def rollout(self, batch: PromptBatch) -> Rollout:
         """Completions of a micro-batch, sampled together with its whole accumulation window."""
         with self.timed("rollout"):
@@ -150,9 +165,11 @@ class OnPolicyModule(PolicyModule):
             self.stop_ids,
             self.tokenizer.pad_token_id,
         )
-        return split_rollout(
+        rollouts = split_rollout(
             self.sampled(request), [len(batch.rows) * samples for batch in batches]
         )
+        give_back_memory()
+        return rollouts
 
     def sampling_prompts(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
         """Ids and mask `(B, P)` of what the completions answer: the bare question."""

@@ -235,6 +235,7 @@ class SDFTModule(OnPolicyModule):
                 rollout.completion_ids,
                 rollout.completion_mask,
                 keep,
+                rounded=self.rounded_student,
             )
 
     def teacher_hidden(self, batch: PromptBatch, rollout: Rollout, keep: Tensor) -> Tensor:

@@ -10,22 +10,32 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.eval_mode import eval_mode
+from sdft_lightning.fused import Decoder, decoder_of
 from sdft_lightning.rollout.decode_attention import decode_attention
-from sdft_lightning.rollout.packed import packed_linears
+from sdft_lightning.rollout.packed import can_pack, packed_linears
+
+_FUSED = (torch.float32, torch.bfloat16)
 
 
 @contextmanager
-def decode_mode(model: Any, rows: int, steps: int) -> Iterator[None]:
+def decode_mode(model: Any, rows: int, steps: int) -> Iterator[Decoder | None]:
     """Eval mode, the weights' own precision, and layers that are ready for few rows.
 
     Args:
         model: A causal language model of transformers, whose weights do not change meanwhile.
         rows: Rows of a decoding step.
         steps: Most decoding steps.
+
+    Yields:
+        The model's parts where its steps are to be fused, and nothing of it was changed.
     """
-    with eval_mode(model), _own_precision(model), _contiguous_head(model):
-        with packed_linears(model, rows, steps), decode_attention(model):
-            yield
+    with eval_mode(model), _own_precision(model):
+        decoder = decoder_of(model) if can_pack(model, rows, steps) else None
+        if decoder is not None and model.dtype in _FUSED:
+            yield decoder
+            return
+        with _contiguous_head(model), packed_linears(model, rows, steps), decode_attention(model):
+            yield None
 
 
 @contextmanager

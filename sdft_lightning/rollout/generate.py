@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.fused import Decoder, DecodingSteps
 from sdft_lightning.kv_cache import cache_argument, cache_of
 from sdft_lightning.masking import position_ids
-from sdft_lightning.prefix import can_share, encode_prefix, split_if_worth
+from sdft_lightning.prefix import SplitPrompts, can_share, encode_prefix, split_if_worth
 from sdft_lightning.rollout.decode_mode import decode_mode
 from sdft_lightning.rollout.sampling import Sampling, choose_tokens
 from sdft_lightning.rollout.stop_texts import StopTexts
@@ -79,8 +80,8 @@ def generate_rollout(
     stops = torch.tensor(stop_ids, device=device)  # (S,)
     alive = torch.arange(rows, device=device)  # rows that are still sampled
     length = 0
-    with decode_mode(model, rows, sampling.max_new_tokens):
-        decoder = _Decoder(model, prompt_ids, prompt_mask, samples)
+    with decode_mode(model, rows, sampling.max_new_tokens) as fused:
+        decoder = _Decoder(model, prompt_ids, prompt_mask, sampling, fused)
         logits = decoder.prefill()  # (R, V)
         for step in range(sampling.max_new_tokens):
             numbers = None if uniforms is None else uniforms[alive.cpu(), step]
@@ -116,26 +117,48 @@ class _Decoder:
     """Keys and values of the rows that go on, and the next logits of each.
 
     Finished rows stay in the batch until enough of them can be dropped at once.
+
+    Args:
+        model: A causal language model of transformers.
+        prompt_ids: `(B, P)`.
+        prompt_mask: `(B, P)`.
+        sampling: Completions per prompt (n), and their length.
+        fused: The model's parts, where its steps are fused.
     """
 
-    def __init__(self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor, samples: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        sampling: Sampling,
+        fused: Decoder | None,
+    ) -> None:
         self.model = model
         self.prompt_ids = prompt_ids
-        self.samples = samples
+        self.sampling = sampling
+        self.fused = fused
+        self.steps: DecodingSteps | None = None
         self.mask = prompt_mask.bool()  # (B, L)
-        self.going = torch.ones(prompt_ids.shape[0] * samples, dtype=torch.bool)  # (A,)
+        rows = prompt_ids.shape[0] * sampling.completions_per_prompt
+        self.going = torch.ones(rows, dtype=torch.bool)  # (A,)
         self.cache: Any = None
 
     def prefill(self) -> Tensor:
         """Read the prompts once for all samples of each; logits `(B · n, V)`."""
-        shared, ids = 0, self.prompt_ids
+        samples = self.sampling.completions_per_prompt
+        split = SplitPrompts(self.prompt_ids[0, :0], self.prompt_ids, self.mask)
         if can_share(self.model):
-            split = split_if_worth(ids, self.mask)
-            shared, ids = split.prefix_ids.numel(), split.rest_ids
-            if shared:
-                self.cache = encode_prefix(self.model, split.prefix_ids, ids.shape[0])
-                ones = split.rest_mask.new_ones(ids.shape[0], shared)  # (B, K)
-                self.mask = torch.cat([ones, split.rest_mask], dim=1)  # (B, K + R)
+            split = split_if_worth(self.prompt_ids, self.mask)
+        if self.fused is not None:
+            head, steps = self.model.get_output_embeddings(), self.sampling.max_new_tokens
+            self.steps = DecodingSteps(self.fused, head, split, samples, steps)
+            return self.steps.logits
+        shared, ids = split.prefix_ids.numel(), split.rest_ids
+        if shared:
+            self.cache = encode_prefix(self.model, split.prefix_ids, ids.shape[0])
+            ones = split.rest_mask.new_ones(ids.shape[0], shared)  # (B, K)
+            self.mask = torch.cat([ones, split.rest_mask], dim=1)  # (B, K + R)
         output = self.model(
             input_ids=ids,
             attention_mask=self.mask.long(),
@@ -146,10 +169,10 @@ class _Decoder:
         )
         self.cache = cache_of(output)
         logits: Tensor = output.logits[:, -1]  # (B, V)
-        if self.samples > 1:
-            self.cache.batch_repeat_interleave(self.samples)
-            self.mask = self.mask.repeat_interleave(self.samples, dim=0)  # (R, L)
-            logits = logits.repeat_interleave(self.samples, dim=0)  # (R, V)
+        if samples > 1:
+            self.cache.batch_repeat_interleave(samples)
+            self.mask = self.mask.repeat_interleave(samples, dim=0)  # (R, L)
+            logits = logits.repeat_interleave(samples, dim=0)  # (R, V)
         return logits
 
     def step(self, tokens: Tensor, going: Tensor) -> Tensor:
@@ -163,18 +186,29 @@ class _Decoder:
             Logits `(A, V)`.
         """
         slots = self.going.to(going.device).nonzero().squeeze(-1)[going]  # (A,) places in the batch
-        size = self.mask.shape[0]
+        size = self.going.numel()
         if slots.numel() <= (1 - _COMPACT_AT) * size:
-            self.cache.batch_select_indices(slots)
-            self.mask = self.mask[slots]  # (A, L)
+            self._keep(slots)
             size = slots.numel()
             slots = torch.arange(size, device=slots.device)
         self.going = torch.zeros(size, dtype=torch.bool, device=slots.device)
         self.going[slots] = True
-        column = torch.ones_like(self.mask[:, :1])  # (S, 1)
-        self.mask = torch.cat([self.mask, column], dim=1)  # (S, L + 1)
         inputs = torch.zeros(size, dtype=torch.long, device=slots.device)  # (S,)
         inputs[slots] = tokens
+        logits = self._plain_step(inputs) if self.steps is None else self.steps(inputs)  # (S, V)
+        return logits if slots.numel() == size else logits[slots]  # (A, V)
+
+    def _keep(self, slots: Tensor) -> None:
+        if self.steps is not None:
+            self.steps.select(slots)
+            return
+        self.cache.batch_select_indices(slots)
+        self.mask = self.mask[slots]  # (A, L)
+
+    def _plain_step(self, inputs: Tensor) -> Tensor:
+        """Logits `(S, V)` of the model itself, `(S,)` appended."""
+        column = torch.ones_like(self.mask[:, :1])  # (S, 1)
+        self.mask = torch.cat([self.mask, column], dim=1)  # (S, L + 1)
         output = self.model(
             input_ids=inputs.unsqueeze(-1),
             attention_mask=self.mask.long(),
@@ -182,5 +216,5 @@ class _Decoder:
             **cache_argument(self.model, self.cache),
             use_cache=True,
         )
-        logits: Tensor = output.logits[slots, -1]  # (A, V)
+        logits: Tensor = output.logits[:, -1]  # (S, V)
         return logits

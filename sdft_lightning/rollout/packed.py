@@ -34,7 +34,7 @@ def packed_linears(model: Any, rows: int, steps: int) -> Iterator[None]:
         rows: Rows of a decoding step.
         steps: Most decoding steps.
     """
-    layers = _layers(model) if rows <= _MOST_ROWS and steps >= _FEWEST_STEPS else []
+    layers = _layers(model) if can_pack(model, rows, steps) else []
     try:
         for layer in layers:
             # On the instance, so that the class, the parameters and their names stay as they are.
@@ -45,10 +45,19 @@ def packed_linears(model: Any, rows: int, steps: int) -> Iterator[None]:
             layer.__dict__.pop("forward", None)
 
 
+def can_pack(model: Any, rows: int, steps: int) -> bool:
+    """Whether laying weights out pays and is possible; arguments as of `packed_linears`."""
+    first = next(model.parameters())
+    if rows > _MOST_ROWS or steps < _FEWEST_STEPS or first.device.type != "cpu":
+        return False
+    if first.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    # Autocast would have cast the weights that are laid out.
+    return torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
+
+
 def _layers(model: Any) -> list[Any]:
     """What is laid out: linear layers; adapted ones whole, not the three that each holds."""
-    if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
-        return []  # autocast would have cast the weights that are laid out
     adapted = [layer for layer in adapter_layers(model).values() if _fits(layer.get_base_layer())]
     inside = {part for layer in adapted for part in layer.modules() if part is not layer}
     plain = [part for part in model.modules() if _fits(part) and part not in inside]

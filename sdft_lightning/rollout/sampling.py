@@ -9,6 +9,9 @@ from torch import Tensor
 
 from sdft_lightning.errors import UserError
 
+# Tokens whose probabilities are first added up together.
+_BLOCK = 256
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -83,12 +86,31 @@ def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
     """
     # float64 where the device has it: in float32 the sum over a vocabulary blurs rare tokens.
     dtype = torch.float32 if probs.device.type == "mps" else torch.float64
-    cumulative = probs.cumsum(dim=-1, dtype=dtype)  # (B, V)
+    size = probs.shape[1]
+    uniforms = uniforms.to(probs.device, dtype).unsqueeze(-1)  # (B, 1)
+    # First the block of tokens, then the token in it: few numbers are summed up in float64.
+    whole = size - size % _BLOCK
+    sums = probs[:, :whole].unflatten(1, (-1, _BLOCK)).sum(dim=-1, dtype=dtype)  # (B, V / b)
+    if whole < size:
+        sums = torch.cat([sums, probs[:, whole:].sum(dim=-1, keepdim=True, dtype=dtype)], dim=1)
+    blocks, rest = _passed(sums, uniforms * sums.sum(dim=-1, keepdim=True))  # (B, 1) each
+    columns = blocks * _BLOCK + torch.arange(_BLOCK, device=probs.device)  # (B, b)
+    inside = probs.gather(1, columns.clamp(max=size - 1)).to(dtype) * (columns < size)  # (B, b)
+    tokens = blocks * _BLOCK + _passed(inside, rest)[0]  # (B, 1)
+    return tokens.squeeze(-1).clamp(max=size - 1)  # NaN is behind the last; `generate` says so
+
+
+def _passed(masses: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the sum of `(B, n)` masses passes a target `(B, 1)`, and what of it is left there.
+
+    It is never a place without mass: a target that rounding has put too high comes down.
+    """
+    cumulative = masses.cumsum(dim=-1)  # (B, n)
     total = cumulative[:, -1:]  # (B, 1)
-    target = uniforms.to(probs.device, dtype).unsqueeze(-1) * total  # (B, 1)
     target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
-    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)  # (B,)
-    return tokens.clamp(max=probs.shape[-1] - 1)  # NaN is behind the last; `generate` says so
+    places = torch.searchsorted(cumulative, target, right=True)  # (B, 1)
+    places = places.clamp(max=masses.shape[-1] - 1)
+    return places, target - torch.nn.functional.pad(cumulative, (1, 0)).gather(1, places)
 
 
 def choose_tokens(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from sdft_lightning.fused import join_
 from sdft_lightning.sharding import empty_copy, fill_, is_sharded
 
 SamplingDtype = Literal["auto", "same", "bfloat16"]
@@ -57,6 +58,7 @@ class SamplingWeights:
                 # Parameters only: rounded rotary frequencies would turn far positions astray.
                 for parameter in self._copy.parameters():
                     parameter.data = parameter.data.to(torch.bfloat16)
+                join_(self._copy)
             self._version = version
         elif version != self._version:
             with torch.inference_mode(False), torch.no_grad():
@@ -66,6 +68,17 @@ class SamplingWeights:
                     if source.requires_grad:  # all else stays, e.g. below adapters
                         target.copy_(source)
             self._version = version
+        return self._copy
+
+    def rounded(self, student: nn.Module, version: object) -> Any:
+        """The bfloat16 copy as it was last asked for, if it is still the student; else None.
+
+        Args:
+            student: The trained model.
+            version: As of `model`.
+        """
+        if is_sharded(student) or version != self._version or not self.uses_copy(student):
+            return None
         return self._copy
 
     def _whole(self, student: nn.Module, version: object) -> Any:

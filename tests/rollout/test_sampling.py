@@ -65,6 +65,25 @@ def test_rare_tokens_of_a_large_vocabulary_can_each_be_chosen() -> None:
     assert inverse_cdf(probs.expand(20, -1), middles).tolist() == wanted.tolist()
 
 
+@pytest.mark.parametrize("size", [255, 256, 257, 1000])
+def test_blocks_of_tokens_choose_what_one_sum_over_all_chooses(size: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    probs = torch.rand(400, size, generator=random) ** 8
+    probs[torch.rand(400, size, generator=random) < 0.3] = 0.0
+    probs[::7, : size // 2] = 0.0  # whole blocks without mass
+    probs[::11, 2 * size // 3 :] = 0.0
+    uniforms = torch.rand(400, dtype=torch.float64, generator=random)
+    uniforms[:20], uniforms[20:40] = 0.0, ALMOST_ONE
+    sums = probs.double().cumsum(dim=-1)
+    target = uniforms.unsqueeze(-1) * sums[:, -1:]
+    expected = (sums <= target).sum(dim=-1)
+    found = inverse_cdf(probs, uniforms)
+    ends = uniforms == ALMOST_ONE  # there one sum may step over the end, by rounding
+    assert torch.equal(found[~ends], expected[~ends])
+    assert (probs.gather(1, found.unsqueeze(1)) > 0).all()
+    assert (probs[ends].flip(1) > 0).long().argmax(dim=1).eq(size - 1 - found[ends]).all()
+
+
 def test_top_k_by_hand() -> None:
     assert kept(top_k=1) == [1]
     assert kept(top_k=2) == [1, 3]

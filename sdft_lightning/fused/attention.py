@@ -1,0 +1,221 @@
+"""Causal attention over tokens without padding, with rotary positions, and its gradient.
+
+Scores are float32, as in torch's flash kernel, and are computed again in the backward pass: nothing
+but queries, keys and values is kept. Probabilities are rounded to the dtype of the values, as
+there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sdft_lightning.fused.rows import Group
+
+
+class Shape(NamedTuple):
+    """Heads of a layer: H query heads, K heads of keys and of values, E numbers each."""
+
+    heads: int
+    key_heads: int
+    size: int
+
+    @property
+    def turned(self) -> int:
+        """Heads that are rotated: queries and keys."""
+        return self.heads + self.key_heads
+
+
+def rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Rotate halves of heads `(N, H, E)` by angles given as `(N, 1, E / 2)`, in float32."""
+    left, right = heads.to(cosines.dtype).chunk(2, dim=-1)  # once; every product would cast anew
+    turned = torch.empty(heads.shape, dtype=cosines.dtype)  # (N, H, E)
+    to_left, to_right = turned.chunk(2, dim=-1)
+    torch.mul(left, cosines, out=to_left).addcmul_(right, sines, value=-1)
+    torch.mul(right, cosines, out=to_right).addcmul_(left, sines)
+    return turned
+
+
+class Rooms:
+    """Memory to work in, used again from one group and layer to the next.
+
+    The system's zeroing of new pages took as long as the products that wrote to them.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """A tensor with anything in it, valid until the same name is taken again."""
+        size = math.prod(shape)
+        kept = self._kept.get(name)
+        if kept is None or kept.numel() < size or kept.dtype != dtype:
+            kept = self._kept[name] = torch.empty(size, dtype=dtype)
+        return kept[:size].view(shape)
+
+    def cast(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """The tensor in a dtype: itself, or a copy."""
+        if tensor.dtype == dtype:
+            return tensor
+        return self.take(name, tensor.shape, dtype).copy_(tensor)
+
+
+class _Blocks:
+    """Queries, keys and values of one group, laid out for products over its heads."""
+
+    def __init__(
+        self, group: Group, shape: Shape, turned: Tensor, values: Tensor, rooms: Rooms
+    ) -> None:
+        self.group, self.shape, self.rooms = group, shape, rooms
+        self.repeats = shape.heads // shape.key_heads  # R
+        self.scaling = shape.size**-0.5
+        self.queries = self.by_head("queries", turned[:, : shape.heads])  # (G, K, R, L, E)
+        self.queries.mul_(self.scaling)
+        self.keys = self.seen("keys", turned[:, shape.heads :])  # (G · K, S, E)
+        self.values = self.seen("values", values)  # (G · K, S, E)
+
+    def by_head(self, name: str, tokens: Tensor) -> Tensor:
+        """`(G, K, R, L, E)` of `(N, H, E)`, a copy."""
+        padded = self.group.padded(tokens).unflatten(2, (self.shape.key_heads, self.repeats))
+        padded = padded.permute(0, 2, 3, 1, 4)
+        return self.rooms.take(name, padded.shape, padded.dtype).copy_(padded)
+
+    def seen(self, name: str, tokens: Tensor) -> Tensor:
+        """What all of the group see: `(G · K, S, E)` of `(N, K, E)`, S with the shared tokens."""
+        group, shared = self.group, self.group.shared
+        shape = (group.rows, self.shape.key_heads, shared + group.length, self.shape.size)
+        room = self.rooms.take(name, shape, tokens.dtype)  # (G, K, S, E)
+        room[:, :, :shared] = tokens[:shared].transpose(0, 1)
+        room[:, :, shared:] = group.padded(tokens).transpose(1, 2)
+        return room.flatten(0, 1)
+
+    def part(self, name: str, by_head: Tensor, queries: slice) -> Tensor:
+        """`(G · K, R · l, E)` of some queries."""
+        chosen = by_head[:, :, :, queries]  # (G, K, R, l, E)
+        room = self.rooms.take(name, chosen.shape, chosen.dtype).copy_(chosen)
+        return room.flatten(2, 3).flatten(0, 1)
+
+    def product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
+        """Left times right, batch by batch."""
+        shape = (left.shape[0], left.shape[1], right.shape[2])
+        return torch.bmm(left, right, out=self.rooms.take(name, shape, left.dtype))
+
+    def probs(self, queries: Tensor, part: slice, seen: int) -> Tensor:
+        """Attention probabilities `(G · K, R · l, s)` of some queries over the first keys."""
+        scores = self.product("scores", queries, self.keys[:, :seen].transpose(1, 2))
+        count = part.stop - part.start
+        # All see what came before these queries; of the queries' own keys, those up to their own.
+        later = torch.full((count, count), float("-inf")).triu_(1)  # (l, l) query, key
+        scores.view(-1, count, seen)[:, :, seen - count :].add_(later)
+        return torch.softmax(scores, dim=-1, out=self.rooms.take("probs", scores.shape))
+
+    def stored(self, by_head: Tensor, tokens: Tensor) -> None:
+        """Write `(G, K, R, L, E)` into the group's part of `(N, H, E)`."""
+        self.group.store(tokens, by_head.permute(0, 3, 1, 2, 4).flatten(2, 3))
+
+
+def attend(
+    turned: Tensor, values: Tensor, groups: list[Group], shape: Shape, rooms: Rooms
+) -> Tensor:
+    """Attention of every token to those before it in its sequence, and to the shared ones.
+
+    Args:
+        turned: `(N, H + K, E)` rotated queries and keys, float32.
+        values: `(N, K, E)`.
+        groups: How the tokens belong together.
+        shape: Heads.
+        rooms: Memory to work in.
+
+    Returns:
+        `(N, H, E)` in the dtype of the values.
+    """
+    mixed = values.new_empty(values.shape[0], shape.heads, shape.size)  # (N, H, E)
+    for group in groups:
+        blocks = _Blocks(group, shape, turned, values, rooms)
+        found = rooms.take("found", blocks.queries.shape, values.dtype)
+        for part, seen in group.blocks(shape.heads):
+            probs = blocks.probs(blocks.part("part", blocks.queries, part), part, seen)
+            probs = rooms.cast("rounded", probs, values.dtype)
+            product = blocks.product("product", probs, blocks.values[:, :seen])  # (G · K, R · l, E)
+            found[:, :, :, part] = product.view(found[:, :, :, part].shape)
+        blocks.stored(found, mixed)
+    return mixed
+
+
+def attend_backward(
+    gradient: Tensor,
+    turned: Tensor,
+    values: Tensor,
+    groups: list[Group],
+    shape: Shape,
+    rooms: Rooms,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `attend` in rotated queries and keys, and in values; and its result once more.
+
+    Args:
+        gradient: `(N, H, E)` of its result.
+        turned: As there.
+        values: As there.
+        groups: As there.
+        shape: Heads.
+        rooms: Memory to work in.
+
+    Returns:
+        `(N, H + K, E)` and `(N, K, E)`, float32, and `(N, H, E)`; all of the rooms.
+    """
+    heads, dtype, wide = shape.heads, values.dtype, turned.dtype
+    # Each token is in one group, which writes its place, before later ones add to shared places.
+    turned_grad = rooms.take("turned grad", turned.shape)  # (N, H + K, E)
+    values_grad = rooms.take("all values grad", values.shape)  # (N, K, E)
+    mixed = rooms.take("mixed", gradient.shape, dtype)  # (N, H, E)
+    for group in groups:
+        blocks = _Blocks(group, shape, turned, values, rooms)
+        found = rooms.take("found", blocks.queries.shape, dtype)  # (G, K, R, L, E)
+        wanted = blocks.by_head("wanted", gradient)  # (G, K, R, L, E)
+        rounded_keys = rooms.cast("rounded keys", blocks.keys, dtype)
+        wide_values = rooms.cast("wide values", blocks.values, wide)
+        queries_grad = rooms.take("queries grad", blocks.queries.shape)
+        keys_grad = rooms.take("keys grad", blocks.keys.shape).zero_()  # (G · K, S, E)
+        seen_grad = rooms.take("values grad", blocks.keys.shape).zero_()  # (G · K, S, E)
+        for part, seen in group.blocks(heads):
+            queries = blocks.part("part", blocks.queries, part)  # (G · K, R · l, E)
+            given = blocks.part("given", wanted, part)  # (G · K, R · l, E)
+            probs = blocks.probs(queries, part, seen)  # (G · K, R · l, s)
+            wide_given = rooms.cast("wide given", given, wide)
+            probs_grad = blocks.product("scores", wide_given, wide_values[:, :seen].transpose(1, 2))
+            scores_grad = _softmax_backward(probs_grad, probs, rooms)
+            scores_grad = rooms.cast("rounded grad", scores_grad, dtype)
+            rounded = rooms.cast("rounded", probs, dtype)
+            product = blocks.product("product", rounded, blocks.values[:, :seen])
+            found[:, :, :, part] = product.view(found[:, :, :, part].shape)
+            seen_grad[:, :seen] += blocks.product("of values", rounded.transpose(1, 2), given)
+            queries = rooms.cast("rounded queries", queries, dtype)
+            keys_grad[:, :seen] += blocks.product("of keys", scores_grad.transpose(1, 2), queries)
+            product = blocks.product("product", scores_grad, rounded_keys[:, :seen])
+            queries_grad[:, :, :, part] = product.view(queries_grad[:, :, :, part].shape)
+        blocks.stored(queries_grad.mul_(blocks.scaling), turned_grad[:, :heads])
+        blocks.stored(found, mixed)
+        _add_seen(keys_grad, turned_grad[:, heads:], group, shape)
+        _add_seen(seen_grad, values_grad, group, shape)
+    return turned_grad, values_grad, mixed
+
+
+def _softmax_backward(gradient: Tensor, probs: Tensor, rooms: Rooms) -> Tensor:
+    """P · (g − Σ P g), the gradient in the scores."""
+    room = rooms.take("scores grad", probs.shape)
+    operator = torch.ops.aten._softmax_backward_data.out
+    found: Tensor = operator(gradient, probs, -1, probs.dtype, grad_input=room)
+    return found
+
+
+def _add_seen(gradient: Tensor, tokens: Tensor, group: Group, shape: Shape) -> None:
+    """Hand `(G · K, S, E)` out to the tokens `(N, K, E)` that were seen."""
+    by_row = gradient.view(group.rows, shape.key_heads, -1, shape.size)  # (G, K, S, E)
+    shared = group.shared
+    if shared:
+        tokens[:shared] += by_row[:, :, :shared].sum(dim=0).transpose(0, 1)
+    group.store(tokens, by_row[:, :, shared:].transpose(1, 2))

@@ -1,0 +1,167 @@
+"""Which models are computed in fused blocks, and where their weights are."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sdft_lightning.prefix import takes_own_mask
+from sdft_lightning.sharding import is_sharded
+
+# Of transformers; all with RMS norms before each half, rotary positions and a gated MLP.
+_KINDS = ("LlamaModel", "Qwen2Model", "Qwen3Model")
+_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Layer(NamedTuple):
+    """The modules of one decoder layer; the norms of queries and keys where there are any."""
+
+    input_norm: Any
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
+    o: nn.Linear
+    q_norm: Any
+    k_norm: Any
+    mlp_norm: Any
+    gate: nn.Linear
+    up: nn.Linear
+    down: nn.Linear
+
+
+class Decoder(NamedTuple):
+    """What the blocks need of a model.
+
+    Attributes:
+        embedding: Token embeddings.
+        layers: All layers, in order.
+        norm: The last norm.
+        rotary: Called with a tensor and positions `(1, N)`; returns cosines and sines.
+        heads: H query heads.
+        key_heads: K heads of keys and values; H / K query heads share one.
+        head_size: E, the size of a head.
+    """
+
+    embedding: nn.Embedding
+    layers: list[Layer]
+    norm: Any
+    rotary: Any
+    heads: int
+    key_heads: int
+    head_size: int
+
+
+def decoder_of(model: Any) -> Decoder | None:
+    """The parts of a model that the blocks know in full, or None for any other.
+
+    None also with adapters, 4-bit layers, shards, activation checkpointing, attention dropout, and
+    where somebody has hooked or replaced a module, since nothing of theirs would be called.
+
+    Args:
+        model: A causal language model of transformers.
+    """
+    base = model.base_model
+    if type(base).__name__ not in _KINDS or not type(base).__module__.startswith("transformers."):
+        return None
+    config = base.config
+    if config.hidden_act != "silu" or (model.training and config.attention_dropout):
+        return None
+    if is_sharded(model) or not takes_own_mask(model) or _is_changed(base, model.training):
+        return None
+    layers = [_layer(each) for each in base.layers]
+    size = layers[0].q.out_features // config.num_attention_heads
+    return Decoder(
+        base.embed_tokens,
+        layers,
+        base.norm,
+        base.rotary_emb,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        size,
+    )
+
+
+def _is_changed(base: nn.Module, training: bool) -> bool:
+    """Whether a module is not what transformers made, or would do more than the blocks do."""
+    for name, module in base.named_modules():
+        if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
+            return True
+        if module._backward_hooks or module._backward_pre_hooks:
+            return True
+        if training and getattr(module, "gradient_checkpointing", False):
+            return True
+        last = name.rpartition(".")[2]
+        if last in _LINEAR and type(module) is not nn.Linear:
+            return True
+    first = next(base.parameters())
+    return first.device.type != "cpu" or any(
+        parameter.dtype != first.dtype for parameter in base.parameters()
+    )
+
+
+def _layer(layer: Any) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    return Layer(
+        input_norm=layer.input_layernorm,
+        q=attention.q_proj,
+        k=attention.k_proj,
+        v=attention.v_proj,
+        o=attention.o_proj,
+        q_norm=getattr(attention, "q_norm", None),
+        k_norm=getattr(attention, "k_norm", None),
+        mlp_norm=layer.post_attention_layernorm,
+        gate=mlp.gate_proj,
+        up=mlp.up_proj,
+        down=mlp.down_proj,
+    )
+
+
+def joined(parts: list[nn.Linear], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Weights of linear layers with the same input as one `(ΣO, D)`, and their biases `(ΣO,)`.
+
+    Args:
+        parts: Layers that all have a bias, or none of them.
+        dtype: Of the result, which is a copy unless `join_` has put the weights together.
+    """
+    bias = None
+    if parts[0].bias is not None:
+        bias = torch.cat([part.bias.detach() for part in parts]).to(dtype)
+    rows = sum(part.out_features for part in parts)
+    first = parts[0].weight.detach()
+    if first.dtype == dtype and _are_together([part.weight for part in parts]):
+        return first.as_strided((rows, first.shape[1]), first.stride()), bias
+    weight = first.new_empty(rows, first.shape[1], dtype=dtype)
+    torch.cat([part.weight.detach() for part in parts], out=weight)
+    return weight, bias
+
+
+def _are_together(weights: list[Tensor]) -> bool:
+    """Whether weights lie one behind the other in the same memory."""
+    place = weights[0].data_ptr()
+    for weight in weights:
+        if weight.data_ptr() != place or not weight.is_contiguous():
+            return False
+        place += weight.numel() * weight.element_size()
+    storage = weights[0].untyped_storage()
+    return place <= storage.data_ptr() + storage.nbytes()
+
+
+@torch.no_grad()
+def join_(model: Any) -> None:
+    """Lay weights with the same input together, so that `joined` need not copy them.
+
+    Parameters keep names and values; of a model that the blocks do not know nothing is changed.
+
+    Args:
+        model: A causal language model of transformers that is not trained.
+    """
+    decoder = decoder_of(model)
+    for layer in [] if decoder is None else decoder.layers:
+        for parts in ([layer.q, layer.k, layer.v], [layer.gate, layer.up]):
+            weight = torch.cat([part.weight for part in parts])
+            for part, own in zip(
+                parts, weight.split([each.out_features for each in parts]), strict=True
+            ):
+                part.weight.data = own

@@ -1,0 +1,145 @@
+"""Fused decoding steps give the logits of the model itself, and the same completions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sdft_lightning.fused import DecodingSteps, decoder_of
+from sdft_lightning.prefix import split_prompts
+from sdft_lightning.rollout import Sampling, decode_mode, generate_rollout
+from sdft_lightning.rollout.weights import SamplingWeights
+from sdft_lightning.types import Rollout
+from sdft_lightning.uniforms import row_uniforms
+
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]
+Make = Callable[..., Any]
+
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN"
+)
+needs_bfloat16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    reason="oneDNN multiplies no bfloat16 on this processor",
+)
+
+
+def steps_of(model: Any, given: Batch, samples: int = 1) -> DecodingSteps:
+    ids, mask, _, _ = given
+    decoder = decoder_of(model)
+    assert decoder is not None
+    return DecodingSteps(decoder, model.lm_head, split_prompts(ids, mask), samples, 6)
+
+
+def own_logits(model: Any, given: Batch, appended: Tensor) -> Tensor:
+    """Of the model itself, row by row without padding or cache."""
+    ids, mask, _, _ = given
+    rows = [
+        torch.cat([each[kept], more]) for each, kept, more in zip(ids, mask, appended, strict=True)
+    ]
+    return torch.stack([model(input_ids=row.unsqueeze(0)).logits[0, -1] for row in rows])
+
+
+@torch.no_grad()
+def test_each_step_gives_the_models_logits(build: Make, batch: Make, kind: str) -> None:
+    model, given = build(kind).eval(), batch()
+    steps = steps_of(model, given)
+    appended = torch.randint(2, 64, (5, 6), generator=torch.Generator().manual_seed(3))
+    assert_near(steps.logits, own_logits(model, given, appended[:, :0]))
+    for count in range(6):
+        assert_near(steps(appended[:, count]), own_logits(model, given, appended[:, : count + 1]))
+
+
+def assert_near(found: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_rows_that_are_left_go_on_as_before(build: Make, batch: Make) -> None:
+    model, given = build("llama").eval(), batch()
+    appended = torch.randint(2, 64, (5, 3), generator=torch.Generator().manual_seed(3))
+    steps = steps_of(model, given)
+    steps(appended[:, 0])
+    steps.select(torch.tensor([1, 4]))
+    steps(appended[[1, 4], 1])
+    steps.select(torch.tensor([1]))
+    assert_near(steps(appended[[4], 2]), own_logits(model, given, appended)[[4]])
+
+
+@torch.no_grad()
+def test_samples_of_a_prompt_stand_together(build: Make, batch: Make) -> None:
+    model, given = build("llama").eval(), batch()
+    steps = steps_of(model, given, samples=2)
+    appended = torch.randint(2, 64, (10, 1), generator=torch.Generator().manual_seed(3))
+    found = steps(appended[:, 0])
+    for sample in range(2):
+        assert_near(found[sample::2], own_logits(model, given, appended[sample::2]))
+
+
+@needs_bfloat16
+@torch.no_grad()
+def test_in_bfloat16_they_are_as_near_to_float32_as_the_model(build: Make, batch: Make) -> None:
+    model, given = build("llama").eval(), batch()
+    copied = SamplingWeights("bfloat16").model(model, 0)
+    appended = torch.randint(2, 64, (5, 2), generator=torch.Generator().manual_seed(3))
+    steps = steps_of(copied, given)
+    steps(appended[:, 0])
+    found, exact = steps(appended[:, 1]), own_logits(model, given, appended)
+    assert found.dtype == torch.bfloat16
+    errors = [
+        (each.float() - exact).norm() for each in (found, own_logits(copied, given, appended))
+    ]
+    assert 0 < errors[0] < 1.2 * errors[1]
+
+
+def sampled(model: Any, given: Batch, samples: int, greedy: bool) -> Rollout:
+    ids, mask, _, _ = given
+    sampling = Sampling(max_new_tokens=12, completions_per_prompt=samples)
+    numbers = None if greedy else row_uniforms(1, 0, list("abcde"), samples, 12)
+    return generate_rollout(model, ids, mask, sampling, numbers, list(range(10, 16)), 0)
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_completions_are_those_of_the_plain_sampler(
+    build: Make,
+    batch: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    greedy: bool,
+    samples: int,
+) -> None:
+    model, given = build(kind), batch()
+    counted = []
+    call = DecodingSteps.__call__
+
+    def spy(self: DecodingSteps, tokens: Tensor) -> Tensor:
+        counted.append(len(tokens))
+        return call(self, tokens)
+
+    monkeypatch.setattr(DecodingSteps, "__call__", spy)
+    ours = sampled(model, given, samples, greedy)
+    assert len(counted) > 3
+    assert model.training
+    calls = len(counted)
+    monkeypatch.setattr(decode_mode, "decoder_of", lambda _: None)
+    plain = sampled(model, given, samples, greedy)
+    assert len(counted) == calls
+    assert torch.equal(ours.completion_ids, plain.completion_ids)
+    assert torch.equal(ours.completion_mask, plain.completion_mask)
+    assert torch.equal(ours.truncated, plain.truncated)
+    torch.testing.assert_close(
+        ours.sampled_log_probs, plain.sampled_log_probs, atol=1e-3, rtol=1e-3
+    )
+
+
+def test_steps_are_plain_under_autocast_and_for_few_steps(build: Make) -> None:
+    model = build("llama")
+    for autocast, steps, used in ((False, 12, True), (True, 12, False), (False, 3, False)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            with decode_mode.decode_mode(model, 5, steps) as decoder:
+                assert (decoder is not None) is used

@@ -1,0 +1,218 @@
+"""Fused blocks give the states and gradients of the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sdft_lightning import hidden as hidden_file
+from sdft_lightning.fused import completion_states, decoder_of, rows, trunk
+from sdft_lightning.fused.attention import Rooms
+from sdft_lightning.hidden import completion_hidden_states
+from sdft_lightning.prefix import split_prompts
+from sdft_lightning.rollout.weights import SamplingWeights
+
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]
+Make = Callable[..., Any]
+Found = tuple[Tensor, dict[str, Tensor]]
+
+
+def wanted(given: Batch) -> Tensor:
+    keep = given[3].clone()
+    keep[:, 0] = False  # as if the first token were left out of the loss
+    return keep
+
+
+def gradients(model: Any, states: Tensor) -> Found:
+    draw = torch.Generator().manual_seed(2)
+    model.zero_grad()
+    (states * torch.randn(states.shape, generator=draw)).sum().backward()
+    return states.detach(), {
+        name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None
+    }
+
+
+def fused(model: Any, given: Batch, dtype: torch.dtype = torch.float32) -> Found:
+    ids, mask, completion_ids, completion_mask = given
+    decoder = decoder_of(model)
+    assert decoder is not None
+    split = split_prompts(ids, mask)
+    keep = wanted(given)
+    states = completion_states(decoder, split, completion_ids, completion_mask, keep, dtype)
+    return gradients(model, states)
+
+
+def plain(model: Any, given: Batch) -> Found:
+    keep = wanted(given)
+    states = completion_hidden_states(model, *given, keep, share_prefix=False, pack=False)
+    return gradients(model, states)
+
+
+def assert_same(ours: Found, theirs: Found) -> None:
+    torch.testing.assert_close(ours[0], theirs[0], atol=1e-4, rtol=1e-4)
+    assert ours[1].keys() == theirs[1].keys()
+    assert len(theirs[1]) > 20
+    for name, gradient in theirs[1].items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(
+            ours[1][name] / scale, gradient / scale, atol=3e-5, rtol=0, msg=name
+        )
+
+
+@pytest.mark.parametrize("prefix", [0, 12])
+def test_states_and_gradients_are_the_models(
+    build: Make, batch: Make, kind: str, prefix: int
+) -> None:
+    model, given = build(kind), batch(prefix)
+    assert split_prompts(*given[:2]).prefix_ids.numel() == prefix
+    assert_same(fused(model, given), plain(model, given))
+
+
+@pytest.mark.parametrize(("scores", "queries"), [(1, 64), (300, 64), (2000, 3), (10**9, 2)])
+def test_groups_and_blocks_of_any_size_change_nothing(
+    build: Make, batch: Make, monkeypatch: pytest.MonkeyPatch, scores: int, queries: int
+) -> None:
+    model, given = build("llama"), batch()
+    expected = plain(model, given)
+    monkeypatch.setattr(rows, "_MOST_SCORES", scores)
+    monkeypatch.setattr(rows, "_FEW_QUERIES", queries)
+    assert_same(fused(model, given), expected)
+
+
+def test_rows_of_unequal_lengths_share_a_group() -> None:
+    found = list(rows._groups([4, 5, 5, 9], 3, 2))
+    assert [(group.rows, group.length) for group in found] == [(3, 5), (1, 9)]
+    assert [(group.start, group.end) for group in found] == [(3, 17), (17, 26)]
+    places = found[0].places
+    assert places is not None
+    assert places.tolist() == [*range(4), *range(5, 15)]
+    assert found[1].places is None
+
+
+def test_without_a_wanted_token_there_are_no_states_and_gradients_are_zero(
+    build: Make, batch: Make
+) -> None:
+    model, (ids, mask, completion_ids, completion_mask) = build("llama"), batch()
+    nothing = torch.zeros_like(completion_mask)
+    decoder = decoder_of(model)
+    assert decoder is not None
+    split = split_prompts(ids, mask)
+    states = completion_states(
+        decoder, split, completion_ids, completion_mask, nothing, torch.float32
+    )
+    assert states.shape == (0, 32)
+    _, found = gradients(model, states)
+    assert all((gradient == 0).all() for gradient in found.values())
+
+
+def test_rotary_positions_that_are_scaled_are_the_models(build: Make, batch: Make) -> None:
+    scaled = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }
+    model, given = build("llama", rope_parameters=scaled), batch()
+    assert_same(fused(model, given), plain(model, given))
+
+
+def test_in_bfloat16_they_are_as_near_to_float32_as_autocast(
+    build: Make, batch: Make, kind: str
+) -> None:
+    model, given = build(kind), batch()
+    exact = plain(model, given)
+    with torch.autocast("cpu", torch.bfloat16):
+        states = completion_hidden_states(model, *given, wanted(given), fuse=False)
+    autocast = gradients(model, states)
+    ours = fused(model, given, torch.bfloat16)
+    assert ours[0].dtype == torch.float32
+
+    def error(found: Found) -> float:
+        both = [torch.cat([each.flatten() for each in one[1].values()]) for one in (found, exact)]
+        return float((both[0] - both[1]).norm() / both[1].norm())
+
+    assert 0 < error(ours) < 1.2 * error(autocast)
+    difference = (ours[0] - exact[0]).norm() / (autocast[0] - exact[0]).norm()
+    assert difference < 1.2
+
+
+@pytest.mark.parametrize(
+    ("autocast", "fuse", "dtype", "used"),
+    [
+        (True, True, torch.float32, True),
+        (True, False, torch.float32, False),
+        (False, True, torch.float32, False),
+        (True, True, torch.bfloat16, False),
+    ],
+)
+def test_they_are_used_under_bfloat16_autocast_of_float32_weights(
+    build: Make,
+    batch: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    autocast: bool,
+    fuse: bool,
+    dtype: torch.dtype,
+    used: bool,
+) -> None:
+    model, given = build("llama").to(dtype), batch()
+    calls = []
+
+    def spy(*arguments: Any) -> Tensor:
+        calls.append(1)
+        return completion_states(*arguments)
+
+    monkeypatch.setattr(hidden_file, "completion_states", spy)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        completion_hidden_states(model, *given, wanted(given), fuse=fuse)
+    assert bool(calls) is used
+
+
+def test_a_rounded_copy_spares_the_cast_and_changes_nothing(build: Make, batch: Make) -> None:
+    model, given = build("llama"), batch()
+    copied = SamplingWeights("bfloat16").model(model, 0)
+    found = []
+    for rounded in (None, copied):
+        with torch.autocast("cpu", torch.bfloat16):
+            states = completion_hidden_states(model, *given, wanted(given), rounded=rounded)
+        found.append(gradients(model, states))
+    assert torch.equal(found[0][0], found[1][0])
+    for name, gradient in found[0][1].items():
+        assert torch.equal(gradient, found[1][1][name]), name
+    with torch.no_grad():
+        copied.model.layers[0].mlp.down_proj.weight.zero_()  # it is really the copy that is used
+    with torch.autocast("cpu", torch.bfloat16):
+        states = completion_hidden_states(model, *given, wanted(given), rounded=copied)
+    assert not torch.equal(states, found[0][0])
+
+
+def test_prompts_are_laid_out_as_they_stand(build: Make, batch: Make) -> None:
+    ids, mask, _, _ = batch()
+    model = build("llama")
+    decoder = decoder_of(model)
+    assert decoder is not None
+    states = trunk.prompt_states(decoder, split_prompts(ids, mask), torch.float32)
+    assert torch.equal(states.mask, mask)
+    with torch.no_grad():
+        own = model.model(input_ids=ids[:1], use_cache=True)
+    keys = states.keys[2][states.order[0]].transpose(0, 1)  # (K, L, E)
+    layers = getattr(own, "cache", None) or own.past_key_values
+    torch.testing.assert_close(keys, layers.layers[2].keys[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(states.last[0], own.last_hidden_state[0, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_rooms_are_used_again_and_grow() -> None:
+    rooms = Rooms()
+    first = rooms.take("a", (2, 3))
+    assert rooms.take("a", (3, 2)).data_ptr() == first.data_ptr()
+    assert rooms.take("b", (2, 3)).data_ptr() != first.data_ptr()
+    assert rooms.take("a", (4, 3)).shape == (4, 3)
+    assert rooms.take("a", (4, 3), torch.bfloat16).dtype == torch.bfloat16
+    given = torch.ones(2)
+    assert rooms.cast("c", given, torch.float32) is given
+    assert rooms.cast("c", given, torch.bfloat16).tolist() == [1.0, 1.0]

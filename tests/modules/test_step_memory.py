@@ -1,0 +1,84 @@
+"""What a step keeps for the next one, and what it does not compute or hold twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+
+from sdft_lightning import hidden
+from sdft_lightning.fused import completion_states
+from sdft_lightning.fused.structure import Decoder
+from sdft_lightning.modules import SDFTModule, SFTModule
+from sdft_lightning.rollout import Sampling
+
+FitModule = Callable[..., Any]
+
+
+class Watch(L.Callback):
+    """Whether the student has gradients, when a batch starts and when it ends."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[bool, bool]] = []
+
+    def on_train_batch_start(self, trainer: Any, module: Any, *args: Any) -> None:
+        self.start = has_gradients(module)
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+        self.seen.append((self.start, has_gradients(module)))
+
+
+def has_gradients(module: Any) -> bool:
+    return any(each.grad is not None for each in module.student.parameters())
+
+
+def test_gradients_are_dropped_between_windows_when_callbacks_have_seen_them(
+    fit_module: FitModule,
+) -> None:
+    watch = Watch()
+    fit_module(
+        SFTModule,
+        data={"batch_size": 1},
+        callbacks=[watch],
+        max_steps=2,
+        max_epochs=-1,
+        accumulate_grad_batches=2,
+    )
+    assert watch.seen == [(False, True), (True, True), (False, True), (True, True)]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "same"])
+def test_student_is_computed_with_the_weights_that_were_rounded_to_sample_with(
+    fit_module: FitModule, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    rounded: list[Decoder | None] = []
+
+    def spy(*arguments: Any) -> Tensor:
+        rounded.append(arguments[-1])
+        return completion_states(*arguments)
+
+    class Compared(SDFTModule):
+        """Compares the copy with the student at each step."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            outputs = super().training_step(batch, batch_idx)
+            copied, head = self.rounded_student, self.student_head
+            assert (copied is None) is (dtype == "same")
+            assert (head.rounded is None) is (dtype == "same")
+            for name, weight in self.student.named_parameters() if copied is not None else ():
+                assert torch.equal(copied.get_parameter(name), weight.bfloat16()), name
+            return outputs
+
+    monkeypatch.setattr(hidden, "completion_states", spy)
+    fit_module(
+        Compared,
+        model={"sampling_dtype": dtype, "sampling": Sampling(max_new_tokens=4)},
+        max_steps=3,
+        max_epochs=-1,
+        precision="bf16-mixed",
+    )
+    assert [each is not None for each in rounded] == [dtype == "bfloat16", False] * 3

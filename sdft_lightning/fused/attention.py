@@ -109,7 +109,8 @@ class _Blocks:
         scores = self.product("scores", queries, self.keys[:, :seen].transpose(1, 2))
         count = part.stop - part.start
         # All see what came before these queries; of the queries' own keys, those up to their own.
-        later = torch.full((count, count), float("-inf")).triu_(1)  # (l, l) query, key
+        later = torch.full((count, count), float("-inf"), dtype=scores.dtype)
+        later = later.triu_(1)  # (l, l) query, key
         scores.view(-1, count, seen)[:, :, seen - count :].add_(later)
         return torch.softmax(scores, dim=-1, out=self.rooms.take("probs", scores.shape))
 

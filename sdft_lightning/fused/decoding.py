@@ -11,13 +11,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, rms_norm
+from torch.nn.functional import embedding, pad, rms_norm
 
 from sdft_lightning.fused.attention import Shape, rotate
 from sdft_lightning.fused.norm import normed, rms
 from sdft_lightning.fused.structure import Decoder, Layer, joined
 from sdft_lightning.fused.trunk import prompt_states
 from sdft_lightning.prefix import SplitPrompts
+
+
+# Tokens that room is made for at once: most completions end long before the longest allowed.
+_MORE = 64
 
 
 class _Product(NamedTuple):
@@ -90,17 +94,30 @@ class DecodingSteps:
         rows, self.length = mask.shape
         self.layers = [_PackedLayer.of(layer, rows) for layer in decoder.layers]
         self.head = _Product.of([head], rows)
-        room = (rows, decoder.key_heads, self.length + steps, decoder.head_size)
+        self.longest = self.length + steps
+        size = min(self.length + _MORE, self.longest)
+        room = (rows, decoder.key_heads, size, decoder.head_size)
         self.keys = [torch.empty(room, dtype=dtype) for _ in self.layers]
         self.values = [torch.empty(room, dtype=dtype) for _ in self.layers]
-        self.wide = torch.empty(0 if dtype == torch.float32 else 2 * self.keys[0].numel())
+        self.wide = _wide(0 if dtype == torch.float32 else 2 * self.keys[0].numel())
         for kept, found in ((self.keys, states.keys), (self.values, states.values)):
             for room_of_layer, of_tokens in zip(kept, found, strict=True):
                 room_of_layer[:, :, : self.length] = of_tokens[order].transpose(1, 2)
         self.positions = mask.sum(dim=1)  # (S,) of the next token
-        self.unseen = torch.zeros(rows, decoder.key_heads, 1, room[2])  # added to the scores
+        unseen = (rows, decoder.key_heads, 1, size)
+        self.unseen = torch.zeros(unseen, dtype=torch.float32)  # added to the scores
         self.unseen[:, :, 0, : self.length].masked_fill_(~mask.unsqueeze(1), float("-inf"))
         self.logits = self.head(states.last.to(dtype)).repeat_interleave(samples, dim=0)
+
+    def _grow(self) -> None:
+        """Make room for more keys and values, layer by layer."""
+        more = min(_MORE, self.longest - self.length)
+        for rooms in (self.keys, self.values):
+            for place, room in enumerate(rooms):
+                rooms[place] = pad(room, (0, 0, 0, more))
+        self.unseen = pad(self.unseen, (0, more))
+        if self.wide.numel():
+            self.wide = _wide(2 * self.keys[0].numel())
 
     def select(self, slots: Tensor) -> None:
         """Keep some rows only.
@@ -126,6 +143,8 @@ class DecodingSteps:
             Logits `(S, V)`.
         """
         decoder, turned = self.decoder, self.shape.turned
+        if self.length == self.keys[0].shape[2]:
+            self._grow()
         hidden = embedding(tokens, decoder.embedding.weight)  # (S, D)
         cosines, sines = (
             each[:, 0, : self.shape.size // 2].unsqueeze(1).float()  # (S, 1, E / 2)
@@ -181,6 +200,11 @@ class DecodingSteps:
             for part, norm in zip(parts, (layer.q_norm, layer.k_norm), strict=True)
         ]
         return torch.cat(plain, dim=1)
+
+
+def _wide(count: int) -> Tensor:
+    """Memory for float32, whatever the default dtype is (Lightning's bf16-true changes it)."""
+    return torch.empty(count, dtype=torch.float32)
 
 
 def _norm(hidden: Tensor, norm: Any) -> Tensor:

@@ -200,6 +200,11 @@ class PolicyModule(EvaluatedModule):
                 f"LoRA: {trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
             )
 
+    def on_train_start(self) -> None:
+        """Of a run that was resumed inside of a window, the first gradients are kept, too."""
+        super().on_train_start()
+        self._dropped_at = self.trainer.global_step
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Drop gradients after a step, when callbacks have seen them: the next needs the memory."""
         super().on_train_batch_end(outputs, batch, batch_idx)

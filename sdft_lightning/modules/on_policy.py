@@ -135,6 +135,8 @@ class OnPolicyModule(PolicyModule):
     @property
     def rounded_student(self) -> Any:
         """The bfloat16 copy that was sampled from, while it is the student; None without one."""
+        if not self.sampling_weights.holds_copy:
+            return None
         return self.sampling_weights.rounded(self.student, self.trainer.global_step)
 
     @property

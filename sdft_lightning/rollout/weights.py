@@ -77,9 +77,13 @@ class SamplingWeights:
             student: The trained model.
             version: As of `model`.
         """
-        if is_sharded(student) or version != self._version or not self.uses_copy(student):
-            return None
-        return self._copy
+        current = version == self._version and not is_sharded(student)
+        return self._copy if current and self.uses_copy(student) else None
+
+    @property
+    def holds_copy(self) -> bool:
+        """Whether there is a copy, of whatever version."""
+        return self._copy is not None
 
     def _whole(self, student: nn.Module, version: object) -> Any:
         if self._copy is None or version != self._version:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdft_lightning.fused import DecodingSteps, decoder_of
+from sdft_lightning.fused import DecodingSteps, decoder_of, decoding
 from sdft_lightning.prefix import split_prompts
 from sdft_lightning.rollout import Sampling, decode_mode, generate_rollout
 from sdft_lightning.rollout.weights import SamplingWeights
@@ -101,6 +101,24 @@ def sampled(model: Any, given: Batch, samples: int, greedy: bool) -> Rollout:
     sampling = Sampling(max_new_tokens=12, completions_per_prompt=samples)
     numbers = None if greedy else row_uniforms(1, 0, list("abcde"), samples, 12)
     return generate_rollout(model, ids, mask, sampling, numbers, list(range(10, 16)), 0)
+
+
+@torch.no_grad()
+def test_room_grows_as_it_is_needed(
+    build: Make, batch: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "_MORE", 2)
+    model, given = build("llama").eval(), batch()
+    steps = steps_of(model, given)
+    appended = torch.randint(2, 64, (5, 6), generator=torch.Generator().manual_seed(3))
+    for count in range(6):
+        found = steps(appended[:, count])
+        if count == 2:
+            steps.select(torch.tensor([1, 2, 4]))
+            appended = appended[[1, 2, 4]]
+    assert steps.keys[0].shape[2] == steps.longest == 26
+    kept = tuple(each[[1, 2, 4]] for each in given)
+    assert_near(found, own_logits(model, kept, appended))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("greedy", [True, False])

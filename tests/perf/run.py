@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from processes import Side, Spread, alternate, ratios, run, seconds_of
-from workload import Workload
+from workload import Workload, needed_gigabytes, random_model
 
 from sdft_lightning.rollout.weights import has_native_bfloat16
 
@@ -166,6 +166,10 @@ def scaling(args: argparse.Namespace) -> Any:
         "4 prompts x 4 completions": replace(base, micro_batch=4, completions=4),
         "frozen teacher": replace(base, frozen_teacher=True),
         "gradient checkpointing": replace(base, checkpointing=True),
+        "4 x 4 prompts": replace(base, micro_batch=4, accumulate=4),
+        "4 x 4 prompts, gradient checkpointing": replace(
+            base, micro_batch=4, accumulate=4, checkpointing=True
+        ),
     }
     lines, data = [], []
     for title, workload in variants.items():
@@ -175,12 +179,30 @@ def scaling(args: argparse.Namespace) -> Any:
     return [], [f"    {line}" for line in lines], data
 
 
+def memory(args: argparse.Namespace) -> Any:
+    """What docs/performance.md says that a step needs, and what it takes, for two sizes."""
+    lines, data = [], []
+    base = Workload(precision=args.precision, steps=2)
+    for title, model in (("embedded", base.model), ("random, 362M", str(random_model()))):
+        for micro_batch, accumulate in ((16, 1), (4, 4)):
+            workload = replace(base, model=model, micro_batch=micro_batch, accumulate=accumulate)
+            result = run(Side(title, "ours.py", ["sdft", workload.dump()]))
+            needed = needed_gigabytes(workload)
+            lines.append(
+                f"    {title}, {accumulate} x {micro_batch} prompts: {peak(result):.2f} GB, "
+                f"formula {needed:.2f}"
+            )
+            data.append({"workload": workload.dump(), "result": result, "formula": needed})
+    return [], lines, data
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "trl": against_trl,
     "sft": against_sft,
     "sampling": sampling,
     "loss": loss,
     "scaling": scaling,
+    "memory": memory,
 }
 
 

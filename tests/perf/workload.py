@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from sdft_lightning.data.sources import read_rows
-from sdft_lightning.tokenization import load_tokenizer
+from sdft_lightning.tokenization import load_tokenizer, resolve_model
 
+# What Python, torch and the other libraries hold before any model is there, in bytes.
+LIBRARIES = 5e8
 # One turn: the question, then the demonstration. TRL's default template, and ours for these runs.
 TEACHER_TEMPLATE = "{prompt}\n\n{privileged_context}"
 
@@ -107,6 +109,48 @@ def write_rows(rows: list[dict[str, str]]) -> Path:
     path = Path(tempfile.mkdtemp(prefix="sdft-perf-")) / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def random_model() -> Path:
+    """A folder with a model of SmolLM2-360M's sizes, random weights and the embedded tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source, folder = resolve_model("embedded"), Path(tempfile.mkdtemp(prefix="sdft-perf-model-"))
+    config = AutoConfig.from_pretrained(source)
+    sizes = {
+        "hidden_size": 960,
+        "intermediate_size": 2560,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 15,
+        "num_key_value_heads": 5,
+        "head_dim": 64,
+    }
+    config.update(sizes)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    load_tokenizer("embedded", None).save_pretrained(folder)
+    return folder
+
+
+def needed_gigabytes(workload: Workload) -> float:
+    """The formula of docs/performance.md, for bfloat16 autocast on the CPU.
+
+    Args:
+        workload: One with an EMA teacher and without activation checkpointing.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(resolve_model(workload.model))
+    with torch.device("meta"):
+        weights = AutoModelForCausalLM.from_config(config).num_parameters()
+    width, vocabulary = config.hidden_size, config.vocab_size
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    head_size = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    tokens = workload.micro_batch * (workload.prompt_tokens + workload.new_tokens)
+    kept = 6 * width + 2 * heads * head_size + 4 * config.intermediate_size
+    activations = tokens * config.num_hidden_layers * kept
+    chunk = 4 * vocabulary * min(512, workload.micro_batch * workload.new_tokens)
+    return float(LIBRARIES + 18 * weights + 6 * vocabulary * width + activations + chunk) / 1e9
 
 
 def peak_gigabytes() -> float:

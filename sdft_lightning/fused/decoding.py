@@ -19,7 +19,6 @@ from sdft_lightning.fused.structure import Decoder, Layer, joined
 from sdft_lightning.fused.trunk import prompt_states
 from sdft_lightning.prefix import SplitPrompts
 
-
 # Tokens that room is made for at once: most completions end long before the longest allowed.
 _MORE = 64
 

@@ -149,8 +149,10 @@ def needed_gigabytes(workload: Workload) -> float:
     tokens = workload.micro_batch * (workload.prompt_tokens + workload.new_tokens)
     kept = 6 * width + 2 * heads * head_size + 4 * config.intermediate_size
     activations = tokens * config.num_hidden_layers * kept
+    gradients = 4 * weights if workload.accumulate > 1 else 0
     chunk = 4 * vocabulary * min(512, workload.micro_batch * workload.new_tokens)
-    return float(LIBRARIES + 18 * weights + 6 * vocabulary * width + activations + chunk) / 1e9
+    parts = (LIBRARIES, 18 * weights, gradients, 6 * vocabulary * width, activations, chunk)
+    return sum(map(float, parts)) / 1e9
 
 
 def peak_gigabytes() -> float:

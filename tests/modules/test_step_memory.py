@@ -14,7 +14,7 @@ from sdft_lightning import hidden
 from sdft_lightning.fused import completion_states
 from sdft_lightning.fused.structure import Decoder
 from sdft_lightning.modules import SDFTModule, SFTModule
-from sdft_lightning.rollout import Sampling
+from sdft_lightning.rollout import Sampling, SamplingWeights
 
 FitModule = Callable[..., Any]
 
@@ -82,3 +82,10 @@ def test_student_is_computed_with_the_weights_that_were_rounded_to_sample_with(
         precision="bf16-mixed",
     )
     assert [each is not None for each in rounded] == [dtype == "bfloat16", False] * 3
+
+
+def test_a_copy_of_an_older_step_is_not_taken_for_the_student(model: Any) -> None:
+    weights = SamplingWeights("bfloat16")
+    copied = weights.model(model, 3)
+    assert weights.rounded(model, 3) is copied
+    assert weights.rounded(model, 4) is None

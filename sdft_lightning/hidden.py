@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sdft_lightning.attention_kernel import training_attention
 from sdft_lightning.errors import UserError
 from sdft_lightning.eval_mode import eval_mode
-from sdft_lightning.fused import completion_states, decoder_of
+from sdft_lightning.fused import ReadPrompts, completion_states, decoder_of, training_dtype
 from sdft_lightning.kv_cache import cache_argument
 from sdft_lightning.masking import position_ids
 from sdft_lightning.packing import PackedRows, attention_mask, own_sequence, pack_if_worth, unpack
@@ -70,6 +70,7 @@ def completion_hidden_states(
     pack: bool = True,
     fuse: bool = True,
     rounded: Any = None,
+    read: ReadPrompts | None = None,
 ) -> Tensor:
     """Hidden states that predict the kept completion tokens.
 
@@ -88,6 +89,8 @@ def completion_hidden_states(
         fuse: Compute known decoders in fewer operations where that is faster, see `fused`.
         rounded: The same model in bfloat16, where there is a copy: it spares fused decoders to cast
             their weights. Gradients are the model's.
+        read: What the same weights have left of the prompts when they were sampled from, used up
+            here; fused decoders need not compute it again.
 
     Returns:
         `(N, D)` with N = keep.sum(), row by row.
@@ -105,6 +108,7 @@ def completion_hidden_states(
             pack,
             fuse,
             rounded,
+            read,
         )
 
 
@@ -119,11 +123,12 @@ def _completion_hidden_states(
     pack: bool,
     fuse: bool,
     rounded: Any,
+    read: ReadPrompts | None,
 ) -> Tensor:
     split = SplitPrompts(prompt_ids[0, :0], prompt_ids, prompt_mask)
     if share_prefix and can_share(model):
         split = split_if_worth(prompt_ids, prompt_mask)
-    dtype = _fused_dtype(model)
+    dtype = training_dtype(model)
     if fuse and dtype is not None:
         decoder = decoder_of(model)
         if decoder is not None:
@@ -135,6 +140,7 @@ def _completion_hidden_states(
                 keep,
                 dtype,
                 None if rounded is None else decoder_of(rounded),
+                read,
             )
     if pack and takes_own_mask(model):
         rows = pack_if_worth(split, completion_ids, completion_mask)
@@ -146,16 +152,6 @@ def _completion_hidden_states(
     hidden = hidden_states(model, input_ids, mask, split.prefix_ids)  # (B, R + T - 1, D)
     predicting = hidden[:, split.rest_ids.shape[1] - 1 :]  # (B, T, D)
     return predicting[keep]  # (N, D)
-
-
-def _fused_dtype(model: Any) -> torch.dtype | None:
-    """The dtype of matrix products where fused blocks are faster: bfloat16 autocast on the CPU."""
-    if model.device.type != "cpu" or model.dtype != torch.float32:
-        return None
-    if not torch.is_autocast_enabled("cpu"):
-        return None
-    dtype = torch.get_autocast_dtype("cpu")
-    return dtype if dtype == torch.bfloat16 else None
 
 
 def _packed_hidden_states(model: Any, prefix_ids: Tensor, rows: PackedRows) -> Tensor:

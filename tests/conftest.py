@@ -256,6 +256,29 @@ def run_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
 
 @pytest.fixture
+def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding steps in bfloat16 also where oneDNN does not multiply it: by the plain product."""
+    import torch
+
+    from sdft_lightning.fused.laid_out import LaidOut
+    from sdft_lightning.fused.weights import joined
+    from sdft_lightning.rollout import packed
+
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return
+
+    def of(parts: list[Any], rows: int) -> LaidOut:
+        return LaidOut(*joined(parts, parts[0].weight.dtype))
+
+    def call(self: LaidOut, inputs: Any) -> Any:
+        return torch.nn.functional.linear(inputs, self.weight, self.bias)
+
+    monkeypatch.setattr(LaidOut, "of", staticmethod(of))
+    monkeypatch.setattr(LaidOut, "__call__", call)
+    monkeypatch.setattr(packed, "multiplies_bfloat16", lambda: True)
+
+
+@pytest.fixture
 def fit_module(model_folder: Path, train_file: Path, tmp_path: Path) -> Callable[..., Any]:
     """Fit a module on the twelve rows for one step, without the command line; returns it."""
     import lightning as L

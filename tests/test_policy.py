@@ -92,7 +92,7 @@ def test_gradient_checkpointing_gives_the_same_loss_and_gradients(model_folder: 
         found = [getattr(module, "gradient_checkpointing", False) for module in model.modules()]
         assert any(found) == checkpointing
         hidden = completion_hidden_states(
-            model, prompt, torch.ones_like(prompt).bool(), completion, kept, kept
+            model, prompt, torch.ones_like(prompt).bool(), completion, kept, kept, fuse=False
         )
         loss = hidden.square().sum()
         loss.backward()

@@ -6,7 +6,18 @@ work on tokens without padding, keep less for the backward pass, and equal the m
 """
 
 from sdft_lightning.fused.decoding import DecodingSteps
-from sdft_lightning.fused.structure import Decoder, decoder_of, join_
+from sdft_lightning.fused.prompts import ReadPrompts, read_prompts
+from sdft_lightning.fused.structure import Decoder, decoder_of, training_dtype
 from sdft_lightning.fused.trunk import completion_states
+from sdft_lightning.fused.weights import join_
 
-__all__ = ["Decoder", "DecodingSteps", "completion_states", "decoder_of", "join_"]
+__all__ = [
+    "Decoder",
+    "DecodingSteps",
+    "ReadPrompts",
+    "completion_states",
+    "decoder_of",
+    "join_",
+    "read_prompts",
+    "training_dtype",
+]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sdft_lightning.fused.rows import Group
+from sdft_lightning.fused.groups import Group
 
 
 class Shape(NamedTuple):
@@ -30,10 +30,10 @@ class Shape(NamedTuple):
         return self.heads + self.key_heads
 
 
-def rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+def rotate(heads: Tensor, cosines: Tensor, sines: Tensor, out: Tensor | None = None) -> Tensor:
     """Rotate halves of heads `(N, H, E)` by angles given as `(N, 1, E / 2)`, in float32."""
     left, right = heads.to(cosines.dtype).chunk(2, dim=-1)  # once; every product would cast anew
-    turned = torch.empty(heads.shape, dtype=cosines.dtype)  # (N, H, E)
+    turned = torch.empty(heads.shape, dtype=cosines.dtype) if out is None else out  # (N, H, E)
     to_left, to_right = turned.chunk(2, dim=-1)
     torch.mul(left, cosines, out=to_left).addcmul_(right, sines, value=-1)
     torch.mul(right, cosines, out=to_right).addcmul_(left, sines)
@@ -85,12 +85,14 @@ class _Blocks:
         return self.rooms.take(name, padded.shape, padded.dtype).copy_(padded)
 
     def seen(self, name: str, tokens: Tensor) -> Tensor:
-        """What all of the group see: `(G · K, S, E)` of `(N, K, E)`, S with the shared tokens."""
-        group, shared = self.group, self.group.shared
-        shape = (group.rows, self.shape.key_heads, shared + group.length, self.shape.size)
+        """What each of the group sees: `(G · K, S, E)` of `(N, K, E)`, its own tokens last."""
+        group, shared, before = self.group, self.group.shared, self.group.before
+        shape = (group.rows, self.shape.key_heads, before + group.length, self.shape.size)
         room = self.rooms.take(name, shape, tokens.dtype)  # (G, K, S, E)
         room[:, :, :shared] = tokens[:shared].transpose(0, 1)
-        room[:, :, shared:] = group.padded(tokens).transpose(1, 2)
+        if before > shared:
+            room[:, :, shared:before] = tokens[group.context].transpose(1, 2)
+        room[:, :, before:] = group.padded(tokens).transpose(1, 2)
         return room.flatten(0, 1)
 
     def part(self, name: str, by_head: Tensor, queries: slice) -> Tensor:
@@ -107,7 +109,10 @@ class _Blocks:
     def probs(self, queries: Tensor, part: slice, seen: int) -> Tensor:
         """Attention probabilities `(G · K, R · l, s)` of some queries over the first keys."""
         scores = self.product("scores", queries, self.keys[:, :seen].transpose(1, 2))
-        count = part.stop - part.start
+        group, count = self.group, part.stop - part.start
+        if group.padding is not None:
+            of_rows = scores.view(group.rows, -1, seen)  # (G, K · R · l, s)
+            of_rows[:, :, group.shared : group.before] += group.padding.unsqueeze(1)
         # All see what came before these queries; of the queries' own keys, those up to their own.
         later = torch.full((count, count), float("-inf"), dtype=scores.dtype)
         later = later.triu_(1)  # (l, l) query, key
@@ -216,7 +221,10 @@ def _softmax_backward(gradient: Tensor, probs: Tensor, rooms: Rooms) -> Tensor:
 def _add_seen(gradient: Tensor, tokens: Tensor, group: Group, shape: Shape) -> None:
     """Hand `(G · K, S, E)` out to the tokens `(N, K, E)` that were seen."""
     by_row = gradient.view(group.rows, shape.key_heads, -1, shape.size)  # (G, K, S, E)
-    shared = group.shared
+    shared, before = group.shared, group.before
     if shared:
         tokens[:shared] += by_row[:, :, :shared].sum(dim=0).transpose(0, 1)
-    group.store(tokens, by_row[:, :, shared:].transpose(1, 2))
+    if before > shared:  # padding has no gradient, so it may be added anywhere
+        context = by_row[:, :, shared:before].transpose(1, 2).flatten(0, 1)  # (G · C, K, E)
+        tokens.index_add_(0, group.context.flatten(), context.to(tokens.dtype))
+    group.store(tokens, by_row[:, :, before:].transpose(1, 2))

@@ -1,79 +1,38 @@
 """Decoding one token a row in few operations, with room for keys and values made beforehand.
 
-Weights are rearranged once a rollout for few rows (see `rollout.packed`), queries, keys and values
-are one product, and residual sums and the gate are part of products. Attention is computed in
-float32; of a bfloat16 cache one layer at a time is cast, into the same memory.
+Weights are rearranged once a rollout for few rows; queries, keys and values are one product, and so
+are gate and up. Norms, residual sums and attention are computed in float32, as in training, so that
+what a step finds can be what training begins with (see `recording`). Of a bfloat16 cache one layer
+at a time is cast, into the same memory.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, pad, rms_norm
+from torch.nn.functional import embedding, pad, silu
 
 from sdft_lightning.fused.attention import Shape, rotate
+from sdft_lightning.fused.laid_out import LaidOut, LaidOutLayer
 from sdft_lightning.fused.norm import normed, rms
-from sdft_lightning.fused.structure import Decoder, Layer, joined
-from sdft_lightning.fused.trunk import prompt_states
-from sdft_lightning.prefix import SplitPrompts
+from sdft_lightning.fused.prompts import ReadPrompts
+from sdft_lightning.fused.recording import Recording, hand_over, kept_rows
+from sdft_lightning.fused.structure import Decoder, Layer
 
 # Tokens that room is made for at once: most completions end long before the longest allowed.
 _MORE = 64
-
-
-class _Product(NamedTuple):
-    """A linear layer, its weight laid out by oneDNN."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    @staticmethod
-    def of(parts: list[Any], rows: int) -> _Product:
-        """Of layers with the same input, for so many rows at a time."""
-        weight, bias = joined(parts, parts[0].weight.dtype)
-        return _Product(torch.ops.mkldnn._reorder_linear_weight(weight, rows), bias)
-
-    def __call__(self, inputs: Tensor, after: str = "none") -> Tensor:
-        """W x + b, then `swish` where it is asked for."""
-        outputs: Tensor = torch.ops.mkldnn._linear_pointwise(
-            inputs, self.weight, self.bias, after, [], ""
-        )
-        return outputs
-
-    def with_(self, inputs: Tensor, other: Tensor, operation: str) -> Tensor:
-        """W x + b, to which `other` is added (`add`) or by which it is multiplied (`mul`)."""
-        outputs: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
-            inputs, other, self.weight, self.bias, operation
-        )
-        return outputs
-
-
-class _PackedLayer(NamedTuple):
-    """The products of a layer, and its modules for the norms."""
-
-    layer: Layer
-    heads: _Product
-    out: _Product
-    gate: _Product
-    up: _Product
-    down: _Product
-
-    @staticmethod
-    def of(layer: Layer, rows: int) -> _PackedLayer:
-        """Lay a layer out for so many rows."""
-        parts = ([layer.q, layer.k, layer.v], [layer.o], [layer.gate], [layer.up], [layer.down])
-        return _PackedLayer(layer, *(_Product.of(list(each), rows) for each in parts))
 
 
 class DecodingSteps:
     """Keys and values of some rows, and what comes next in each.
 
     Args:
-        decoder: Of the model, see `decoder_of`; its weights do not change meanwhile.
+        decoder: Of the model that samples, see `decoder_of`; its weights do not change meanwhile.
+            Embeddings and norms are those that the prompts were read with.
         head: The model's output layer.
-        prompts: The prompts, less what all begin with.
+        prompts: The prompts, in one piece or several; their keys and values are dropped.
         samples: Completions of each (n).
         steps: Most tokens that will be appended.
 
@@ -82,31 +41,41 @@ class DecodingSteps:
     """
 
     def __init__(
-        self, decoder: Decoder, head: Any, prompts: SplitPrompts, samples: int, steps: int
+        self, decoder: Decoder, head: Any, prompts: list[ReadPrompts], samples: int, steps: int
     ) -> None:
-        dtype = head.weight.dtype
-        states = prompt_states(decoder, prompts, dtype)
-        order = states.order.repeat_interleave(samples, dim=0)  # (S, L)
-        mask = states.mask.repeat_interleave(samples, dim=0)  # (S, L)
-        self.decoder = decoder
+        self.dtype = dtype = head.weight.dtype
+        self.decoder = prompts[0].decoder
+        self.prompts, self.samples = prompts, samples
         self.shape = Shape(decoder.heads, decoder.key_heads, decoder.head_size)
-        rows, self.length = mask.shape
-        self.layers = [_PackedLayer.of(layer, rows) for layer in decoder.layers]
-        self.head = _Product.of([head], rows)
+        rows = samples * sum(len(part.rows.owner) for part in prompts)  # S
+        self.length = max(part.rows.width for part in prompts)
+        self.rows = torch.arange(rows)  # (S,) which row is in which place
+        self.recording = Recording(len(decoder.layers), kept_rows(prompts, samples))
+        self.layers = [LaidOutLayer.of(layer, rows) for layer in decoder.layers]
+        self.head = LaidOut.of([head], rows)
         self.longest = self.length + steps
         size = min(self.length + _MORE, self.longest)
         room = (rows, decoder.key_heads, size, decoder.head_size)
         self.keys = [torch.empty(room, dtype=dtype) for _ in self.layers]
         self.values = [torch.empty(room, dtype=dtype) for _ in self.layers]
         self.wide = _wide(0 if dtype == torch.float32 else 2 * self.keys[0].numel())
-        for kept, found in ((self.keys, states.keys), (self.values, states.values)):
-            for room_of_layer, of_tokens in zip(kept, found, strict=True):
-                room_of_layer[:, :, : self.length] = of_tokens[order].transpose(1, 2)
+        self.unseen = _wide(rows * decoder.key_heads * size).zero_()  # added to the scores
+        self.unseen = self.unseen.view(rows, decoder.key_heads, 1, size)
+        masks = []
+        for part, place in zip(prompts, _places(prompts, samples), strict=True):
+            order, mask = (
+                each.repeat_interleave(samples, dim=0) for each in part.rows.padded(self.length)
+            )  # (S_i, L)
+            masks.append(mask)
+            for kept, found in ((self.keys, part.keys), (self.values, part.values)):
+                for room_of_layer, of_tokens in zip(kept, found, strict=True):
+                    room_of_layer[place, :, : self.length] = of_tokens[order].transpose(1, 2)
+            part.forget_keys()
+        mask = torch.cat(masks)  # (S, L)
         self.positions = mask.sum(dim=1)  # (S,) of the next token
-        unseen = (rows, decoder.key_heads, 1, size)
-        self.unseen = torch.zeros(unseen, dtype=torch.float32)  # added to the scores
         self.unseen[:, :, 0, : self.length].masked_fill_(~mask.unsqueeze(1), float("-inf"))
-        self.logits = self.head(states.last.to(dtype)).repeat_interleave(samples, dim=0)
+        last = torch.cat([part.last for part in prompts]).to(dtype)  # (B, D)
+        self.logits = self.head(last).repeat_interleave(samples, dim=0)
 
     def _grow(self) -> None:
         """Make room for more keys and values, layer by layer."""
@@ -131,6 +100,7 @@ class DecodingSteps:
                 room[:count, :, : self.length] = room[slots, :, : self.length]
                 rooms[place] = room[:count]
         self.positions, self.unseen = self.positions[slots], self.unseen[slots]
+        self.rows = self.rows[slots]
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Append a token to each row.
@@ -141,29 +111,49 @@ class DecodingSteps:
         Returns:
             Logits `(S, V)`.
         """
-        decoder, turned = self.decoder, self.shape.turned
+        decoder, turns = self.decoder, self.shape.turned
         if self.length == self.keys[0].shape[2]:
             self._grow()
-        hidden = embedding(tokens, decoder.embedding.weight)  # (S, D)
+        hidden = embedding(tokens, decoder.embedding.weight).float()  # (S, D)
         cosines, sines = (
             each[:, 0, : self.shape.size // 2].unsqueeze(1).float()  # (S, 1, E / 2)
-            for each in decoder.rotary(hidden.float(), self.positions.unsqueeze(1))
+            for each in decoder.rotary(hidden, self.positions.unsqueeze(1))
         )
-        for packed, keys, values in zip(self.layers, self.keys, self.values, strict=True):
-            layer = packed.layer
-            products = packed.heads(_norm(hidden, layer.input_norm))
+        self.recording.begin(self.rows)
+        parts = zip(decoder.layers, self.layers, self.keys, self.values, strict=True)
+        for place, (layer, own, keys, values) in enumerate(parts):
+            scale, inputs = self._normed(hidden, layer.input_norm)
+            products = own.heads(inputs)
             heads = products.unflatten(1, (-1, self.shape.size))  # (S, H + 2 K, E)
-            rotated = rotate(self._head_norms(heads[:, :turned], layer), cosines, sines)
-            keys[:, :, self.length] = rotated[:, self.shape.heads :]
-            values[:, :, self.length] = heads[:, turned:]
-            mixed = self._attend(rotated[:, : self.shape.heads], keys, values).to(hidden.dtype)
-            hidden = packed.out.with_(mixed, hidden, "add")
-            inputs = _norm(hidden, layer.mlp_norm)
-            active = packed.up.with_(inputs, packed.gate(inputs, "swish"), "mul")  # (S, F)
-            hidden = packed.down.with_(active, hidden, "add")
+            turned = rotate(self._head_norms(heads[:, :turns], layer), cosines, sines)
+            keys[:, :, self.length] = turned[:, self.shape.heads :]
+            values[:, :, self.length] = heads[:, turns:]
+            mixed = self._attend(turned[:, : self.shape.heads], keys, values).to(self.dtype)
+            attended = own.out(mixed)
+            total = hidden + attended
+            more_scale, inputs = self._normed(total, layer.mlp_norm)
+            gates = own.gates(inputs)  # (S, 2 F)
+            gate, up = gates.chunk(2, dim=1)
+            hidden = total.add_(own.down(silu(gate).mul_(up)))  # (S, D)
+            self.recording.add(place, (scale, products, attended, more_scale, gates, hidden))
         self.length += 1
         self.positions = self.positions + 1
-        return self.head(_norm(hidden, decoder.norm))
+        return self.head(self._normed(hidden, decoder.norm)[1])
+
+    def finish(self, completion_ids: Tensor, completion_mask: Tensor) -> None:
+        """Hand what was recorded over to the prompts, for a pass over both; no step can follow.
+
+        Args:
+            completion_ids: `(B · n, T)` what was sampled, padded on the right.
+            completion_mask: `(B · n, T)`.
+        """
+        self.layers, self.keys, self.values = [], [], []  # what is handed over needs the room
+        hand_over(self.recording, self.prompts, self.samples, completion_ids, completion_mask)
+
+    def _normed(self, hidden: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
+        """The scale of a norm `(S, 1)`, and what comes out in the dtype of the products."""
+        scale = rms(hidden, norm.variance_epsilon)
+        return scale, normed(hidden, scale, norm.weight, self.dtype)
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """`(S, H · E)` of queries `(S, H, E)`, the newest key included."""
@@ -201,10 +191,16 @@ class DecodingSteps:
         return torch.cat(plain, dim=1)
 
 
+def _places(prompts: list[ReadPrompts], samples: int) -> list[slice]:
+    """The rows of each part of the prompts."""
+    places, start = [], 0
+    for part in prompts:
+        end = start + samples * len(part.rows.owner)
+        places.append(slice(start, end))
+        start = end
+    return places
+
+
 def _wide(count: int) -> Tensor:
     """Memory for float32, whatever the default dtype is (Lightning's bf16-true changes it)."""
     return torch.empty(count, dtype=torch.float32)
-
-
-def _norm(hidden: Tensor, norm: Any) -> Tensor:
-    return rms_norm(hidden, (hidden.shape[-1],), norm.weight, norm.variance_epsilon)

@@ -1,128 +1,137 @@
-"""Tokens of several sequences one after another without padding, and how attention groups them."""
+"""Tokens of prompts and completions one after another, without padding and each prompt once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sdft_lightning.fused.groups import Group, groups_of
 from sdft_lightning.prefix import SplitPrompts
 
-# Scores that exist at once, over all heads: 4 MB in float32, which a processor's cache holds.
-_MOST_SCORES = 2**20
-# Queries that attend at once: later keys are left out of the products of the first ones.
-_FEW_QUERIES = 64
-# The longest sequence of a group over its shortest, less what is shared.
-_SPREAD = 1.25
 
-
-class Group(NamedTuple):
-    """Sequences of about the same length, which attend together.
+class PromptRows(NamedTuple):
+    """All tokens of some prompts; equal prompts are one.
 
     Attributes:
-        start: Their first token among all.
-        end: Behind their last token.
-        rows: G sequences.
-        length: L tokens of the longest.
-        places: Where their tokens are among the G · L of the padded group; None where all are.
-        shared: K tokens at the very beginning that they see besides, as all sequences do.
-    """
-
-    start: int
-    end: int
-    rows: int
-    length: int
-    places: Tensor | None
-    shared: int
-
-    def padded(self, tokens: Tensor) -> Tensor:
-        """The group's part `(G, L, ...)` of all tokens `(N, ...)`; zeros where there is none."""
-        own = tokens[self.start : self.end]
-        if self.places is not None:
-            room = own.new_zeros(self.rows * self.length, *own.shape[1:])
-            own = room.index_copy_(0, self.places, own)
-        return own.view(self.rows, self.length, *own.shape[1:])
-
-    def store(self, tokens: Tensor, padded: Tensor) -> None:
-        """The other way: write `(G, L, ...)` into the group's part of `(N, ...)`."""
-        own = tokens[self.start : self.end]
-        if self.places is None:
-            own.view(padded.shape).copy_(padded)
-        else:
-            own.copy_(padded.flatten(0, 1)[self.places])
-
-    def blocks(self, heads: int) -> Iterator[tuple[slice, int]]:
-        """Queries that attend at once, and how many keys they see of K + L."""
-        step = max(1, _MOST_SCORES // (self.rows * heads * (self.shared + self.length)))
-        step = min(step, _FEW_QUERIES)
-        for first in range(0, self.length, step):
-            last = min(first + step, self.length)
-            yield slice(first, last), self.shared + last
-
-
-class FlatRows(NamedTuple):
-    """All tokens of a batch.
-
-    Attributes:
-        ids: `(N,)` the shared prefix, then sequence after sequence, the shortest first.
-        positions: `(N,)`.
+        ids: `(M,)` the shared prefix, then prompt after prompt, the shortest first.
+        positions: `(M,)`.
         groups: All of it, in order.
-        first: `(B,)` the token that predicts the first one of each completion.
+        shared: K tokens of the prefix.
+        tokens: Where the tokens of each prompt are, less the prefix.
+        owner: Which prompt each of the B rows has.
     """
 
     ids: Tensor
     positions: Tensor
     groups: list[Group]
-    first: Tensor
+    shared: int
+    tokens: list[range]
+    owner: list[int]
+
+    @property
+    def last(self) -> Tensor:
+        """`(B,)` the last token of each row's prompt."""
+        return torch.tensor([self.tokens[prompt].stop - 1 for prompt in self.owner])
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest prompt, the prefix included."""
+        return self.shared + max(map(len, self.tokens))
+
+    def padded(self, width: int) -> tuple[Tensor, Tensor]:
+        """Which tokens each row's prompt consists of `(B, width)`, padded on the left; a mask."""
+        order = torch.zeros(len(self.owner), width, dtype=torch.long)  # (B, L)
+        mask = torch.zeros(order.shape, dtype=torch.bool)  # (B, L)
+        for row, prompt in enumerate(self.owner):
+            tokens = torch.tensor([*range(self.shared), *self.tokens[prompt]])
+            order[row, width - tokens.numel() :] = tokens
+            mask[row, width - tokens.numel() :] = True
+        return order, mask
 
 
-def flat_rows(
-    split: SplitPrompts, completion_ids: Tensor, completion_mask: Tensor, heads: int
-) -> FlatRows:
-    """Lay out prompts with their completions; the last token of each is left out.
+class FlatRows(NamedTuple):
+    """All tokens of a batch: its prompts, then its completions.
+
+    Attributes:
+        ids: `(N,)`.
+        positions: `(N,)`.
+        prompts: M tokens of the prompts, the first ones.
+        groups: All of it, in order.
+        predicting: `(B, T)` the token that predicts each one of a completion; anything where a
+            completion has ended.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    prompts: int
+    groups: list[Group]
+    predicting: Tensor
+
+
+def prompt_rows(split: SplitPrompts, heads: int) -> PromptRows:
+    """Lay out prompts.
 
     Args:
         split: The prompts, less what all begin with.
-        completion_ids: `(B, T)`, padded on the right.
-        completion_mask: `(B, T)`.
         heads: Query heads of the model.
     """
-    prompts = split.rest_mask.sum(dim=1).tolist()
-    inputs = (completion_mask.sum(dim=1) - 1).clamp(min=0).tolist()  # nothing follows the last
-    lengths = [prompt + more for prompt, more in zip(prompts, inputs, strict=True)]
-    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
     shared = split.prefix_ids.numel()
-    pieces = [split.prefix_ids]
-    positions = [torch.arange(shared)]
-    first = [0] * len(lengths)
+    rows = [ids[mask] for ids, mask in zip(split.rest_ids, split.rest_mask, strict=True)]
+    known: dict[tuple[int, ...], int] = {}
+    keys = [tuple(row.tolist()) for row in rows]
+    for key in sorted(keys, key=len):
+        known.setdefault(key, len(known))
+    tokens: list[range] = []
+    pieces, positions = [split.prefix_ids], [torch.arange(shared)]
     at = shared
+    for key in known:
+        tokens.append(range(at, at + len(key)))
+        pieces.append(torch.tensor(key, dtype=torch.long))
+        positions.append(torch.arange(len(key)) + shared)
+        at += len(key)
+    groups = groups_of([shared], [range(0)], 0, 0, heads)
+    nothing = [range(0)] * len(tokens)
+    groups += groups_of([len(each) for each in tokens], nothing, shared, shared, heads)
+    owner = [known[key] for key in keys]
+    return PromptRows(torch.cat(pieces), torch.cat(positions), groups, shared, tokens, owner)
+
+
+def with_completions(
+    prompts: PromptRows, completion_ids: Tensor, completion_mask: Tensor, heads: int
+) -> FlatRows:
+    """Lay out completions behind their prompts; the last token of each is left out.
+
+    Args:
+        prompts: B prompts.
+        completion_ids: `(B · n, T)`, padded on the right: n of each prompt.
+        completion_mask: `(B · n, T)`.
+        heads: Query heads of the model.
+    """
+    count, width = completion_ids.shape
+    samples = count // len(prompts.owner)
+    owner = [prompt for prompt in prompts.owner for _ in range(samples)]
+    lengths = (completion_mask.sum(dim=1) - 1).clamp(min=0).tolist()  # nothing follows the last
+    tokens = [prompts.tokens[prompt] for prompt in owner]
+    order = sorted(range(count), key=lambda row: (lengths[row], len(tokens[row])))
+    first = at = prompts.ids.numel()
+    pieces, positions = [prompts.ids], [prompts.positions]
+    predicting = torch.zeros(count, width, dtype=torch.long)  # (B · n, T)
     for row in order:
-        pieces += [split.rest_ids[row][split.rest_mask[row]], completion_ids[row, : inputs[row]]]
-        positions.append(torch.arange(lengths[row]) + shared)
-        first[row] = at + prompts[row] - 1
-        at += lengths[row]
-    groups = [Group(0, shared, 1, shared, None, 0)] if shared else []
-    groups += _groups([lengths[row] for row in order], shared, heads)
-    return FlatRows(torch.cat(pieces), torch.cat(positions), groups, torch.tensor(first))
-
-
-def _groups(lengths: list[int], shared: int, heads: int) -> Iterator[Group]:
-    """Groups of sequences whose ascending lengths are given, behind `shared` tokens."""
-    start, done = shared, 0
-    while done < len(lengths):
-        last = done + 1
-        while last < len(lengths):
-            longest = lengths[last]
-            scores = (last + 1 - done) * heads * longest * (shared + longest)
-            if scores > _MOST_SCORES or longest > _SPREAD * lengths[done]:
-                break
-            last += 1
-        own = lengths[done:last]
-        longest, end = own[-1], start + sum(own)
-        places = None
-        if own[0] != longest:
-            places = torch.cat([torch.arange(n) + i * longest for i, n in enumerate(own)])
-        yield Group(start, end, len(own), longest, places, shared)
-        start, done = end, last
+        length, prompt = lengths[row], tokens[row]
+        pieces.append(completion_ids[row, :length])
+        positions.append(torch.arange(length) + prompts.shared + len(prompt))
+        predicting[row, 0] = prompt.stop - 1
+        predicting[row, 1 : length + 1] = torch.arange(at, at + length)
+        at += length
+    groups = groups_of(
+        [lengths[row] for row in order],
+        [tokens[row] for row in order],
+        first,
+        prompts.shared,
+        heads,
+    )
+    return FlatRows(
+        torch.cat(pieces), torch.cat(positions), first, [*prompts.groups, *groups], predicting
+    )

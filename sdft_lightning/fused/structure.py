@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sdft_lightning.prefix import takes_own_mask
 from sdft_lightning.sharding import is_sharded
@@ -83,6 +83,22 @@ def decoder_of(model: Any) -> Decoder | None:
     )
 
 
+def training_dtype(model: Any) -> torch.dtype | None:
+    """The dtype of matrix products in fused blocks, or None where they do not take a model.
+
+    float32 weights on the CPU are multiplied as they are, or rounded under bfloat16 autocast.
+
+    Args:
+        model: A causal language model of transformers.
+    """
+    if model.device.type != "cpu" or model.dtype != torch.float32:
+        return None
+    if not torch.is_autocast_enabled("cpu"):
+        return torch.float32
+    dtype = torch.get_autocast_dtype("cpu")
+    return dtype if dtype == torch.bfloat16 else None
+
+
 def _is_changed(base: nn.Module, training: bool) -> bool:
     """Whether a module is not what transformers made, or would do more than the blocks do."""
     for name, module in base.named_modules():
@@ -116,52 +132,3 @@ def _layer(layer: Any) -> Layer:
         up=mlp.up_proj,
         down=mlp.down_proj,
     )
-
-
-def joined(parts: list[nn.Linear], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Weights of linear layers with the same input as one `(ΣO, D)`, and their biases `(ΣO,)`.
-
-    Args:
-        parts: Layers that all have a bias, or none of them.
-        dtype: Of the result, which is a copy unless `join_` has put the weights together.
-    """
-    bias = None
-    if parts[0].bias is not None:
-        bias = torch.cat([part.bias.detach() for part in parts]).to(dtype)
-    rows = sum(part.out_features for part in parts)
-    first = parts[0].weight.detach()
-    if first.dtype == dtype and _are_together([part.weight for part in parts]):
-        return first.as_strided((rows, first.shape[1]), first.stride()), bias
-    weight = first.new_empty(rows, first.shape[1], dtype=dtype)
-    torch.cat([part.weight.detach() for part in parts], out=weight)
-    return weight, bias
-
-
-def _are_together(weights: list[Tensor]) -> bool:
-    """Whether weights lie one behind the other in the same memory."""
-    place = weights[0].data_ptr()
-    for weight in weights:
-        if weight.data_ptr() != place or not weight.is_contiguous():
-            return False
-        place += weight.numel() * weight.element_size()
-    storage = weights[0].untyped_storage()
-    return place <= storage.data_ptr() + storage.nbytes()
-
-
-@torch.no_grad()
-def join_(model: Any) -> None:
-    """Lay weights with the same input together, so that `joined` need not copy them.
-
-    Parameters keep names and values; of a model that the blocks do not know nothing is changed.
-
-    Args:
-        model: A causal language model of transformers that is not trained.
-    """
-    decoder = decoder_of(model)
-    for layer in [] if decoder is None else decoder.layers:
-        for parts in ([layer.q, layer.k, layer.v], [layer.gate, layer.up]):
-            weight = torch.cat([part.weight for part in parts])
-            for part, own in zip(
-                parts, weight.split([each.out_features for each in parts]), strict=True
-            ):
-                part.weight.data = own

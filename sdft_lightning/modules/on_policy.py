@@ -11,13 +11,14 @@ import lightning as L
 from jsonargparse import lazy_instance  # type: ignore[attr-defined]
 from torch import Tensor
 
+from sdft_lightning.fused import ReadPrompts
 from sdft_lightning.lora import LoRA
 from sdft_lightning.memory import give_back_memory
 from sdft_lightning.mismatch import MismatchCorrection, SamplerAlarm
 from sdft_lightning.modules.base import OptimizerFactory, PolicyModule
 from sdft_lightning.modules.sampler_watch import SamplerWatch
 from sdft_lightning.modules.schedule import Schedule
-from sdft_lightning.modules.window import SampledWindow, join_prompts, split_rollout
+from sdft_lightning.modules.window import SampledWindow, join_prompts, split_rollout, window_key
 from sdft_lightning.policy import WeightsDtype
 from sdft_lightning.quantization import Quantization
 from sdft_lightning.rollout import (
@@ -28,6 +29,7 @@ from sdft_lightning.rollout import (
     trained_log_probs,
 )
 from sdft_lightning.rollout.engine import whole_weights_wanted
+from sdft_lightning.rollout.shared_prompts import SharedPrompts
 from sdft_lightning.rollout.weights import SamplingDtype
 from sdft_lightning.types import Demonstration, OutputHead, PromptBatch, Rollout, TokenStatistics
 
@@ -87,6 +89,7 @@ class OnPolicyModule(PolicyModule):
         self.mismatch_correction = mismatch_correction
         self.sampler_alarm = sampler_alarm
         self._window = SampledWindow()
+        self._shared_prompts = SharedPrompts()
         self._told_empty = False
 
     def configure_callbacks(self) -> list[L.Callback]:
@@ -98,6 +101,7 @@ class OnPolicyModule(PolicyModule):
         """As `PolicyModule.forget_copies`, with the engine's."""
         super().forget_copies()
         self.engine.forget()
+        self._shared_prompts.forget()
 
     def check_before_fit(self, rows: Sequence[Demonstration]) -> None:
         """Refuse what the engine cannot sample.
@@ -166,12 +170,37 @@ class OnPolicyModule(PolicyModule):
             step,
             self.stop_ids,
             self.tokenizer.pad_token_id,
+            self.read_prompts(batches, step),
         )
         rollouts = split_rollout(
             self.sampled(request), [len(batch.rows) * samples for batch in batches]
         )
         give_back_memory()
         return rollouts
+
+    @property
+    def samples_student(self) -> bool:
+        """Whether the student itself, or its copy, samples here, and answers its own prompts."""
+        return self.engine.is_trainer
+
+    def read_prompts(self, batches: list[PromptBatch], step: int) -> list[ReadPrompts] | None:
+        """The prompts of several micro-batches as the student's own pass needs them, too.
+
+        None where the rollout cannot go on from there.
+        """
+        if not self.samples_student:
+            return None
+        return self._shared_prompts.read(
+            self.student,
+            self.sampling_weights.model(self.student, step),
+            [(window_key(batch, step), self.sampling_prompts(batch)) for batch in batches],
+            self.sampling.completions_per_prompt,
+            self.sampling.max_new_tokens,
+        )
+
+    def take_prompts(self, batch: PromptBatch) -> ReadPrompts | None:
+        """What the rollout has read of a micro-batch's prompts, once."""
+        return self._shared_prompts.take(window_key(batch, self.trainer.global_step))
 
     def sampling_prompts(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
         """Ids and mask `(B, P)` of what the completions answer: the bare question."""

@@ -195,6 +195,11 @@ class SDFTModule(OnPolicyModule):
         self.log_step(loss, tokens, rollout)
         return {"loss": loss, "rollout": rollout, "keep": keep, "divergence": tokens.divergence}
 
+    @property
+    def samples_student(self) -> bool:
+        """Not where the teacher samples."""
+        return super().samples_student and not self.generate_from_teacher
+
     def sampling_prompts(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
         """What is sampled from: the bare question, or what the teacher sees where it samples."""
         if self.generate_from_teacher:
@@ -236,6 +241,7 @@ class SDFTModule(OnPolicyModule):
                 rollout.completion_mask,
                 keep,
                 rounded=self.rounded_student,
+                read=self.take_prompts(batch),
             )
 
     def teacher_hidden(self, batch: PromptBatch, rollout: Rollout, keep: Tensor) -> Tensor:

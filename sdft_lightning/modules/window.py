@@ -35,12 +35,13 @@ class SampledWindow:
             step: Optimizer step.
             sample: Samples several micro-batches at once.
         """
-        key = _key(batch, step)
+        key = window_key(batch, step)
         if key not in self._ready:
             batches = [batch, *batch.window]
             rollouts = sample(batches, step)
             self._ready = {
-                _key(each, step): rollout for each, rollout in zip(batches, rollouts, strict=True)
+                window_key(each, step): rollout
+                for each, rollout in zip(batches, rollouts, strict=True)
             }
         return self._ready.pop(key)
 
@@ -77,5 +78,6 @@ def split_rollout(rollout: Rollout, rows: Sequence[int]) -> list[Rollout]:
     return parts
 
 
-def _key(batch: PromptBatch, step: int) -> tuple[int, tuple[str, ...]]:
+def window_key(batch: PromptBatch, step: int) -> tuple[int, tuple[str, ...]]:
+    """What a micro-batch of an optimizer step is known by."""
     return step, tuple(row.id for row in batch.rows)

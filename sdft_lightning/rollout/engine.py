@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.fused import ReadPrompts
 from sdft_lightning.rollout.generate import generate_rollout
 from sdft_lightning.rollout.sampling import Sampling
 from sdft_lightning.rollout.weights import SamplingWeights
@@ -27,6 +28,7 @@ class RolloutRequest(NamedTuple):
         step: Optimizer step; the weights are those of this step.
         stop_ids: Ids of which any ends a completion; it is part of the completion.
         pad_id: Id that fills the rest of a row.
+        read: What the present weights have read of the prompts already, where they are fused.
     """
 
     prompt_ids: Tensor
@@ -37,6 +39,7 @@ class RolloutRequest(NamedTuple):
     step: int
     stop_ids: list[int]
     pad_id: int
+    read: list[ReadPrompts] | None = None
 
 
 class Engine(ABC):
@@ -107,6 +110,7 @@ class TransformersEngine(Engine):
             uniforms,
             request.stop_ids,
             request.pad_id,
+            read=request.read,
         )
 
 

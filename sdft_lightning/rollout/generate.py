@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.fused import Decoder, DecodingSteps
+from sdft_lightning.fused import Decoder, DecodingSteps, ReadPrompts, read_prompts
 from sdft_lightning.kv_cache import cache_argument, cache_of
 from sdft_lightning.masking import position_ids
 from sdft_lightning.prefix import SplitPrompts, can_share, encode_prefix, split_if_worth
@@ -47,6 +47,7 @@ def generate_rollout(
     stop_ids: list[int],
     pad_id: int,
     stop_texts: StopTexts | None = None,
+    read: list[ReadPrompts] | None = None,
 ) -> Rollout:
     """Sample completions; the model is in eval mode meanwhile.
 
@@ -63,6 +64,8 @@ def generate_rollout(
         stop_ids: Ids of which any ends a completion; it is part of the completion.
         pad_id: Id that fills the rest of a row.
         stop_texts: Texts that end a completion besides; the tokens that hold them are kept.
+        read: The same prompts, read by the same weights, in one piece or several; its keys and
+            values are dropped.
 
     Returns:
         The rollout, as long as its longest completion.
@@ -81,7 +84,7 @@ def generate_rollout(
     alive = torch.arange(rows, device=device)  # rows that are still sampled
     length = 0
     with decode_mode(model, rows, sampling.max_new_tokens) as fused:
-        decoder = _Decoder(model, prompt_ids, prompt_mask, sampling, fused)
+        decoder = _Decoder(model, prompt_ids, prompt_mask, sampling, fused, read)
         logits = decoder.prefill()  # (R, V)
         for step in range(sampling.max_new_tokens):
             numbers = None if uniforms is None else uniforms[alive.cpu(), step]
@@ -95,6 +98,7 @@ def generate_rollout(
             if alive.numel() == 0 or length == sampling.max_new_tokens:
                 break
             logits = decoder.step(tokens, going)  # (A, V)
+        decoder.finish(ids[:, :length], mask[:, :length])
     _check_finite(log_probs)
     truncated = torch.zeros(rows, dtype=torch.bool, device=device)  # (R,)
     truncated[alive] = True
@@ -124,6 +128,7 @@ class _Decoder:
         prompt_mask: `(B, P)`.
         sampling: Completions per prompt (n), and their length.
         fused: The model's parts, where its steps are fused.
+        read: The prompts, where fused parts have read them.
     """
 
     def __init__(
@@ -133,11 +138,13 @@ class _Decoder:
         prompt_mask: Tensor,
         sampling: Sampling,
         fused: Decoder | None,
+        read: list[ReadPrompts] | None,
     ) -> None:
         self.model = model
         self.prompt_ids = prompt_ids
         self.sampling = sampling
         self.fused = fused
+        self.read = read
         self.steps: DecodingSteps | None = None
         self.mask = prompt_mask.bool()  # (B, L)
         rows = prompt_ids.shape[0] * sampling.completions_per_prompt
@@ -147,13 +154,9 @@ class _Decoder:
     def prefill(self) -> Tensor:
         """Read the prompts once for all samples of each; logits `(B · n, V)`."""
         samples = self.sampling.completions_per_prompt
-        split = SplitPrompts(self.prompt_ids[0, :0], self.prompt_ids, self.mask)
-        if can_share(self.model):
-            split = split_if_worth(self.prompt_ids, self.mask)
         if self.fused is not None:
-            head, steps = self.model.get_output_embeddings(), self.sampling.max_new_tokens
-            self.steps = DecodingSteps(self.fused, head, split, samples, steps)
-            return self.steps.logits
+            return self._fused_prefill(self.fused, samples)
+        split = self._split()
         shared, ids = split.prefix_ids.numel(), split.rest_ids
         if shared:
             self.cache = encode_prefix(self.model, split.prefix_ids, ids.shape[0])
@@ -174,6 +177,19 @@ class _Decoder:
             self.mask = self.mask.repeat_interleave(samples, dim=0)  # (R, L)
             logits = logits.repeat_interleave(samples, dim=0)  # (R, V)
         return logits
+
+    def _split(self) -> SplitPrompts:
+        if can_share(self.model):
+            return split_if_worth(self.prompt_ids, self.mask)
+        return SplitPrompts(self.prompt_ids[0, :0], self.prompt_ids, self.mask)
+
+    def _fused_prefill(self, fused: Decoder, samples: int) -> Tensor:
+        head = self.model.get_output_embeddings()
+        read, self.read = self.read, None  # so that nothing is held longer than it is needed
+        if read is None:
+            read = [read_prompts(fused, self._split(), head.weight.dtype)]
+        self.steps = DecodingSteps(fused, head, read, samples, self.sampling.max_new_tokens)
+        return self.steps.logits
 
     def step(self, tokens: Tensor, going: Tensor) -> Tensor:
         """Append one token to each row that goes on.
@@ -197,6 +213,11 @@ class _Decoder:
         inputs[slots] = tokens
         logits = self._plain_step(inputs) if self.steps is None else self.steps(inputs)  # (S, V)
         return logits if slots.numel() == size else logits[slots]  # (A, V)
+
+    def finish(self, completion_ids: Tensor, completion_mask: Tensor) -> None:
+        """Leave with the prompts what steps have found, where it is wanted."""
+        if self.steps is not None:
+            self.steps.finish(completion_ids, completion_mask)
 
     def _keep(self, slots: Tensor) -> None:
         if self.steps is not None:

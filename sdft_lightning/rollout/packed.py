@@ -50,10 +50,15 @@ def can_pack(model: Any, rows: int, steps: int) -> bool:
     first = next(model.parameters())
     if rows > _MOST_ROWS or steps < _FEWEST_STEPS or first.device.type != "cpu":
         return False
-    if first.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if first.dtype == torch.bfloat16 and not multiplies_bfloat16():
         return False
     # Autocast would have cast the weights that are laid out.
     return torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether oneDNN takes bfloat16 weights on this processor."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _layers(model: Any) -> list[Any]:
@@ -68,7 +73,7 @@ def _fits(module: nn.Module) -> bool:
     if type(module) is not nn.Linear or module.weight.device.type != "cpu":
         return False
     if module.weight.dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return multiplies_bfloat16()
     return module.weight.dtype == torch.float32
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdft_lightning.fused import DecodingSteps, decoder_of, decoding
+from sdft_lightning.fused import DecodingSteps, decoder_of, decoding, read_prompts
 from sdft_lightning.prefix import split_prompts
 from sdft_lightning.rollout import Sampling, decode_mode, generate_rollout
 from sdft_lightning.rollout.weights import SamplingWeights
@@ -22,17 +22,16 @@ Make = Callable[..., Any]
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN"
 )
-needs_bfloat16 = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-    reason="oneDNN multiplies no bfloat16 on this processor",
-)
 
 
-def steps_of(model: Any, given: Batch, samples: int = 1) -> DecodingSteps:
+def steps_of(model: Any, given: Batch, samples: int = 1, in_pieces: bool = False) -> DecodingSteps:
     ids, mask, _, _ = given
     decoder = decoder_of(model)
     assert decoder is not None
-    return DecodingSteps(decoder, model.lm_head, split_prompts(ids, mask), samples, 6)
+    dtype = model.lm_head.weight.dtype
+    pieces = [slice(0, 2), slice(2, 5)] if in_pieces else [slice(0, 5)]
+    read = [read_prompts(decoder, split_prompts(ids[part], mask[part]), dtype) for part in pieces]
+    return DecodingSteps(decoder, model.lm_head, read, samples, 6)
 
 
 def own_logits(model: Any, given: Batch, appended: Tensor) -> Tensor:
@@ -70,19 +69,21 @@ def test_rows_that_are_left_go_on_as_before(build: Make, batch: Make) -> None:
     assert_near(steps(appended[[4], 2]), own_logits(model, given, appended)[[4]])
 
 
+@pytest.mark.parametrize("in_pieces", [False, True])
 @torch.no_grad()
-def test_samples_of_a_prompt_stand_together(build: Make, batch: Make) -> None:
+def test_samples_of_a_prompt_stand_together(build: Make, batch: Make, in_pieces: bool) -> None:
     model, given = build("llama").eval(), batch()
-    steps = steps_of(model, given, samples=2)
+    steps = steps_of(model, given, samples=2, in_pieces=in_pieces)
     appended = torch.randint(2, 64, (10, 1), generator=torch.Generator().manual_seed(3))
     found = steps(appended[:, 0])
     for sample in range(2):
         assert_near(found[sample::2], own_logits(model, given, appended[sample::2]))
 
 
-@needs_bfloat16
 @torch.no_grad()
-def test_in_bfloat16_they_are_as_near_to_float32_as_the_model(build: Make, batch: Make) -> None:
+def test_in_bfloat16_they_are_as_near_to_float32_as_the_model(
+    build: Make, batch: Make, bfloat16_products: None
+) -> None:
     model, given = build("llama").eval(), batch()
     copied = SamplingWeights("bfloat16").model(model, 0)
     appended = torch.randint(2, 64, (5, 2), generator=torch.Generator().manual_seed(3))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sdft_lightning.fused import decoder_of, join_
-from sdft_lightning.fused.structure import joined
+from sdft_lightning.fused.weights import joined
 
 Make = Callable[..., Any]
 SMALL = {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdft_lightning import hidden as hidden_file
-from sdft_lightning.fused import completion_states, decoder_of, rows, trunk
+from sdft_lightning.fused import completion_states, decoder_of, groups
 from sdft_lightning.fused.attention import Rooms
 from sdft_lightning.hidden import completion_hidden_states
 from sdft_lightning.prefix import split_prompts
@@ -48,7 +48,9 @@ def fused(model: Any, given: Batch, dtype: torch.dtype = torch.float32) -> Found
 
 def plain(model: Any, given: Batch) -> Found:
     keep = wanted(given)
-    states = completion_hidden_states(model, *given, keep, share_prefix=False, pack=False)
+    states = completion_hidden_states(
+        model, *given, keep, share_prefix=False, pack=False, fuse=False
+    )
     return gradients(model, states)
 
 
@@ -78,19 +80,9 @@ def test_groups_and_blocks_of_any_size_change_nothing(
 ) -> None:
     model, given = build("llama"), batch()
     expected = plain(model, given)
-    monkeypatch.setattr(rows, "_MOST_SCORES", scores)
-    monkeypatch.setattr(rows, "_FEW_QUERIES", queries)
+    monkeypatch.setattr(groups, "_MOST_SCORES", scores)
+    monkeypatch.setattr(groups, "_FEW_QUERIES", queries)
     assert_same(fused(model, given), expected)
-
-
-def test_rows_of_unequal_lengths_share_a_group() -> None:
-    found = list(rows._groups([4, 5, 5, 9], 3, 2))
-    assert [(group.rows, group.length) for group in found] == [(3, 5), (1, 9)]
-    assert [(group.start, group.end) for group in found] == [(3, 17), (17, 26)]
-    places = found[0].places
-    assert places is not None
-    assert places.tolist() == [*range(4), *range(5, 15)]
-    assert found[1].places is None
 
 
 def test_without_a_wanted_token_there_are_no_states_and_gradients_are_zero(
@@ -145,32 +137,34 @@ def test_in_bfloat16_they_are_as_near_to_float32_as_autocast(
 @pytest.mark.parametrize(
     ("autocast", "fuse", "dtype", "used"),
     [
-        (True, True, torch.float32, True),
-        (True, False, torch.float32, False),
-        (False, True, torch.float32, False),
-        (True, True, torch.bfloat16, False),
+        (torch.bfloat16, True, torch.float32, torch.bfloat16),
+        (None, True, torch.float32, torch.float32),
+        (None, False, torch.float32, None),
+        (torch.float16, True, torch.float32, None),
+        (torch.bfloat16, True, torch.bfloat16, None),
+        (None, True, torch.bfloat16, None),
     ],
 )
-def test_they_are_used_under_bfloat16_autocast_of_float32_weights(
+def test_they_are_used_for_float32_weights_also_under_bfloat16_autocast(
     build: Make,
     batch: Make,
     monkeypatch: pytest.MonkeyPatch,
-    autocast: bool,
+    autocast: torch.dtype | None,
     fuse: bool,
     dtype: torch.dtype,
-    used: bool,
+    used: torch.dtype | None,
 ) -> None:
     model, given = build("llama").to(dtype), batch()
     calls = []
 
     def spy(*arguments: Any) -> Tensor:
-        calls.append(1)
+        calls.append(arguments[5])
         return completion_states(*arguments)
 
     monkeypatch.setattr(hidden_file, "completion_states", spy)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
         completion_hidden_states(model, *given, wanted(given), fuse=fuse)
-    assert bool(calls) is used
+    assert calls == ([] if used is None else [used])
 
 
 def test_a_rounded_copy_spares_the_cast_and_changes_nothing(build: Make, batch: Make) -> None:
@@ -189,21 +183,6 @@ def test_a_rounded_copy_spares_the_cast_and_changes_nothing(build: Make, batch: 
     with torch.autocast("cpu", torch.bfloat16):
         states = completion_hidden_states(model, *given, wanted(given), rounded=copied)
     assert not torch.equal(states, found[0][0])
-
-
-def test_prompts_are_laid_out_as_they_stand(build: Make, batch: Make) -> None:
-    ids, mask, _, _ = batch()
-    model = build("llama")
-    decoder = decoder_of(model)
-    assert decoder is not None
-    states = trunk.prompt_states(decoder, split_prompts(ids, mask), torch.float32)
-    assert torch.equal(states.mask, mask)
-    with torch.no_grad():
-        own = model.model(input_ids=ids[:1], use_cache=True)
-    keys = states.keys[2][states.order[0]].transpose(0, 1)  # (K, L, E)
-    layers = getattr(own, "cache", None) or own.past_key_values
-    torch.testing.assert_close(keys, layers.layers[2].keys[0], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(states.last[0], own.last_hidden_state[0, -1], atol=1e-4, rtol=1e-4)
 
 
 def test_rooms_are_used_again_and_grow() -> None:

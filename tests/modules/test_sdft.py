@@ -166,9 +166,9 @@ def test_accumulation_window_is_sampled_at_once_and_completes_as_one_by_one(
     sizes: list[int] = []
     generate = module_of_engine.generate_rollout
 
-    def counted(model: Any, prompt_ids: Tensor, *args: Any) -> Rollout:
+    def counted(model: Any, prompt_ids: Tensor, *args: Any, **more: Any) -> Rollout:
         sizes.append(prompt_ids.shape[0])
-        return generate(model, prompt_ids, *args)
+        return generate(model, prompt_ids, *args, **more)
 
     monkeypatch.setattr(module_of_engine, "generate_rollout", counted)
     together, apart = Recorder(), Recorder()

@@ -14,7 +14,7 @@ from sdft_lightning import hidden
 from sdft_lightning.fused import completion_states
 from sdft_lightning.fused.structure import Decoder
 from sdft_lightning.modules import SDFTModule, SFTModule
-from sdft_lightning.rollout import Sampling, SamplingWeights
+from sdft_lightning.rollout import Sampling, SamplingWeights, shared_prompts
 
 FitModule = Callable[..., Any]
 
@@ -58,7 +58,7 @@ def test_student_is_computed_with_the_weights_that_were_rounded_to_sample_with(
     rounded: list[Decoder | None] = []
 
     def spy(*arguments: Any) -> Tensor:
-        rounded.append(arguments[-1])
+        rounded.append(arguments[-2])
         return completion_states(*arguments)
 
     class Compared(SDFTModule):
@@ -89,3 +89,76 @@ def test_a_copy_of_an_older_step_is_not_taken_for_the_student(model: Any) -> Non
     copied = weights.model(model, 3)
     assert weights.rounded(model, 3) is copied
     assert weights.rounded(model, 4) is None
+
+
+class Steps(L.Callback):
+    """Losses, completions and how much of the prompts was computed again."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.completions: list[list[int]] = []
+
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.losses.append(float(outputs["loss"]))
+        self.completions += outputs["rollout"].completion_ids.tolist()
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_prompts_of_a_rollout_serve_the_student_and_change_nothing(
+    fit_module: FitModule,
+    monkeypatch: pytest.MonkeyPatch,
+    bfloat16_products: None,
+    rounded: bool,
+    samples: int,
+) -> None:
+    shared: list[bool] = []
+
+    def spy(*arguments: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            shared.append(arguments[-1] is not None)
+        return completion_states(*arguments)
+
+    monkeypatch.setattr(hidden, "completion_states", spy)
+    found = []
+    for shares in (True, False):
+        if not shares:
+            monkeypatch.setattr(shared_prompts, "_pair", lambda *_: None)
+        steps = Steps()
+        module = fit_module(
+            SDFTModule,
+            model={
+                "sampling_dtype": "bfloat16" if rounded else "same",
+                "sampling": Sampling(max_new_tokens=9, completions_per_prompt=samples),
+                "optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3),
+            },
+            callbacks=[steps],
+            max_steps=4,
+            max_epochs=-1,
+            accumulate_grad_batches=2,
+            precision="bf16-mixed" if rounded else "32-true",
+        )
+        assert shared == [shares] * 8
+        assert module._shared_prompts._kept == {}
+        shared.clear()
+        found.append(steps)
+    if not rounded:
+        assert found[0].completions == found[1].completions
+    # Of a random model, rounding may choose other tokens, which are as likely.
+    assert found[0].losses == pytest.approx(found[1].losses, rel=0.25 if rounded else 1e-3)
+
+
+def test_loaded_weights_do_not_meet_prompts_that_others_have_read(fit_module: FitModule) -> None:
+    module = fit_module(SDFTModule)
+    module._shared_prompts._kept = {"stale": object()}
+    module.forget_copies()
+    assert module._shared_prompts._kept == {}
+
+
+def test_teachers_completions_share_nothing_with_the_student(
+    fit_module: FitModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_prompts, "_pair", None)  # not reached
+    fit_module(SDFTModule, model={"generate_from_teacher": True})

@@ -88,7 +88,7 @@ class SharedPrompts:
 def _pair(student: Any, sampler: Any, rows: int, steps: int) -> _Pair | None:
     """Student and sampler, if both are fused and multiply in the same dtype."""
     dtype = training_dtype(student)
-    if dtype is None or sampler.dtype != dtype or (sampler is student) != (dtype == student.dtype):
+    if dtype is None or sampler.dtype != dtype:
         return None
     with torch.autocast("cpu", enabled=False):  # as a rollout is sampled
         if not can_pack(sampler, rows, steps):

@@ -97,6 +97,25 @@ def test_in_bfloat16_they_are_as_near_to_float32_as_the_model(
     assert 0 < errors[0] < 1.2 * errors[1]
 
 
+@torch.no_grad()
+def test_embeddings_and_norms_are_those_that_the_prompts_were_read_with(
+    build: Make, batch: Make, bfloat16_products: None
+) -> None:
+    model, (ids, mask, _, _) = build("llama"), batch()
+    copied = SamplingWeights("bfloat16").model(model, 0)
+    trained, rounded = decoder_of(model), decoder_of(copied)
+    assert trained is not None
+    assert rounded is not None
+    read = read_prompts(trained, split_prompts(ids, mask), torch.bfloat16, rounded)
+    steps = DecodingSteps(rounded, copied.lm_head, [read], 1, 6)
+    found = steps(ids[:, -1])
+    for norm in (copied.model.norm, copied.model.layers[0].input_layernorm):
+        norm.weight.zero_()
+    again = read_prompts(trained, split_prompts(ids, mask), torch.bfloat16, rounded)
+    steps = DecodingSteps(rounded, copied.lm_head, [again], 1, 6)
+    assert torch.equal(steps(ids[:, -1]), found)
+
+
 def sampled(model: Any, given: Batch, samples: int, greedy: bool) -> Rollout:
     ids, mask, _, _ = given
     sampling = Sampling(max_new_tokens=12, completions_per_prompt=samples)

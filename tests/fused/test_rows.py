@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
+from sdft_lightning.fused import groups
 from sdft_lightning.fused.groups import groups_of
 from sdft_lightning.fused.rows import prompt_rows, with_completions
 from sdft_lightning.prefix import SplitPrompts, split_prompts
@@ -36,6 +38,12 @@ def test_rows_share_a_group_while_little_of_their_contexts_is_padding() -> None:
     assert padding[0].tolist() == [0.0] * 8 + [float("-inf")]
     assert (padding[1] == 0).all()
     assert found[1].padding is None
+
+
+def test_scores_of_a_group_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "_MOST_SCORES", 3 * 4 * 10 * 16)
+    found = groups_of([10] * 8, [range(6)] * 8, 6, 0, heads=4)
+    assert [group.rows for group in found] == [3, 3, 2]
 
 
 def test_prompts_stand_one_behind_the_other_each_once(batch: Make) -> None:

@@ -88,7 +88,8 @@ def completion_hidden_states(
         pack: Lay short rows side by side instead of padding them, see `packing`.
         fuse: Compute known decoders in fewer operations where that is faster, see `fused`.
         rounded: The same model in bfloat16, where there is a copy: it spares fused decoders to cast
-            their weights. Gradients are the model's.
+            their weights under bfloat16 autocast, and is not used otherwise. Gradients are the
+            model's.
         read: What the same weights have left of the prompts when they were sampled from, used up
             here; fused decoders need not compute it again.
 
@@ -139,7 +140,7 @@ def _completion_hidden_states(
                 completion_mask,
                 keep,
                 dtype,
-                None if rounded is None else decoder_of(rounded),
+                decoder_of(rounded) if rounded is not None and rounded.dtype == dtype else None,
                 read,
             )
     if pack and takes_own_mask(model):

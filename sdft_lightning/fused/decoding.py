@@ -147,7 +147,9 @@ class DecodingSteps:
             completion_ids: `(B · n, T)` what was sampled, padded on the right.
             completion_mask: `(B · n, T)`.
         """
-        self.layers, self.keys, self.values = [], [], []  # what is handed over needs the room
+        # What is handed over needs the room.
+        self.layers, self.keys, self.values = [], [], []
+        del self.head, self.wide, self.unseen, self.logits
         hand_over(self.recording, self.prompts, self.samples, completion_ids, completion_mask)
 
     def _normed(self, hidden: Tensor, norm: Any) -> tuple[Tensor, Tensor]:

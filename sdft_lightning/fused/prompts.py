@@ -9,7 +9,7 @@ from torch.nn.functional import embedding
 from sdft_lightning.fused.attention_block import attend_rows
 from sdft_lightning.fused.mlp_block import mlp_rows
 from sdft_lightning.fused.passes import Results, pass_over
-from sdft_lightning.fused.rows import PromptRows, prompt_rows
+from sdft_lightning.fused.rows import PromptRows, prompt_rows, token_lists
 from sdft_lightning.fused.structure import Decoder
 from sdft_lightning.prefix import SplitPrompts
 
@@ -29,8 +29,8 @@ class ReadPrompts:
         layers: What a pass over prompts and completions need not compute again, layer by layer.
 
     Attributes:
-        ids: The tokens of which `layers` has results: those of the prompts, and of completions
-            behind them.
+        completions: The completions whose tokens `layers` has results of, too; None while it has
+            those of the prompts only.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class ReadPrompts:
     ) -> None:
         self.decoder, self.rows, self.last = decoder, rows, last
         self.keys, self.values = keys, values
-        self.ids = rows.ids
+        self.completions: list[list[int]] | None = None
         self._layers: dict[int, LayerResults] = dict(enumerate(layers))
 
     @property
@@ -64,9 +64,24 @@ class ReadPrompts:
         """Keep results of a layer, in place of those that were taken."""
         self._layers[place] = results
 
-    def fits(self, ids: Tensor) -> bool:
-        """Whether a pass over these tokens `(N,)` begins with what is kept."""
-        return self.is_kept and torch.equal(ids[: self.ids.numel()], self.ids)
+    def fits(self, split: SplitPrompts, completion_ids: Tensor, completion_mask: Tensor) -> bool:
+        """Whether something is kept, and it is of these prompts and completions.
+
+        Args:
+            split: Of each completion the prompt.
+            completion_ids: `(R, T)`.
+            completion_mask: `(R, T)`.
+        """
+        samples = completion_ids.shape[0] // len(self.rows.owner)
+        if not self.is_kept or samples * len(self.rows.owner) != completion_ids.shape[0]:
+            return False
+        prefix = split.prefix_ids.tolist()
+        given = [prefix + ids for ids in token_lists(split.rest_ids, split.rest_mask)]
+        if given != [ids for ids in self.rows.token_lists() for _ in range(samples)]:
+            return False
+        if self.completions is None:
+            return True
+        return self.completions == token_lists(completion_ids, completion_mask)
 
     def forget_keys(self) -> None:
         """Drop keys and values, which only a rollout needs."""

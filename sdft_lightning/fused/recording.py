@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdft_lightning.fused.passes import Results
 from sdft_lightning.fused.prompts import LayerResults, ReadPrompts
-from sdft_lightning.fused.rows import with_completions
+from sdft_lightning.fused.rows import token_lists, with_completions
 
 # What may be kept of the rows of later micro-batches; those of the first are used at once.
 _MOST_BYTES = 3 * 2**28
@@ -123,15 +123,15 @@ def hand_over(
         inputs = mask[:, 1:]  # (R, T - 1) tokens that another one follows
         index = torch.empty(rows.ids.numel() - rows.prompts, dtype=torch.long)
         index[rows.predicting[:, 1:][inputs] - rows.prompts] = places[start:end][inputs]
-        part.ids = rows.ids
-        taken.append((part, index))
+        if index.numel():
+            part.completions = token_lists(ids, mask)
+            taken.append((part, index))
         start = end
     for layer in range(len(prompts[0].decoder.layers)):
         results = recording.take(layer)
         for part, index in taken:
-            if index.numel():
-                scale, products, out, *mlp = (each[index] for each in results)
-                part.add(layer, _joined(part.layer(layer), (scale, products, out), mlp))
+            scale, products, out, *mlp = (each[index] for each in results)
+            part.add(layer, _joined(part.layer(layer), (scale, products, out), mlp))
 
 
 def _joined(known: LayerResults, attention: tuple[Tensor, ...], mlp: list[Tensor]) -> LayerResults:

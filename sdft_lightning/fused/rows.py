@@ -35,6 +35,12 @@ class PromptRows(NamedTuple):
         """`(B,)` the last token of each row's prompt."""
         return torch.tensor([self.tokens[prompt].stop - 1 for prompt in self.owner])
 
+    def token_lists(self) -> list[list[int]]:
+        """The tokens of each row's prompt, the prefix included."""
+        ids = self.ids.tolist()
+        own = [ids[: self.shared] + ids[each.start : each.stop] for each in self.tokens]
+        return [own[prompt] for prompt in self.owner]
+
     @property
     def width(self) -> int:
         """Tokens of the longest prompt, the prefix included."""
@@ -70,6 +76,11 @@ class FlatRows(NamedTuple):
     predicting: Tensor
 
 
+def token_lists(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The tokens of rows `(B, L)` without their padding."""
+    return [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
+
+
 def prompt_rows(split: SplitPrompts, heads: int) -> PromptRows:
     """Lay out prompts.
 
@@ -78,9 +89,8 @@ def prompt_rows(split: SplitPrompts, heads: int) -> PromptRows:
         heads: Query heads of the model.
     """
     shared = split.prefix_ids.numel()
-    rows = [ids[mask] for ids, mask in zip(split.rest_ids, split.rest_mask, strict=True)]
     known: dict[tuple[int, ...], int] = {}
-    keys = [tuple(row.tolist()) for row in rows]
+    keys = [tuple(row) for row in token_lists(split.rest_ids, split.rest_mask)]
     for key in sorted(keys, key=len):
         known.setdefault(key, len(known))
     tokens: list[range] = []

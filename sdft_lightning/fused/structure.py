@@ -12,6 +12,8 @@ from sdft_lightning.sharding import is_sharded
 
 # Of transformers; all with RMS norms before each half, rotary positions and a gated MLP.
 _KINDS = ("LlamaModel", "Qwen2Model", "Qwen3Model")
+# Rotary positions that depend on the longest sequence of a call.
+_CHANGING_ANGLES = ("dynamic", "longrope")
 _LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -56,8 +58,9 @@ class Decoder(NamedTuple):
 def decoder_of(model: Any) -> Decoder | None:
     """The parts of a model that the blocks know in full, or None for any other.
 
-    None also with adapters, 4-bit layers, shards, activation checkpointing, attention dropout, and
-    where somebody has hooked or replaced a module, since nothing of theirs would be called.
+    None also with rotary positions that change with the length of a call, with adapters, 4-bit
+    layers, shards, activation checkpointing, attention dropout, and where somebody has hooked or
+    replaced a module, since nothing of theirs would be called.
 
     Args:
         model: A causal language model of transformers.
@@ -66,6 +69,8 @@ def decoder_of(model: Any) -> Decoder | None:
     if type(base).__name__ not in _KINDS or not type(base).__module__.startswith("transformers."):
         return None
     config = base.config
+    if getattr(base.rotary_emb, "rope_type", "default") in _CHANGING_ANGLES:
+        return None
     if config.hidden_act != "silu" or (model.training and config.attention_dropout):
         return None
     if is_sharded(model) or not takes_own_mask(model) or _is_changed(base, model.training):

@@ -42,10 +42,10 @@ def completion_states(
     Returns:
         `(N, D)` in float32, row by row.
     """
+    if read is not None and not read.fits(split, completion_ids, completion_mask):
+        read = None  # somebody has changed what was sampled, or what it answers
     prompts = prompt_rows(split, decoder.heads) if read is None else read.rows
     rows = with_completions(prompts, completion_ids, completion_mask, decoder.heads)
-    if read is not None and not read.fits(rows.ids):  # other completions than were sampled
-        read = None
     wanted = rows.predicting[keep]  # (N,)
     own = decoder if rounded is None else rounded
     states: Tensor = decoder.norm(_layers(decoder, own, rows, wanted, dtype, read))  # (N, D)
@@ -68,6 +68,7 @@ def _layers(
         known = (None, None) if read is None else read.layer(place)
         attended = attention_block(hidden, layer, own, run, known[0])
         if layer is decoder.layers[-1]:  # nothing looks at the other tokens any more
-            hidden, attended = hidden[wanted], attended[wanted]
+            # Not by brackets: tokens may come several times, and gradients are added in order.
+            hidden, attended = hidden.index_select(0, wanted), attended.index_select(0, wanted)
         hidden = mlp_block(hidden, attended, layer, own, run, known[1])
     return hidden

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import lightning as L
+import torch
 from jsonargparse import lazy_instance  # type: ignore[attr-defined]
 from torch import Tensor
 
@@ -123,8 +124,9 @@ class OnPolicyModule(PolicyModule):
             raise whole_weights_wanted()
 
     def teardown(self, stage: str) -> None:
-        """Give back what the engine holds."""
+        """Give back what the engine holds, and what an interrupted window has left."""
         self.engine.close()
+        self._shared_prompts.forget()
 
     @property
     def new_tokens(self) -> int:
@@ -186,9 +188,9 @@ class OnPolicyModule(PolicyModule):
     def read_prompts(self, batches: list[PromptBatch], step: int) -> list[ReadPrompts] | None:
         """The prompts of several micro-batches as the student's own pass needs them, too.
 
-        None where the rollout cannot go on from there.
+        None where the rollout cannot go on from there, or no pass with gradients will follow.
         """
-        if not self.samples_student:
+        if not (self.samples_student and torch.is_grad_enabled()):
             return None
         return self._shared_prompts.read(
             self.student,
@@ -200,7 +202,8 @@ class OnPolicyModule(PolicyModule):
 
     def take_prompts(self, batch: PromptBatch) -> ReadPrompts | None:
         """What the rollout has read of a micro-batch's prompts, once."""
-        return self._shared_prompts.take(window_key(batch, self.trainer.global_step))
+        key = window_key(batch, self.trainer.global_step)
+        return self._shared_prompts.take(key, self.student)
 
     def sampling_prompts(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
         """Ids and mask `(B, P)` of what the completions answer: the bare question."""

@@ -34,6 +34,7 @@ class SharedPrompts:
 
     def __init__(self) -> None:
         self._kept: dict[Hashable, ReadPrompts] = {}
+        self._weights = 0
 
     def read(
         self,
@@ -55,13 +56,15 @@ class SharedPrompts:
             steps: Longest completion.
 
         Returns:
-            The prompts, in order; None where student and sampler do not compute them alike.
+            The prompts, in order; None where student and sampler do not compute them alike, or
+            the rollout is one that fused decoding steps are not used for.
         """
         self.forget()
         rows = samples * sum(ids.shape[0] for _, (ids, _) in prompts)
         pair = _pair(student, sampler, rows, steps)
         if pair is None:
             return None
+        self._weights = _changes(student)
         found: list[ReadPrompts] = []
         room, each = _MOST_BYTES, 0.0  # bytes left, bytes of a token
         for key, (ids, mask) in prompts:
@@ -76,13 +79,26 @@ class SharedPrompts:
             found.append(part)
         return found
 
-    def take(self, key: Hashable) -> ReadPrompts | None:
-        """What was kept of a micro-batch, once; None where there is nothing."""
-        return self._kept.pop(key, None)
+    def take(self, key: Hashable, student: Any) -> ReadPrompts | None:
+        """What was kept of a micro-batch, once; None where there is nothing, or it is void.
+
+        Args:
+            key: As of `read`.
+            student: As of `read`; void is what other weights have computed.
+        """
+        found = self._kept.pop(key, None)
+        if found is None or self._weights != _changes(student):
+            return None
+        return found
 
     def forget(self) -> None:
         """Drop everything, e.g. after weights were loaded."""
         self._kept = {}
+
+
+def _changes(model: Any) -> int:
+    """How often weights of a model were written to."""
+    return sum(parameter._version for parameter in model.parameters())
 
 
 def _pair(student: Any, sampler: Any, rows: int, steps: int) -> _Pair | None:

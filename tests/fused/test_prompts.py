@@ -123,7 +123,6 @@ def test_other_prompts_than_were_read_are_computed_anew(build: Make, batch: Make
     other = ids.clone()
     other[:, -1] += 1
     prompts = read(model, (ids, mask, completion_ids, completion_mask), prefix=True)
-    prompts.rows = read(model, (other, mask, completion_ids, completion_mask), prefix=True).rows
     given = (other, mask, completion_ids, completion_mask)
     found = completion_hidden_states(model, *given, completion_mask, read=prompts)
     plain = completion_hidden_states(model, *given, completion_mask, fuse=False)

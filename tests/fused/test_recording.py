@@ -112,9 +112,7 @@ def test_later_micro_batches_are_recorded_while_they_fit(
     monkeypatch.setattr(recording, "_MOST_BYTES", most)
     model, given = build("llama"), batch()
     rollout, read = sampled(model, given, 2, [2, 2, 1], keep=2)
-    fresh = [part.ids.numel() - part.rows.ids.numel() for part in read]
-    lengths = (rollout.completion_mask.sum(dim=1) - 1).tolist()
-    assert fresh == [sum(lengths[:4]), sum(lengths[4:8]) if most else 0, 0]
+    assert [part.completions is not None for part in read] == [True, most > 0, False]
     start = 0
     for part in read[:2]:
         rows = slice(start, start + 4)
@@ -124,14 +122,24 @@ def test_later_micro_batches_are_recorded_while_they_fit(
     assert not read[2].is_kept
 
 
-def test_completions_that_were_changed_afterwards_are_computed_anew(
-    build: Make, batch: Make
+@pytest.mark.parametrize("change", ["token", "longer", "exchanged", "prompts"])
+def test_what_was_changed_afterwards_is_computed_anew(
+    build: Make, batch: Make, change: str
 ) -> None:
     model, given = build("llama"), batch()
     rollout, (part,) = sampled(model, given, 1, [5], keep=1)
-    changed = rollout.completion_ids.clone()
-    changed[0, 0] = 63 - changed[0, 0]
-    rollout = rollout._replace(completion_ids=changed)
+    ids, mask = rollout.completion_ids.clone(), rollout.completion_mask.clone()
+    lengths = mask.sum(dim=1)
+    if change == "token":
+        ids[0, 0] = 63 - ids[0, 0]
+    elif change == "longer":
+        row = int((lengths + 100 * (lengths == lengths.max())).argmin())
+        mask[row, lengths[row]] = True
+    elif change == "exchanged":
+        ids, mask = ids.flip(0), mask.flip(0)
+    else:
+        given = (given[0].flip(0), given[1].flip(0), *given[2:])
+    rollout = rollout._replace(completion_ids=ids, completion_mask=mask)
     rows = slice(0, 5)
     plain = states_and_gradients(model, given, rollout, 1, rows, fuse=False)
     assert_same(states_and_gradients(model, given, rollout, 1, rows, read=part), plain)
@@ -140,7 +148,7 @@ def test_completions_that_were_changed_afterwards_are_computed_anew(
 def test_prompts_that_are_not_kept_are_not_recorded(build: Make, batch: Make) -> None:
     _, (part,) = sampled(build("llama"), batch(), 1, [5], keep=0)
     assert not part.is_kept
-    assert part.ids is part.rows.ids
+    assert part.completions is None
 
 
 def test_in_bfloat16_gradients_are_as_near_to_float32_as_those_of_a_pass_of_its_own(
@@ -154,7 +162,7 @@ def test_in_bfloat16_gradients_are_as_near_to_float32_as_those_of_a_pass_of_its_
         read = SharedPrompts().read(model, copied, [("a", (ids, mask))], 1, NEW_TOKENS)
         rollout = generate_rollout(copied, ids, mask, sampling, numbers, [10], 0, read=read)
     assert read is not None
-    assert read[0].ids.numel() > read[0].rows.ids.numel(), "nothing was recorded"
+    assert read[0].completions is not None, "nothing was recorded"
     given = (ids, mask, rollout.completion_ids, rollout.completion_mask)
     rows = slice(0, 5)
     exact = states_and_gradients(model, given, rollout, 1, rows, fuse=False)

@@ -144,3 +144,12 @@ def test_weights_next_to_each_other_by_chance_in_another_order_are_copied(build:
     wrong = [layer.k_proj, layer.q_proj]
     weight, _ = joined(wrong, torch.float32)
     assert torch.equal(weight, torch.cat([each.weight for each in wrong]))
+
+
+def test_angles_that_change_with_the_length_of_a_call_are_left_to_transformers(
+    build: Make,
+) -> None:
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = build("llama", rope_parameters=dynamic)
+    assert model.model.rotary_emb.rope_type == "dynamic"
+    assert decoder_of(model) is None

@@ -150,6 +150,31 @@ def test_prompts_of_a_rollout_serve_the_student_and_change_nothing(
     assert found[0].losses == pytest.approx(found[1].losses, rel=0.25 if rounded else 1e-3)
 
 
+def test_a_float32_student_is_not_computed_with_rounded_weights(
+    fit_module: FitModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounded: list[Decoder | None] = []
+
+    def spy(*arguments: Any) -> Tensor:
+        rounded.append(arguments[-2])
+        return completion_states(*arguments)
+
+    monkeypatch.setattr(hidden, "completion_states", spy)
+    fit_module(SDFTModule, model={"sampling_dtype": "bfloat16"}, precision="32-true")
+    assert rounded == [None, None]
+
+
+def test_nothing_is_kept_where_no_gradient_is_wanted(fit_module: FitModule) -> None:
+    module = fit_module(SDFTModule)
+    rows = module.trainer.datamodule
+    batch = rows.batch_of(rows.training_rows()[:2])
+    with torch.no_grad():
+        assert module.read_prompts([batch], 0) is None
+    assert module.read_prompts([batch], 0) is not None
+    module.teardown("fit")
+    assert module._shared_prompts._kept == {}
+
+
 def test_loaded_weights_do_not_meet_prompts_that_others_have_read(fit_module: FitModule) -> None:
     module = fit_module(SDFTModule)
     module._shared_prompts._kept = {"stale": object()}

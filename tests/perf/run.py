@@ -226,6 +226,11 @@ def main() -> int:
         parser.error("trl is not installed: pip install 'sdft-lightning[perf]', or `make perf`")
     args.output.mkdir(parents=True, exist_ok=True)
     print(f"steps in {args.precision}")
+    if args.precision == "float32":
+        print(
+            "The targets of whole steps are for bfloat16 on a processor that multiplies it; in "
+            "float32 the matrix products decide, which both sides have in common."
+        )
     table: list[Row] = []
     for part in args.parts:
         print(f"\n{part} ({time.strftime('%H:%M:%S')})", flush=True)

@@ -17,6 +17,8 @@ from sdft_lightning.tokenization import load_tokenizer, resolve_model
 
 # What Python, torch and the other libraries hold before any model is there, in bytes.
 LIBRARIES = 5e8
+# What is kept at most of later micro-batches' prompts, and of their completions, in bytes.
+LATER = 3 * 2**28
 # One turn: the question, then the demonstration. TRL's default template, and ours for these runs.
 TEACHER_TEMPLATE = "{prompt}\n\n{privileged_context}"
 
@@ -133,7 +135,7 @@ def random_model() -> Path:
 
 
 def needed_gigabytes(workload: Workload) -> float:
-    """The formula of docs/performance.md, for bfloat16 autocast on the CPU.
+    """The formula of docs/performance.md, for a step on the CPU.
 
     Args:
         workload: One with an EMA teacher and without activation checkpointing.
@@ -146,12 +148,20 @@ def needed_gigabytes(workload: Workload) -> float:
     width, vocabulary = config.hidden_size, config.vocab_size
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
     head_size = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    rounded = workload.precision != "float32"
+    number = 2 if rounded else 4  # bytes of a number that is multiplied
     tokens = workload.micro_batch * (workload.prompt_tokens + workload.new_tokens)
-    kept = 6 * width + 2 * heads * head_size + 4 * config.intermediate_size
+    kept = (4 + number) * width + number * (heads * head_size + 2 * config.intermediate_size)
     activations = tokens * config.num_hidden_layers * kept
+    later = workload.micro_batch * (workload.accumulate - 1) * config.num_hidden_layers * kept
+    kept_for_later = sum(
+        min(LATER, later * count) for count in (workload.prompt_tokens, workload.new_tokens)
+    )
     gradients = 4 * weights if workload.accumulate > 1 else 0
     chunk = 4 * vocabulary * min(512, workload.micro_batch * workload.new_tokens)
-    parts = (LIBRARIES, 18 * weights, gradients, 6 * vocabulary * width, activations, chunk)
+    loss = (6 if rounded else 4) * vocabulary * width + chunk
+    models = (18 if rounded else 16) * weights
+    parts = (LIBRARIES, models, gradients, activations, kept_for_later, max(number * weights, loss))
     return sum(map(float, parts)) / 1e9
 
 

@@ -73,19 +73,28 @@ def test_what_is_kept_for_later_micro_batches_is_bounded(
     assert read is not None
     assert len(read) == 3
     for key, part in zip("abc", read, strict=True):
-        assert shared.take(key) is (part if key in kept else None)
+        assert shared.take(key, model) is (part if key in kept else None)
         assert bool(part.nbytes) is (key in kept)
-        assert shared.take(key) is None, "given twice"
+        assert shared.take(key, model) is None, "given twice"
 
 
 def test_a_new_window_leaves_nothing_of_the_one_before(model: Any, prompts: Any) -> None:
     shared = SharedPrompts()
     shared.read(model, model, prompts, 1, 10)
     shared.read(model, model, prompts[1:2], 1, 10)
-    assert [shared.take(key) is None for key in "abc"] == [True, False, True]
+    assert [shared.take(key, model) is None for key in "abc"] == [True, False, True]
     shared.read(model, model, prompts, 1, 10)
     shared.forget()
-    assert shared.take("a") is None
+    assert shared.take("a", model) is None
+
+
+def test_what_other_weights_have_computed_is_void(model: Any, prompts: Any) -> None:
+    shared = SharedPrompts()
+    shared.read(model, model, prompts, 1, 10)
+    assert shared.take("a", model) is not None
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.0)
+    assert shared.take("b", model) is None
 
 
 class Hook:

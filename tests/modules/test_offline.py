@@ -15,7 +15,7 @@ from torch import Tensor
 from sdft_lightning.errors import UserError
 from sdft_lightning.modules import OfflineDistillationModule, SDFTModule
 from sdft_lightning.modules.offline import COMPLETIONS_KEY
-from sdft_lightning.rollout import Sampling
+from sdft_lightning.rollout import Sampling, shared_prompts
 from sdft_lightning.teacher import FrozenTeacher
 from sdft_lightning.types import PromptBatch, Rollout
 
@@ -136,8 +136,14 @@ def test_text_is_the_teachers_after_its_own_prompt_and_depends_on_the_seed_alone
 
 @pytest.mark.parametrize("samples", [1, 2])
 def test_with_the_students_own_samples_loss_and_gradient_are_those_of_sdft_with_a_frozen_teacher(
-    samples: int, fit_module: FitModule, tmp_path: Path, written: list[int]
+    samples: int,
+    fit_module: FitModule,
+    tmp_path: Path,
+    written: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Else SDFT would take its forward pass from the rollout, rounded in another order.
+    monkeypatch.setattr(shared_prompts, "_pair", lambda *_: None)
     options = {"sampling": Sampling(8, completions_per_prompt=samples), "optimizer": fast}
     sdft, offline = Recorder(), Recorder()
     steps = {"max_steps": 3, "data": {"batch_size": 4}}  # an epoch: each row once
@@ -156,9 +162,9 @@ def test_with_the_students_own_samples_loss_and_gradient_are_those_of_sdft_with_
     assert written == []
     assert offline.completions == sdft.completions
     assert min(sdft.losses) > 0.01
-    assert offline.losses == pytest.approx(sdft.losses, rel=1e-5)
+    assert offline.losses == pytest.approx(sdft.losses, rel=1e-6)
     for mine, theirs in zip(offline.gradients, sdft.gradients, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=3e-5 * float(theirs.abs().max()))
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6 * float(theirs.abs().max()))
 
 
 def test_checkpoint_keeps_what_the_teacher_wrote_and_a_resumed_run_writes_nothing(

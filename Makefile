@@ -2,6 +2,9 @@
 PYTHON_BIN := .venv/bin/python
 STAMP := .venv/.stamp
 
+# Compiled modules are kept, as Python does by itself; see scripts/setup.sh.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup model test test-vllm soak demo perf lint clean
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# Before torch, as the command line does, so that its setting of large pages counts.
+import sdft_lightning  # noqa: F401  # isort: skip
+
 import sys
 import time
 from collections import defaultdict

@@ -127,12 +127,11 @@ def choose_tokens(
         Token ids `(B,)`, and their log-probabilities `(B,)` in float32 at the temperature, before
         truncation.
     """
-    logits = logits.float()
     if sampling.temperature != 1.0:
-        logits = logits / sampling.temperature
-    log_probs = torch.log_softmax(logits, dim=-1)  # (B, V)
+        logits = logits.float() / sampling.temperature
+    probs = torch.softmax(logits, dim=-1, dtype=torch.float32)  # (B, V), the only copy
     if uniforms is None:
-        tokens = log_probs.argmax(dim=-1)  # (B,)
+        tokens = logits.argmax(dim=-1)  # (B,) of logits: probabilities may tie by rounding
     else:
-        tokens = inverse_cdf(truncate_probs(log_probs.exp(), sampling), uniforms)  # (B,)
-    return tokens, log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        tokens = inverse_cdf(truncate_probs(probs, sampling), uniforms)  # (B,)
+    return tokens, probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).log()

@@ -156,6 +156,24 @@ def test_without_numbers_the_likeliest_token_is_taken() -> None:
     assert choose_tokens(logits, Sampling(), None)[0].tolist() == [1, 0]
 
 
+def test_the_likeliest_token_is_known_also_where_probabilities_are_equal_by_rounding() -> None:
+    logits = torch.tensor([[0.0, 1e-9]])
+    assert logits.softmax(-1)[0, 0] == logits.softmax(-1)[0, 1]
+    assert choose_tokens(logits, Sampling(), None)[0].tolist() == [1]
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_log_probs_are_those_of_a_log_softmax(scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = scale * torch.randn(64, 5000, generator=generator)
+    before = logits.clone()
+    numbers = torch.rand(64, dtype=torch.float64, generator=generator)
+    tokens, log_probs = choose_tokens(logits, Sampling(), numbers)
+    exact = logits.double().log_softmax(-1).gather(1, tokens.unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(log_probs.double(), exact, atol=2e-5, rtol=0)
+    assert torch.equal(logits, before)
+
+
 def test_bfloat16_logits_are_normalised_in_float32() -> None:
     logits = torch.randn(1, 2000, generator=torch.Generator().manual_seed(0)).bfloat16()
     _, log_probs = choose_tokens(logits, Sampling(), None)

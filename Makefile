@@ -34,7 +34,7 @@ soak: $(STAMP) ## kill and resume runs and plans; 100,000 broken rows (10 minute
 demo: model ## teach the embedded model facts on the CPU (16 to 24 minutes)
 	$(PYTHON_BIN) -m sdft_lightning.demo
 
-perf: model ## time our step, loss and sampling against TRL's and plain ones (about an hour)
+perf: model ## time our step, loss and sampling against TRL's and plain ones (one to two hours)
 	$(PYTHON_BIN) -m pip freeze --exclude-editable > .venv/.installed # none of these may change
 	$(PYTHON_BIN) -m pip install -qq --constraint .venv/.installed --editable ".[perf]"
 	$(PYTHON_BIN) tests/perf/run.py

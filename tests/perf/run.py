@@ -43,7 +43,8 @@ def phase_lines(results: dict[str, list[dict[str, Any]]]) -> list[str]:
         for each in runs:
             for phase, values in each["phases"].items():
                 phases.setdefault(phase, []).extend(values)
-        text = ", ".join(f"{phase} {median(values):.2f}" for phase, values in phases.items())
+        counted = {phase: median(values) for phase, values in phases.items() if values}
+        text = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in counted.items())
         steps = [seconds for each in runs for seconds in each["step"]]
         tokens = [count for each in runs for count in each["tokens"]]
         lines.append(

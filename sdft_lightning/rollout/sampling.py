@@ -129,7 +129,7 @@ def choose_tokens(
     """
     if sampling.temperature != 1.0:
         logits = logits.float() / sampling.temperature
-    probs = torch.softmax(logits, dim=-1, dtype=torch.float32)  # (B, V), the only copy
+    probs = torch.softmax(logits, dim=-1, dtype=torch.float32)  # (B, V), one copy
     if uniforms is None:
         tokens = logits.argmax(dim=-1)  # (B,) of logits: probabilities may tie by rounding
     else:

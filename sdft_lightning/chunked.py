@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from sdft_lightning.closed_form import ROOMS, ClosedForm, closed_form
 from sdft_lightning.divergence import floored, log_probs
+from sdft_lightning.products import product_dtype
 from sdft_lightning.types import OutputHead, TokenStatistics
 
 # (teacher log-probs (C, V), student log-probs (C, V), token ids (C,)) -> loss per token (C,)
@@ -97,11 +98,11 @@ def weighted_loss(
 
 
 def cast_side(hidden: Tensor, head: OutputHead, vocabulary: int) -> Side:
-    """Take the common vocabulary and the dtype that autocast would use, once for all chunks."""
+    """Take the common vocabulary, and the dtype of autocast unless it is slow, for all chunks."""
     device = hidden.device.type
     dtype = head.weight.dtype
     if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+        dtype = product_dtype(torch.get_autocast_dtype(device), device)
     bias = None if head.bias is None else head.bias[:vocabulary].detach().to(dtype)
     rounded = head.rounded
     weight = head.weight if rounded is None or rounded.dtype != dtype else rounded

@@ -21,6 +21,7 @@ from sdft_lightning.prefix import (
     split_if_worth,
     takes_own_mask,
 )
+from sdft_lightning.products import without_slow_autocast
 from sdft_lightning.sharding import gathered
 from sdft_lightning.types import OutputHead
 
@@ -96,53 +97,31 @@ def completion_hidden_states(
     Returns:
         `(N, D)` with N = keep.sum(), row by row.
     """
-    length = prompt_ids.shape[1] + completion_ids.shape[1]
-    with training_attention(model, prompt_ids.shape[0], length):
-        return _completion_hidden_states(
-            model,
-            prompt_ids,
-            prompt_mask,
-            completion_ids,
-            completion_mask,
-            keep,
-            share_prefix,
-            pack,
-            fuse,
-            rounded,
-            read,
-        )
-
-
-def _completion_hidden_states(
-    model: Any,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    completion_ids: Tensor,
-    completion_mask: Tensor,
-    keep: Tensor,
-    share_prefix: bool,
-    pack: bool,
-    fuse: bool,
-    rounded: Any,
-    read: ReadPrompts | None,
-) -> Tensor:
     split = SplitPrompts(prompt_ids[0, :0], prompt_ids, prompt_mask)
     if share_prefix and can_share(model):
         split = split_if_worth(prompt_ids, prompt_mask)
     dtype = training_dtype(model)
-    if fuse and dtype is not None:
-        decoder = decoder_of(model)
-        if decoder is not None:
-            return completion_states(
-                decoder,
-                split,
-                completion_ids,
-                completion_mask,
-                keep,
-                dtype,
-                decoder_of(rounded) if rounded is not None and rounded.dtype == dtype else None,
-                read,
-            )
+    decoder = decoder_of(model) if fuse and dtype is not None else None
+    if decoder is not None and dtype is not None:
+        copied = decoder_of(rounded) if rounded is not None and rounded.dtype == dtype else None
+        return completion_states(
+            decoder, split, completion_ids, completion_mask, keep, dtype, copied, read
+        )
+    length = prompt_ids.shape[1] + completion_ids.shape[1]
+    device = prompt_ids.device.type
+    with without_slow_autocast(device), training_attention(model, prompt_ids.shape[0], length):
+        return _plain_states(model, split, completion_ids, completion_mask, keep, pack)
+
+
+def _plain_states(
+    model: Any,
+    split: SplitPrompts,
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    keep: Tensor,
+    pack: bool,
+) -> Tensor:
+    """As `completion_hidden_states`, by the model itself."""
     if pack and takes_own_mask(model):
         rows = pack_if_worth(split, completion_ids, completion_mask)
         if rows is not None:

@@ -13,6 +13,7 @@ from sdft_lightning.hidden import apply_head, completion_hidden_states, output_h
 from sdft_lightning.kv_cache import cache_argument, cache_of
 from sdft_lightning.masking import position_ids
 from sdft_lightning.prefix import SHORTEST, can_share, encode_prefix, split_prompts
+from sdft_lightning.products import without_slow_autocast
 from sdft_lightning.types import ContinuationScore, OutputHead, ScoringBatch
 
 # Logits that are formed at a time: 2**24 are 64 MB in float32.
@@ -36,7 +37,7 @@ def score_continuations(
         R scores, float32 sums over the tokens of each continuation.
     """
     keep = batch.continuation_mask  # (R, T)
-    with eval_mode(model):
+    with eval_mode(model), without_slow_autocast(model.device.type):
         if share and can_share(model):
             short = keep.shape[1] <= _LONGEST_BRANCH
             shared = branch_hidden_states if short else _shared_hidden_states

@@ -257,14 +257,14 @@ def run_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
 @pytest.fixture
 def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decoding steps in bfloat16 also where oneDNN does not multiply it: by the plain product."""
+    """Products in bfloat16 also where oneDNN does not multiply it: slowly, by torch itself."""
     import torch
 
+    from sdft_lightning import products
     from sdft_lightning.fused.laid_out import LaidOut
     from sdft_lightning.fused.weights import joined
-    from sdft_lightning.rollout import packed
 
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if products.multiplies_bfloat16():
         return
 
     def of(parts: list[Any], rows: int) -> LaidOut:
@@ -275,7 +275,22 @@ def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(LaidOut, "of", staticmethod(of))
     monkeypatch.setattr(LaidOut, "__call__", call)
-    monkeypatch.setattr(packed, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: True)
+
+
+@pytest.fixture
+def no_bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that does not multiply bfloat16, whichever this is."""
+    from sdft_lightning import products
+
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: False)
+
+
+@pytest.fixture(params=["bfloat16_products", "no_bfloat16_products"])
+def either_processor(request: pytest.FixtureRequest) -> bool:
+    """A processor that multiplies bfloat16, and one that does not; whether it does."""
+    request.getfixturevalue(request.param)
+    return str(request.param) == "bfloat16_products"
 
 
 @pytest.fixture

@@ -41,11 +41,7 @@ def test_plain_formula_is_taken_only_for_few_scores_in_bfloat16_with_gradients(
     assert takes_flash()
 
 
-def gradients(model: Any, monkeypatch: pytest.MonkeyPatch, plain: bool) -> list[Tensor]:
-    if not plain:
-        monkeypatch.setattr(
-            hidden_file, "training_attention", lambda *_: torch.autograd.set_grad_enabled(True)
-        )
+def gradients(model: Any, plain: bool) -> list[Tensor]:
     torch.manual_seed(0)
     prompts = torch.randint(3, 60, (3, 9))
     completions = torch.randint(3, 60, (3, 7))
@@ -53,19 +49,22 @@ def gradients(model: Any, monkeypatch: pytest.MonkeyPatch, plain: bool) -> list[
     mask[1, :4] = False
     kept = torch.ones_like(completions, dtype=torch.bool)
     model.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16):
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+        if not plain:
+            patch.setattr(
+                hidden_file, "training_attention", lambda *_: torch.autograd.set_grad_enabled(True)
+            )
         states = completion_hidden_states(model, prompts, mask, completions, kept, kept, fuse=False)
     states.float().square().sum().backward()
-    monkeypatch.undo()
     return [each.grad.clone() for each in model.base_model.parameters() if each.grad is not None]
 
 
 def test_gradients_are_those_of_the_flash_kernel_up_to_bfloat16(
-    model: Any, monkeypatch: pytest.MonkeyPatch
+    model: Any, bfloat16_products: None
 ) -> None:
     model.requires_grad_(True)
-    flash = gradients(model, monkeypatch, plain=False)
-    plain = gradients(model, monkeypatch, plain=True)
+    flash = gradients(model, plain=False)
+    plain = gradients(model, plain=True)
     assert len(flash) == len(plain) > 10
     mine, theirs = (torch.cat([each.flatten() for each in found]) for found in (plain, flash))
     assert 0 < (mine - theirs).norm() / theirs.norm() < 0.01

@@ -36,7 +36,7 @@ def divergence_loss(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor,
     return loss.detach(), hidden.grad, weight.grad
 
 
-def test_autocast_to_bfloat16_stays_close_to_float32() -> None:
+def test_autocast_to_bfloat16_stays_close_to_float32(bfloat16_products: None) -> None:
     exact = divergence_loss()
     with torch.autocast("cpu", torch.bfloat16):
         mixed = divergence_loss()

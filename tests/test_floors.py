@@ -18,6 +18,7 @@ FLOORS: dict[str, float] = {
     "errors": 0,
     "json_text": 0,
     "memory": 0,
+    "products": 0,
     "eval_mode": 0,
     "quiet": 0,
     "sandbox": 0.5,

@@ -59,13 +59,13 @@ def attend_rows(
     fresh = hidden[done:]
     scale = rms(fresh, layer.input_norm.variance_epsilon)
     inputs = normed(fresh, scale, layer.input_norm.weight, run.dtype)
-    products: tuple[Tensor, ...] = (first(inputs),)
+    products: tuple[Tensor, ...] = (first(inputs).to(run.kept),)
     if known is not None:
         scale, products = torch.cat([known.scale, scale]), known.products + products
     turned, values = rotated(products, layer, run, done)
     groups = [group for group in run.groups if group.start >= done]
-    mixed = attend(turned, values, groups, run.shape, run.rooms)[done:].flatten(1)
-    out = second(mixed)
+    mixed = attend(turned, values.to(run.dtype), groups, run.shape, run.rooms)[done:].flatten(1)
+    out = second(mixed).to(run.kept)
     if known is not None:
         out = torch.cat([known.out, out])
     return Attended(Results(scale, products, out), weights, turned, values)
@@ -81,7 +81,7 @@ def attention_block(
     """attention(norm(x)) for all tokens; arguments as of `attend_rows`.
 
     Returns:
-        `(N, D)` in the dtype of the products.
+        `(N, D)` in the dtype that products are kept in.
     """
     parameters = [each.weight for each in (layer.q, layer.k, layer.v, layer.o)]
     biases = [each.bias for each in (layer.q, layer.k, layer.v, layer.o)]
@@ -122,11 +122,11 @@ class _Attention(torch.autograd.Function):
         (out, *weights), products = more[:count], more[count:]
         shape = run.shape
         with torch.autocast("cpu", enabled=False):
-            gradient = gradients[0]  # (N, D)
+            gradient = gradients[0].to(run.dtype)  # (N, D)
             mixed_grad = (gradient @ out).unflatten(1, (shape.heads, shape.size))
             turned, values = rotated(products, layer, run)
             turned_grad, values_grad, mixed = attend_backward(
-                mixed_grad, turned, values, run.groups, shape, run.rooms
+                mixed_grad, turned, values.to(run.dtype), run.groups, shape, run.rooms
             )
             out_grad = (gradient.T @ mixed.flatten(1)).float()
             out_bias_grad = None if layer.o.bias is None else gradient.float().sum(dim=0)
@@ -196,10 +196,10 @@ def _rotated_backward(
     layer: Layer,
     run: Pass,
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
-    """Gradients of `rotated` in the products, in their dtype, and in the norms of the heads."""
+    """Gradients of `rotated` in the products, to be multiplied, and in the norms of the heads."""
     shape, angles = run.shape, run.angles
     count, size = turned_grad.shape[0], products[0].shape[1]
-    gradient = products[0].new_empty(count, size)  # (N, (H + 2 K) · E)
+    gradient = products[0].new_empty(count, size, dtype=run.dtype)  # (N, (H + 2 K) · E)
     by_head = gradient.unflatten(1, (-1, shape.size))
     by_head[:, shape.turned :] = values_grad
     if layer.q_norm is None:

@@ -20,6 +20,7 @@ from sdft_lightning.fused.norm import normed, rms
 from sdft_lightning.fused.prompts import ReadPrompts
 from sdft_lightning.fused.recording import Recording, hand_over, kept_rows
 from sdft_lightning.fused.structure import Decoder, Layer
+from sdft_lightning.products import product_dtype
 
 # Tokens that room is made for at once: most completions end long before the longest allowed.
 _MORE = 64
@@ -43,7 +44,8 @@ class DecodingSteps:
     def __init__(
         self, decoder: Decoder, head: Any, prompts: list[ReadPrompts], samples: int, steps: int
     ) -> None:
-        self.dtype = dtype = head.weight.dtype
+        self.dtype = dtype = product_dtype(head.weight.dtype)
+        self.kept = prompts[0].kept
         self.decoder = prompts[0].decoder
         self.prompts, self.samples = prompts, samples
         self.shape = Shape(decoder.heads, decoder.key_heads, decoder.head_size)
@@ -135,6 +137,7 @@ class DecodingSteps:
             gates = own.gates(inputs)  # (S, 2 F)
             gate, up = gates.chunk(2, dim=1)
             hidden = total.add_(own.down(silu(gate).mul_(up)))  # (S, D)
+            products, attended, gates = (each.to(self.kept) for each in (products, attended, gates))
             self.recording.add(place, (scale, products, attended, more_scale, gates, hidden))
         self.length += 1
         self.positions = self.positions + 1

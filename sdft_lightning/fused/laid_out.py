@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sdft_lightning.fused.structure import Layer
 from sdft_lightning.fused.weights import joined
+from sdft_lightning.products import product_dtype
 
 
 class LaidOut(NamedTuple):
@@ -19,8 +20,8 @@ class LaidOut(NamedTuple):
 
     @staticmethod
     def of(parts: list[Any], rows: int) -> LaidOut:
-        """Of layers with the same input, for so many rows at a time."""
-        weight, bias = joined(parts, parts[0].weight.dtype)
+        """Of layers with the same input, for so many rows at a time; see `products`."""
+        weight, bias = joined(parts, product_dtype(parts[0].weight.dtype))
         return LaidOut(torch.ops.mkldnn._reorder_linear_weight(weight, rows), bias)
 
     def __call__(self, inputs: Tensor) -> Tensor:

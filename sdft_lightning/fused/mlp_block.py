@@ -38,10 +38,10 @@ def mlp_rows(
     total = hidden[done:] + attended[done:]
     scale = rms(total, layer.mlp_norm.variance_epsilon)
     inputs = normed(total, scale, layer.mlp_norm.weight, run.dtype)
-    products = first(inputs)  # (N, 2 F)
-    active = products.new_empty(products.shape[0], products.shape[1] // 2)  # (N, F)
+    products = first(inputs).to(run.kept)  # (N, 2 F)
+    active = inputs.new_empty(products.shape[0], products.shape[1] // 2)  # (N, F)
     for rows, piece in walk([products]):
-        gate, up = piece.chunk(2, dim=1)
+        gate, up = piece.to(run.dtype).chunk(2, dim=1)
         torch.mul(silu(gate), up, out=active[rows])
     result = total.add_(second(active))  # (N, D)
     if known is None:
@@ -128,6 +128,7 @@ class _MLP(torch.autograd.Function):
             active = run.rooms.take("active", (count, width), dtype)
             products_grad = run.rooms.take("products grad", (count, 2 * width), dtype)
             for rows, piece in walk(products):
+                piece = piece.to(dtype)
                 _gate_backward(piece, active_grad[rows], active[rows], products_grad[rows])
             out_grad = (gradient.T @ active).float()
             out_bias_grad = None if layer.down.bias is None else gradients[0].sum(dim=0)

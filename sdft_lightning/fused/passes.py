@@ -10,6 +10,7 @@ from torch import Tensor
 from sdft_lightning.fused.attention import Rooms, Shape
 from sdft_lightning.fused.groups import Group
 from sdft_lightning.fused.structure import Decoder
+from sdft_lightning.products import product_dtype
 
 
 class Angles(NamedTuple):
@@ -27,13 +28,15 @@ class Pass(NamedTuple):
         groups: How the tokens belong together.
         shape: Heads.
         rooms: Memory to work in.
-        dtype: Of the products.
+        kept: The dtype of what is kept of products.
+        dtype: In which they are made.
     """
 
     angles: Angles
     groups: list[Group]
     shape: Shape
     rooms: Rooms
+    kept: torch.dtype
     dtype: torch.dtype
 
 
@@ -53,7 +56,7 @@ class Results(NamedTuple):
 
 
 def pass_over(
-    decoder: Decoder, groups: list[Group], positions: Tensor, hidden: Tensor, dtype: torch.dtype
+    decoder: Decoder, groups: list[Group], positions: Tensor, hidden: Tensor, kept: torch.dtype
 ) -> Pass:
     """What the layers need besides the states.
 
@@ -62,10 +65,11 @@ def pass_over(
         groups: How the tokens belong together.
         positions: `(N,)`.
         hidden: `(N, D)` embedded tokens.
-        dtype: Of the products.
+        kept: The dtype of what is kept of products, in which they are made where that is fast.
     """
     shape = Shape(decoder.heads, decoder.key_heads, decoder.head_size)
-    return Pass(_angles(decoder.rotary, hidden, positions), groups, shape, Rooms(), dtype)
+    angles = _angles(decoder.rotary, hidden, positions)
+    return Pass(angles, groups, shape, Rooms(), kept, product_dtype(kept))
 
 
 @torch.no_grad()

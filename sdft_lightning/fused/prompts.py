@@ -24,9 +24,10 @@ class ReadPrompts:
         decoder: Whose embeddings and norms were used.
         rows: The prompts, M tokens.
         keys: Of each layer `(M, K, E)`, rotated, float32.
-        values: Of each layer `(M, K, E)`, in the dtype of the products.
+        values: Of each layer `(M, K, E)`, in the dtype that products are kept in.
         last: `(B, D)` states of each row's last token, normed.
         layers: What a pass over prompts and completions need not compute again, layer by layer.
+        kept: The dtype that products are kept in.
 
     Attributes:
         completions: The completions whose tokens `layers` has results of, too; None while it has
@@ -41,9 +42,10 @@ class ReadPrompts:
         values: list[Tensor],
         last: Tensor,
         layers: list[LayerResults],
+        kept: torch.dtype,
     ) -> None:
         self.decoder, self.rows, self.last = decoder, rows, last
-        self.keys, self.values = keys, values
+        self.keys, self.values, self.kept = keys, values, kept
         self.completions: list[list[int]] | None = None
         self._layers: dict[int, LayerResults] = dict(enumerate(layers))
 
@@ -108,7 +110,7 @@ def read_prompts(
     Args:
         decoder: Of the model, see `decoder_of`.
         split: The prompts, less what all begin with.
-        dtype: Of the matrix products.
+        dtype: Of the matrix products, see `products`.
         rounded: The same model in that dtype, where there is one; weights are cast without it.
         keep: Keep what a later pass over the same prompts would compute again.
     """
@@ -130,4 +132,4 @@ def read_prompts(
             if keep:
                 layers.append((found.results, None if is_last else more))
             hidden = more.out
-    return ReadPrompts(decoder, rows, keys, values, decoder.norm(hidden), layers)
+    return ReadPrompts(decoder, rows, keys, values, decoder.norm(hidden), layers, dtype)

@@ -13,6 +13,7 @@ from sdft_lightning.fused.prompts import ReadPrompts
 from sdft_lightning.fused.rows import FlatRows, prompt_rows, with_completions
 from sdft_lightning.fused.structure import Decoder
 from sdft_lightning.prefix import SplitPrompts
+from sdft_lightning.products import product_dtype
 
 
 def completion_states(
@@ -33,7 +34,7 @@ def completion_states(
         completion_ids: `(B, T)`, padded on the right.
         completion_mask: `(B, T)`.
         keep: `(B, T)` tokens of which the state is wanted.
-        dtype: Of the matrix products.
+        dtype: Of the matrix products, see `products`.
         rounded: The same model in that dtype, where there is one; weights are cast without it.
         read: What the same weights have computed of the prompts, and perhaps of these completions,
             used up here. Without it all is computed now, each prompt once however many completions
@@ -47,7 +48,8 @@ def completion_states(
     prompts = prompt_rows(split, decoder.heads) if read is None else read.rows
     rows = with_completions(prompts, completion_ids, completion_mask, decoder.heads)
     wanted = rows.predicting[keep]  # (N,)
-    own = decoder if rounded is None else rounded
+    # A copy in bfloat16 spares nothing where products are float32.
+    own = decoder if rounded is None or product_dtype(dtype) != dtype else rounded
     states: Tensor = decoder.norm(_layers(decoder, own, rows, wanted, dtype, read))  # (N, D)
     return states
 

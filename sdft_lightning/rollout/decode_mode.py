@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sdft_lightning.eval_mode import eval_mode
 from sdft_lightning.fused import Decoder, decoder_of
+from sdft_lightning.products import without_slow_autocast
 from sdft_lightning.rollout.decode_attention import decode_attention
 from sdft_lightning.rollout.packed import can_pack, packed_linears
 
@@ -40,15 +41,18 @@ def decode_mode(model: Any, rows: int, steps: int) -> Iterator[Decoder | None]:
 
 @contextmanager
 def _own_precision(model: Any) -> Iterator[None]:
-    """Without autocast where all weights are in bfloat16: there is nothing left to cast.
+    """Without autocast where all weights are in bfloat16, or where it would be slow.
 
-    Autocast would still be asked about every operation, and weights would not be laid out anew.
+    There is nothing left to cast: autocast would still be asked about every operation, and weights
+    would not be laid out anew.
     """
     parameters = list(model.parameters())
+    device = parameters[0].device.type
     if any(parameter.dtype != torch.bfloat16 for parameter in parameters):
-        yield
+        with without_slow_autocast(device):
+            yield
         return
-    with torch.autocast(parameters[0].device.type, enabled=False):
+    with torch.autocast(device, enabled=False):
         yield
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sdft_lightning.lora import adapter_layers, merged_weight
+from sdft_lightning.products import product_dtype
 
 # With more rows the plain product is as fast; with fewer steps the rearranging does not pay.
 _MOST_ROWS, _FEWEST_STEPS = 64, 8
@@ -25,9 +26,9 @@ _MOST_ROWS, _FEWEST_STEPS = 64, 8
 def packed_linears(model: Any, rows: int, steps: int) -> Iterator[None]:
     """Let the linear layers of a model on the CPU use rearranged copies of their weights.
 
-    The copies take as much memory as the layers and are dropped at the end. Where they would not
-    pay, or this build of torch has no oneDNN, nothing changes. Weights are float32, or bfloat16
-    where oneDNN multiplies that. Not for training: no gradient flows.
+    The copies take as much memory as the layers, or twice as much where bfloat16 is multiplied in
+    float32 (see `products`), and are dropped at the end. Where they would not pay, or this build of
+    torch has no oneDNN, nothing changes. Not for training: no gradient flows.
 
     Args:
         model: A causal language model of transformers, whose weights do not change meanwhile.
@@ -50,15 +51,8 @@ def can_pack(model: Any, rows: int, steps: int) -> bool:
     first = next(model.parameters())
     if rows > _MOST_ROWS or steps < _FEWEST_STEPS or first.device.type != "cpu":
         return False
-    if first.dtype == torch.bfloat16 and not multiplies_bfloat16():
-        return False
     # Autocast would have cast the weights that are laid out.
     return torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether oneDNN takes bfloat16 weights on this processor."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _layers(model: Any) -> list[Any]:
@@ -72,9 +66,7 @@ def _layers(model: Any) -> list[Any]:
 def _fits(module: nn.Module) -> bool:
     if type(module) is not nn.Linear or module.weight.device.type != "cpu":
         return False
-    if module.weight.dtype == torch.bfloat16:
-        return multiplies_bfloat16()
-    return module.weight.dtype == torch.float32
+    return module.weight.dtype in (torch.float32, torch.bfloat16)
 
 
 def _packed_forward(layer: Any, rows: int) -> Any:
@@ -82,11 +74,14 @@ def _packed_forward(layer: Any, rows: int) -> Any:
     weight, bias = layer.weight.detach(), layer.bias
     if type(layer) is not nn.Linear:
         weight = merged_weight(layer).to(layer.get_base_layer().weight.dtype)  # (out, in)
-    packed = operators._reorder_linear_weight(weight, rows)
-    bias = None if bias is None else bias.detach()
+    dtype = product_dtype(weight.dtype)
+    packed = operators._reorder_linear_weight(weight.to(dtype), rows)
+    bias = None if bias is None else bias.detach().to(dtype)
 
     def forward(inputs: Tensor) -> Tensor:
-        outputs: Tensor = operators._linear_pointwise(inputs, packed, bias, "none", [], "")
-        return outputs
+        outputs: Tensor = operators._linear_pointwise(
+            inputs.to(dtype), packed, bias, "none", [], ""
+        )
+        return outputs.to(inputs.dtype)
 
     return forward

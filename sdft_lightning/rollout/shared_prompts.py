@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sdft_lightning.fused import Decoder, ReadPrompts, decoder_of, read_prompts, training_dtype
 from sdft_lightning.prefix import split_if_worth
+from sdft_lightning.products import product_dtype
 from sdft_lightning.rollout.packed import can_pack
 
 # What may be kept for later micro-batches of a window; the first one's is used at once.
@@ -22,7 +23,7 @@ Prompts = tuple[Tensor, Tensor]  # ids and mask (B, P), padded on the left
 
 
 class _Pair(NamedTuple):
-    """The student and what it is sampled with, as decoders; and the dtype of both."""
+    """The student and what it is sampled with, as decoders; and the dtype of their products."""
 
     student: Decoder
     sampler: Decoder
@@ -104,7 +105,7 @@ def _changes(model: Any) -> int:
 def _pair(student: Any, sampler: Any, rows: int, steps: int) -> _Pair | None:
     """Student and sampler, if both are fused and multiply in the same dtype."""
     dtype = training_dtype(student)
-    if dtype is None or sampler.dtype != dtype:
+    if dtype is None or sampler.dtype != product_dtype(dtype):
         return None
     with torch.autocast("cpu", enabled=False):  # as a rollout is sampled
         if not can_pack(sampler, rows, steps):

@@ -152,10 +152,11 @@ def test_prompts_that_are_not_kept_are_not_recorded(build: Make, batch: Make) ->
 
 
 def test_in_bfloat16_gradients_are_as_near_to_float32_as_those_of_a_pass_of_its_own(
-    build: Make, batch: Make, bfloat16_products: None
+    build: Make, batch: Make, either_processor: bool
 ) -> None:
     model, (ids, mask, _, _) = build("llama"), batch()
-    copied = SamplingWeights("bfloat16").model(model, 0)
+    # Where products are float32, there is nothing to be gained from a copy.
+    copied = SamplingWeights("bfloat16").model(model, 0) if either_processor else model
     sampling = Sampling(max_new_tokens=NEW_TOKENS)
     numbers = row_uniforms(3, 0, list("abcde"), 1, NEW_TOKENS)
     with torch.autocast("cpu", torch.bfloat16):
@@ -163,6 +164,8 @@ def test_in_bfloat16_gradients_are_as_near_to_float32_as_those_of_a_pass_of_its_
         rollout = generate_rollout(copied, ids, mask, sampling, numbers, [10], 0, read=read)
     assert read is not None
     assert read[0].completions is not None, "nothing was recorded"
+    halves = read[0]._layers[1]
+    assert {each.dtype for half in halves if half for each in half.products} == {torch.bfloat16}
     given = (ids, mask, rollout.completion_ids, rollout.completion_mask)
     rows = slice(0, 5)
     exact = states_and_gradients(model, given, rollout, 1, rows, fuse=False)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sdft_lightning import hidden as hidden_file
+from sdft_lightning import products
 from sdft_lightning.fused import completion_states, decoder_of, groups
 from sdft_lightning.fused.attention import Rooms
 from sdft_lightning.hidden import completion_hidden_states
@@ -115,7 +116,11 @@ def test_rotary_positions_that_are_scaled_are_the_models(build: Make, batch: Mak
 
 
 def test_in_bfloat16_they_are_as_near_to_float32_as_autocast(
-    build: Make, batch: Make, kind: str
+    build: Make,
+    batch: Make,
+    kind: str,
+    bfloat16_products: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, given = build(kind), batch()
     exact = plain(model, given)
@@ -124,6 +129,9 @@ def test_in_bfloat16_they_are_as_near_to_float32_as_autocast(
     autocast = gradients(model, states)
     ours = fused(model, given, torch.bfloat16)
     assert ours[0].dtype == torch.float32
+    with monkeypatch.context() as patch:
+        patch.setattr(products, "multiplies_bfloat16", lambda: False)
+        kept = fused(model, given, torch.bfloat16)
 
     def error(found: Found) -> float:
         both = [torch.cat([each.flatten() for each in one[1].values()]) for one in (found, exact)]
@@ -132,6 +140,32 @@ def test_in_bfloat16_they_are_as_near_to_float32_as_autocast(
     assert 0 < error(ours) < 1.2 * error(autocast)
     difference = (ours[0] - exact[0]).norm() / (autocast[0] - exact[0]).norm()
     assert difference < 1.2
+    # Multiplied in float32, as on a processor that has nothing else, they are nearer.
+    assert 0 < error(kept) < error(ours)
+    assert 0 < (kept[0] - exact[0]).norm() < (ours[0] - exact[0]).norm()
+
+
+def test_where_bfloat16_is_not_multiplied_it_is_only_kept(
+    build: Make, batch: Make, kind: str, either_processor: bool
+) -> None:
+    model, given = build(kind), batch()
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        fused(model, given, torch.bfloat16)
+    assert all(each.grad is None or each.grad.dtype == torch.float32 for each in model.parameters())
+    # Gate and up, 96 numbers a token; a weight has as many rows, and is no copy.
+    wide = [each for each in kept if each.shape[-1] == 96]
+    assert {each.dtype for each in wide} == {torch.bfloat16}
+    # Weights as they are, or a rounded copy of each.
+    parameters = {each.data_ptr() for each in model.parameters()}
+    down = [each for each in kept if each.shape == (32, 48)]
+    assert len(down) == 3
+    assert all((each.data_ptr() in parameters) is not either_processor for each in down)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +201,9 @@ def test_they_are_used_for_float32_weights_also_under_bfloat16_autocast(
     assert calls == ([] if used is None else [used])
 
 
-def test_a_rounded_copy_spares_the_cast_and_changes_nothing(build: Make, batch: Make) -> None:
+def test_a_rounded_copy_spares_the_cast_and_changes_nothing(
+    build: Make, batch: Make, bfloat16_products: None
+) -> None:
     model, given = build("llama"), batch()
     copied = SamplingWeights("bfloat16").model(model, 0)
     found = []

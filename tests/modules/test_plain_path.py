@@ -79,9 +79,12 @@ class Recorder(L.Callback):
             self.sampled += [ids[mask].tolist() for ids, mask in pairs]
 
 
-@pytest.mark.parametrize("kind", ["ema", "ema_layers", "frozen_cached"])
+@pytest.mark.parametrize("kind", ["ema", "ema_layers", "frozen_cached", "ema_kept_bfloat16"])
 def test_ten_steps_equal_the_plain_path(
-    fit_module: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, kind: str
+    fit_module: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    no_bfloat16_products: None,
+    kind: str,
 ) -> None:
     found = []
     if kind == "ema_layers":  # transformers' own, as for models that are not fused
@@ -89,6 +92,10 @@ def test_ten_steps_equal_the_plain_path(
             monkeypatch.setattr(module_of_it, "decoder_of", lambda _: None)
     else:
         monkeypatch.setattr(hidden, "pack_if_worth", None)  # not reached
+    rate, within = 1e-3, {"abs": 1e-3}
+    if kind.endswith("16"):  # or rounded prompts or weights would give other tokens
+        rate, within = 1e-6, {"rel": 2e-2}  # activations are rounded
+        monkeypatch.setattr(shared_prompts, "_pair", lambda *_: None)
     for method in (SDFTModule, PlainSDFT):
         recorder = Recorder()
         teacher = EMATeacher(0.05) if kind.startswith("ema") else FrozenTeacher(cache_prompts=True)
@@ -97,20 +104,21 @@ def test_ten_steps_equal_the_plain_path(
             model={
                 "teacher": teacher,
                 "sampling": Sampling(max_new_tokens=NEW_TOKENS, temperature=TEMPERATURE),
-                "optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3),
+                "optimizer": lambda p: torch.optim.AdamW(p, lr=rate),
             },
             data={"batch_size": 3},
             callbacks=[recorder],
             max_steps=STEPS,
             max_epochs=-1,
             accumulate_grad_batches=2,
+            precision="bf16-mixed" if kind.endswith("16") and method is SDFTModule else "32-true",
         )
         found.append((recorder, module))
     (ours, our_module), (plain, plain_module) = found
     assert len(ours.losses) == 2 * STEPS
     assert ours.sampled == plain.sampled
     assert len({len(tokens) for tokens in ours.sampled}) > 3, "all of one length show little"
-    assert ours.losses == pytest.approx(plain.losses, abs=1e-3)
+    assert ours.losses == pytest.approx(plain.losses, **within)
     assert max(ours.losses) > 0.1, "a loss near zero would show nothing"
     pairs = zip(our_module.student.parameters(), plain_module.student.parameters(), strict=True)
     for one, other in pairs:

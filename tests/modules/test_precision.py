@@ -38,6 +38,17 @@ def test_only_bfloat16_without_hardware_is_warned_of(
     assert [f"trainer.precision: {name}" in str(each.message) for each in caught] == [True] * warned
 
 
+def test_the_warning_says_what_bfloat16_costs_here(
+    monkeypatch: pytest.MonkeyPatch, either_processor: bool
+) -> None:
+    monkeypatch.setattr(precision, "has_native_bfloat16", lambda device: False)
+    said = "a step takes longer" if either_processor else "products are made in float32"
+    with pytest.warns(UserWarning, match=said):
+        precision.warn_of_slow_precision("bf16-mixed", torch.device("cpu"))
+    with pytest.warns(UserWarning, match="a step takes longer"):  # weights in bfloat16 stay slow
+        precision.warn_of_slow_precision("bf16-true", torch.device("cpu"))
+
+
 def test_fit_warns_before_its_first_step(
     monkeypatch: pytest.MonkeyPatch, run_cli: Callable[..., None], fit_args: list[str]
 ) -> None:

@@ -71,8 +71,9 @@ def compare_steps(
 def against_trl(args: argparse.Namespace) -> Any:
     """Our step against TRL's, at the two settings."""
     rows, lines, data = [], [], []
-    base = Workload(precision=args.precision)
-    windows = replace(base, micro_batch=8, accumulate=4, new_tokens=96, forced=False, steps=3)
+    base = Workload(precision=args.precision, steps=args.steps or 4)
+    windows = replace(base, micro_batch=8, accumulate=4, new_tokens=96, forced=False)
+    windows = replace(windows, steps=args.steps or 3)
     for title, workload, memory in (
         ("16 prompts, 48 new tokens", base, 0.65),
         ("4 x 8 prompts, up to 96 new tokens, natural ends", windows, None),
@@ -90,7 +91,7 @@ def against_trl(args: argparse.Namespace) -> Any:
 
 def against_sft(args: argparse.Namespace) -> Any:
     """Our SDFT step against our SFT step: completions as long as the demonstrations."""
-    workload = Workload(precision=args.precision)
+    workload = Workload(precision=args.precision, steps=args.steps or 4)
     sides = [
         Side("SDFT", "ours.py", ["sdft", workload.dump()]),
         Side("SFT", "ours.py", ["sft", workload.dump()]),
@@ -218,19 +219,26 @@ def main() -> int:
         default="bf16" if has_native_bfloat16(torch.device("cpu")) else "float32",
         help="bf16 (autocast) where the processor multiplies bfloat16, else float32",
     )
+    parser.add_argument(
+        "--steps", type=int, help="of each process of trl and sft, the first not counted"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/perf"))
     args = parser.parse_args()
     unknown = [part for part in args.parts if part not in PARTS]
     if unknown:
         parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    if args.steps is not None and args.steps < 2:
+        parser.error(f"--steps {args.steps}: at least 2, since the first is not counted")
     if "trl" in args.parts and find_spec("trl") is None:
         parser.error("trl is not installed: pip install 'sdft-lightning[perf]', or `make perf`")
     args.output.mkdir(parents=True, exist_ok=True)
     print(f"steps in {args.precision}")
     if args.precision == "float32":
         print(
-            "The targets of whole steps are for bfloat16 on a processor that multiplies it; in "
-            "float32 the matrix products decide, which both sides have in common."
+            "The targets of whole steps are for bfloat16. In float32 the matrix products decide, "
+            "which both sides have in common. --precision bf16 compares in bfloat16 also on this "
+            "processor, which does not multiply it: there a step of TRL's takes nine minutes and "
+            "more (--steps 2 --rounds 1)."
         )
     table: list[Row] = []
     for part in args.parts:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sdft_lightning.lora import adapter_layers, merged_copy, merged_weight
+from sdft_lightning.products import multiplies_bfloat16
 from sdft_lightning.rollout import Sampling, generate_rollout
 from sdft_lightning.rollout import decode_mode as decode_file
 from sdft_lightning.rollout.packed import packed_linears
@@ -17,10 +18,15 @@ from sdft_lightning.uniforms import row_uniforms
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN"
 )
-needs_bfloat16 = pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-    reason="oneDNN does not multiply bfloat16 on this processor",
-)
+
+
+@pytest.fixture(params=["native", "float32"])
+def multiplied(request: pytest.FixtureRequest) -> None:
+    """bfloat16 as this processor multiplies it, and as one that does not."""
+    if request.param == "float32":
+        request.getfixturevalue("no_bfloat16_products")
+    elif not multiplies_bfloat16():
+        pytest.skip("oneDNN does not multiply bfloat16 on this processor")
 
 
 @needs_onednn
@@ -38,7 +44,8 @@ def test_a_packed_layer_gives_the_same_outputs(bias: bool, rows: int) -> None:
     torch.testing.assert_close(packed, plain, rtol=1e-5, atol=1e-6)
 
 
-@needs_bfloat16
+@needs_onednn
+@pytest.mark.usefixtures("multiplied")
 @pytest.mark.parametrize("rows", [1, 16])
 def test_a_packed_bfloat16_layer_gives_the_same_outputs(rows: int) -> None:
     torch.manual_seed(0)
@@ -53,7 +60,8 @@ def test_a_packed_bfloat16_layer_gives_the_same_outputs(rows: int) -> None:
     torch.testing.assert_close(packed, plain)
 
 
-@needs_bfloat16
+@needs_onednn
+@pytest.mark.usefixtures("multiplied")
 def test_a_rollout_of_the_bfloat16_copy_samples_the_same_tokens_as_without(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,7 +159,8 @@ def test_an_adapted_layer_is_packed_with_its_adapter_merged(
     assert not any("forward" in part.__dict__ for part in adapted.modules())
 
 
-@needs_bfloat16
+@needs_onednn
+@pytest.mark.usefixtures("multiplied")
 def test_adapted_layers_of_the_bfloat16_copy_are_packed_in_its_precision(
     make_adapted: Callable[..., Any],
 ) -> None:

@@ -3,9 +3,10 @@
 `python tests/perf/sampling.py ours|generate|generate_copy '<workload as JSON>' equal|tail`; with
 `tail`, one row in eight is as long as the workload says and the others an eighth of it.
 
-In bfloat16, `ours` samples as a training step does: from the copy that it keeps, whose refreshing
-counts; `generate` samples as other trainers do, from float32 weights under autocast, and
-`generate_copy` from the same copy as ours.
+In bfloat16, `ours` samples as a training step does: under autocast, and where the processor
+multiplies bfloat16 from the copy that is kept of the weights, whose refreshing counts. `generate`
+samples as other trainers do, from float32 weights under autocast, and `generate_copy` from the
+bfloat16 copy.
 """
 
 from __future__ import annotations
@@ -108,8 +109,10 @@ def main(kind: str, workload: Workload, tail: bool) -> None:
     lengths, stops = row_lengths(workload, tail), list(policy.stop_ids)
     sample = with_ours if kind == "ours" else with_generate
     reduced = workload.precision == "bf16"
-    weights = SamplingWeights("bfloat16" if reduced and kind != "generate" else "same")
-    context = torch.autocast("cpu", torch.bfloat16) if reduced and kind == "generate" else None
+    dtypes: dict[str, Any] = {"ours": "auto", "generate_copy": "bfloat16"}
+    weights = SamplingWeights(dtypes.get(kind, "same") if reduced else "same")
+    casts = reduced and kind != "generate_copy"
+    context = torch.autocast("cpu", torch.bfloat16) if casts else None
     policy.model.eval().requires_grad_(True)
     weights.model(policy.model, 0)  # as before the first step of a run
     seconds = []

@@ -102,7 +102,8 @@ def cast_side(hidden: Tensor, head: OutputHead, vocabulary: int) -> Side:
     device = hidden.device.type
     dtype = head.weight.dtype
     if torch.is_autocast_enabled(device):
-        dtype = product_dtype(torch.get_autocast_dtype(device), device)
+        dtype = torch.get_autocast_dtype(device)
+    dtype = product_dtype(dtype, device)
     bias = None if head.bias is None else head.bias[:vocabulary].detach().to(dtype)
     rounded = head.rounded
     weight = head.weight if rounded is None or rounded.dtype != dtype else rounded

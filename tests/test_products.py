@@ -9,6 +9,7 @@ import torch
 
 from sdft_lightning import products
 from sdft_lightning.bounded import bounded_divergence
+from sdft_lightning.chunked import cast_side
 from sdft_lightning.divergence import Divergence
 from sdft_lightning.hidden import completion_hidden_states
 from sdft_lightning.products import product_dtype, without_slow_autocast
@@ -108,3 +109,12 @@ def test_logits_of_the_loss_are_float32(either_processor: bool) -> None:
         losses.append((loss.detach(), given.grad))
     for found, exact in zip(*losses, strict=True):
         assert torch.equal(found, exact) is not either_processor
+
+
+def test_a_head_in_bfloat16_is_multiplied_in_float32(either_processor: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(12, 16, generator=draw)
+    weight = torch.randn(50, 16, generator=draw).bfloat16()
+    side = cast_side(hidden, OutputHead(weight, None, 1.0, None), 50)
+    exact = hidden @ weight.float().T
+    assert torch.equal(side.raw(slice(0, 12)).float(), exact) is not either_processor

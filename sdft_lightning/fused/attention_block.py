@@ -123,7 +123,8 @@ class _Attention(torch.autograd.Function):
         shape = run.shape
         with torch.autocast("cpu", enabled=False):
             gradient = gradients[0].to(run.dtype)  # (N, D)
-            mixed_grad = (gradient @ out).unflatten(1, (shape.heads, shape.size))
+            mixed_grad = product_backward(gradient, [out])
+            mixed_grad = mixed_grad.unflatten(1, (shape.heads, shape.size))
             turned, values = rotated(products, layer, run)
             turned_grad, values_grad, mixed = attend_backward(
                 mixed_grad, turned, values.to(run.dtype), run.groups, shape, run.rooms

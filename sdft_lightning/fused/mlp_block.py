@@ -124,7 +124,7 @@ class _MLP(torch.autograd.Function):
             gradient = gradients[0].to(dtype)  # (N, D)
             count, width = gradient.shape[0], out.shape[1]  # N, F
             active_grad = run.rooms.take("active grad", (count, width), dtype)
-            torch.mm(gradient, out, out=active_grad)
+            torch.mm(gradient, out.to(dtype), out=active_grad)
             active = run.rooms.take("active", (count, width), dtype)
             products_grad = run.rooms.take("products grad", (count, 2 * width), dtype)
             for rows, piece in walk(products):

@@ -35,7 +35,7 @@ def normed_backward(
         scale: As there.
         weight: As there.
     """
-    gradient = gradient.to(inputs.dtype)
+    gradient, weight = gradient.to(inputs.dtype), weight.to(inputs.dtype)
     plain = inputs * scale  # (..., D) x̂
     product = plain * gradient  # (..., D)
     of_weight = product.flatten(0, -2).sum(dim=0)  # (D,)

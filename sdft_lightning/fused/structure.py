@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sdft_lightning.prefix import takes_own_mask
+from sdft_lightning.products import product_dtype
 from sdft_lightning.sharding import is_sharded
 
 # Of transformers; all with RMS norms before each half, rotary positions and a gated MLP.
@@ -92,11 +93,16 @@ def training_dtype(model: Any) -> torch.dtype | None:
     """The dtype of matrix products in fused blocks, or None where they do not take a model.
 
     float32 weights on the CPU are multiplied as they are, or rounded under bfloat16 autocast.
+    bfloat16 weights are taken where transformers would multiply them slowly, see `products`.
 
     Args:
         model: A causal language model of transformers.
     """
-    if model.device.type != "cpu" or model.dtype != torch.float32:
+    if model.device.type != "cpu":
+        return None
+    if model.dtype == torch.bfloat16 and product_dtype(torch.bfloat16) != torch.bfloat16:
+        return torch.bfloat16
+    if model.dtype != torch.float32:
         return None
     if not torch.is_autocast_enabled("cpu"):
         return torch.float32

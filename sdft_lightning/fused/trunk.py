@@ -64,7 +64,7 @@ def _layers(
 ) -> Tensor:
     """What comes out of the last layer at the wanted tokens `(N, D)`, before the norm."""
     table = decoder.embedding  # its padding token learns nothing as an input, here as there
-    hidden = embedding(rows.ids, table.weight, table.padding_idx)  # (N, D)
+    hidden = embedding(rows.ids, table.weight, table.padding_idx).float()  # (N, D)
     run = pass_over(decoder, rows.groups, rows.positions, hidden, dtype)
     for place, (layer, own) in enumerate(zip(decoder.layers, rounded.layers, strict=True)):
         known = (None, None) if read is None else read.layer(place)

@@ -16,7 +16,8 @@ class Product(NamedTuple):
     """Linear layers with the same input.
 
     Attributes:
-        weights: `(O_i, D)` each, in one dtype.
+        weights: `(O_i, D)` each, in one dtype: that of the inputs, or bfloat16, which is widened
+            layer by layer since copies of all would be twice as large as the model.
         bias: `(ΣO,)`, where they have any.
     """
 
@@ -32,19 +33,20 @@ class Product(NamedTuple):
             dtype: Of the product.
         """
         weights = [part.weight.detach() for part in parts]
-        if weights[0].dtype != dtype or _are_together(weights):
-            weight, bias = joined(parts, dtype)
-            return Product((weight,), bias)
+        widens = weights[0].dtype == torch.bfloat16 and dtype == torch.float32
+        if (weights[0].dtype != dtype and not widens) or _are_together(weights):
+            weight, bias = joined(parts, weights[0].dtype if widens else dtype)
+            return Product((weight,), None if bias is None else bias.to(dtype))
         return Product(tuple(weights), _joined_bias(parts, dtype))
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """`(N, ΣO)` of `(N, D)`, without gradient."""
         if len(self.weights) == 1:
-            return linear(inputs, self.weights[0], self.bias)
+            return linear(inputs, self.weights[0].to(inputs.dtype), self.bias)
         sizes = [weight.shape[0] for weight in self.weights]
         outputs = inputs.new_empty(inputs.shape[0], sum(sizes))
         for weight, place in zip(self.weights, outputs.split(sizes, dim=1), strict=True):
-            torch.mm(inputs, weight.T, out=place)
+            torch.mm(inputs, weight.to(inputs.dtype).T, out=place)
         return outputs if self.bias is None else outputs.add_(self.bias)
 
 
@@ -56,9 +58,9 @@ def product_backward(gradient: Tensor, weights: Sequence[Tensor]) -> Tensor:
         weights: Its weights.
     """
     pieces = gradient.split([weight.shape[0] for weight in weights], dim=1)
-    found: Tensor = pieces[0] @ weights[0]
+    found: Tensor = pieces[0] @ weights[0].to(gradient.dtype)
     for piece, weight in zip(pieces[1:], weights[1:], strict=True):
-        found.addmm_(piece, weight)
+        found.addmm_(piece, weight.to(gradient.dtype))
     return found
 
 

@@ -105,7 +105,10 @@ def _changes(model: Any) -> int:
 def _pair(student: Any, sampler: Any, rows: int, steps: int) -> _Pair | None:
     """Student and sampler, if both are fused and multiply in the same dtype."""
     dtype = training_dtype(student)
-    if dtype is None or sampler.dtype != product_dtype(dtype):
+    if dtype is None:
+        return None
+    rounded = sampler is student and student.dtype == dtype
+    if not rounded and sampler.dtype != product_dtype(dtype):
         return None
     with torch.autocast("cpu", enabled=False):  # as a rollout is sampled
         if not can_pack(sampler, rows, steps):

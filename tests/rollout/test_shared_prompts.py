@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -102,6 +103,14 @@ class Hook:
 
     def __call__(self, *arguments: Any) -> None:
         return None
+
+
+def test_a_bfloat16_student_shares_them_where_it_is_multiplied_in_float32(
+    model: Any, prompts: Any, either_processor: bool
+) -> None:
+    student = copy.deepcopy(model).bfloat16()
+    read = SharedPrompts().read(student, student, prompts, 1, 10)
+    assert (read is None) is either_processor
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ demo: model ## teach the embedded model facts on the CPU (16 to 24 minutes)
 perf: model ## time our step, loss and sampling against TRL's and plain ones (one to two hours)
 	$(PYTHON_BIN) -m pip freeze --exclude-editable > .venv/.installed # none of these may change
 	$(PYTHON_BIN) -m pip install -qq --constraint .venv/.installed --editable ".[perf]"
-	$(PYTHON_BIN) tests/perf/run.py
+	$(PYTHON_BIN) tests/perf/run.py $(PERF)
 
 lint: $(STAMP) ## check style, format and types (about 1 minute)
 	$(PYTHON_BIN) -m ruff check .

@@ -21,7 +21,7 @@ from sdft_lightning.prefix import (
     split_if_worth,
     takes_own_mask,
 )
-from sdft_lightning.products import without_slow_autocast
+from sdft_lightning.products import product_dtype, without_slow_autocast
 from sdft_lightning.sharding import gathered
 from sdft_lightning.types import OutputHead
 
@@ -89,8 +89,8 @@ def completion_hidden_states(
         pack: Lay short rows side by side instead of padding them, see `packing`.
         fuse: Compute known decoders in fewer operations where that is faster, see `fused`.
         rounded: The same model in bfloat16, where there is a copy: it spares fused decoders to cast
-            their weights under bfloat16 autocast, and is not used otherwise. Gradients are the
-            model's.
+            their weights under bfloat16 autocast where that is multiplied, and is not used
+            otherwise. Gradients are the model's.
         read: What the same weights have left of the prompts when they were sampled from, used up
             here; fused decoders need not compute it again.
 
@@ -108,8 +108,7 @@ def completion_hidden_states(
             decoder, split, completion_ids, completion_mask, keep, dtype, copied, read
         )
     length = prompt_ids.shape[1] + completion_ids.shape[1]
-    device = prompt_ids.device.type
-    with without_slow_autocast(device), training_attention(model, prompt_ids.shape[0], length):
+    with without_slow_autocast(model), training_attention(model, prompt_ids.shape[0], length):
         return _plain_states(model, split, completion_ids, completion_mask, keep, pack)
 
 
@@ -177,7 +176,9 @@ def output_head(model: Any) -> OutputHead:
 
 def apply_head(head: OutputHead, hidden: Tensor) -> Tensor:
     """Logits `(..., V)` of hidden states `(..., D)`; for few tokens, as all V are formed."""
-    logits = nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
+    dtype = product_dtype(head.weight.dtype, hidden.device.type)
+    bias = None if head.bias is None else head.bias.to(dtype)
+    logits = nn.functional.linear(hidden.to(dtype), head.weight.to(dtype), bias)
     if head.scale != 1.0:  # on a CPU a product by one costs as much as the largest token's search
         logits = logits * head.scale
     if head.softcap is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -33,15 +34,23 @@ def product_dtype(dtype: torch.dtype, device: str = "cpu") -> torch.dtype:
 
 
 @contextmanager
-def without_slow_autocast(device: str) -> Iterator[None]:
-    """Products in the weights' own dtype where those of autocast would be slower.
+def without_slow_autocast(model: Any) -> Iterator[None]:
+    """Products of a float32 model in float32 where those of autocast would be slower.
+
+    A model with weights of several dtypes keeps autocast, which may be what brings them together.
 
     Args:
-        device: Type of the device that computes.
+        model: Any, on one device.
     """
+    device = next(model.parameters()).device.type
     if not torch.is_autocast_enabled(device):
         yield
         return
     dtype = torch.get_autocast_dtype(device)
-    with torch.autocast(device, dtype, enabled=product_dtype(dtype, device) == dtype):
+    if product_dtype(dtype, device) == dtype or any(
+        each.dtype != torch.float32 for each in model.parameters() if each.is_floating_point()
+    ):
+        yield
+        return
+    with torch.autocast(device, enabled=False):
         yield

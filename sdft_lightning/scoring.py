@@ -37,7 +37,7 @@ def score_continuations(
         R scores, float32 sums over the tokens of each continuation.
     """
     keep = batch.continuation_mask  # (R, T)
-    with eval_mode(model), without_slow_autocast(model.device.type):
+    with eval_mode(model), without_slow_autocast(model):
         if share and can_share(model):
             short = keep.shape[1] <= _LONGEST_BRANCH
             shared = branch_hidden_states if short else _shared_hidden_states

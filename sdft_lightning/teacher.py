@@ -200,7 +200,7 @@ class FrozenTeacher(Teacher):
         """As `Teacher.forward`, with prompts from the cache."""
         if self._cache is None:
             return super().forward(prompt_ids, prompt_mask, completion_ids, completion_mask, keep)
-        with without_slow_autocast(prompt_ids.device.type):
+        with without_slow_autocast(self.network):
             return self._cache.completion_hidden_states(
                 self.network, prompt_ids, prompt_mask, completion_ids, completion_mask, keep
             )

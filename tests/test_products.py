@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from sdft_lightning import products
 from sdft_lightning.bounded import bounded_divergence
 from sdft_lightning.chunked import cast_side
 from sdft_lightning.divergence import Divergence
-from sdft_lightning.hidden import completion_hidden_states
+from sdft_lightning.hidden import apply_head, completion_hidden_states
 from sdft_lightning.products import product_dtype, without_slow_autocast
 from sdft_lightning.scoring import score_continuations
 from sdft_lightning.teacher import FrozenTeacher
@@ -35,12 +36,19 @@ def test_only_bfloat16_on_such_a_processor_is_multiplied_in_another_dtype(
 
 def test_where_bfloat16_is_multiplied_nothing_changes(bfloat16_products: None) -> None:
     assert product_dtype(torch.bfloat16) == torch.bfloat16
-    with torch.autocast("cpu", torch.bfloat16), without_slow_autocast("cpu"):
+    with torch.autocast("cpu", torch.bfloat16), without_slow_autocast(nn.Linear(2, 2)):
         assert torch.is_autocast_enabled("cpu")
+
+
+def test_autocast_is_kept_where_it_brings_dtypes_together(no_bfloat16_products: None) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, dtype=torch.bfloat16))
+    with torch.autocast("cpu", torch.bfloat16), without_slow_autocast(model):
+        assert model(torch.ones(1, 2)).dtype == torch.bfloat16
 
 
 def test_torch_without_onednn_does_not_multiply_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", None)  # of such a build there is no operator
     assert not products.multiplies_bfloat16()
 
 
@@ -52,7 +60,7 @@ def test_autocast_is_left_where_it_is_slow_and_entered_again(
     no_bfloat16_products: None, dtype: torch.dtype, enabled: bool, left: bool
 ) -> None:
     with torch.autocast("cpu", dtype, enabled=enabled):
-        with without_slow_autocast("cpu"):
+        with without_slow_autocast(nn.Linear(2, 2)):
             assert torch.is_autocast_enabled("cpu") is left
             assert not left or torch.get_autocast_dtype("cpu") == dtype
         assert torch.is_autocast_enabled("cpu") is enabled
@@ -115,6 +123,7 @@ def test_a_head_in_bfloat16_is_multiplied_in_float32(either_processor: bool) -> 
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(12, 16, generator=draw)
     weight = torch.randn(50, 16, generator=draw).bfloat16()
-    side = cast_side(hidden, OutputHead(weight, None, 1.0, None), 50)
+    head = OutputHead(weight, None, 1.0, None)
     exact = hidden @ weight.float().T
-    assert torch.equal(side.raw(slice(0, 12)).float(), exact) is not either_processor
+    for found in (cast_side(hidden, head, 50).raw(slice(0, 12)), apply_head(head, hidden)):
+        assert torch.equal(found.float(), exact) is not either_processor

@@ -1,7 +1,8 @@
 """The first half of a decoder layer, as one function with its gradient written down.
 
-Products are made in the dtype of autocast, as there; norms, rotations and residual sums in float32.
-Of what lies in between only the results of products are kept for the backward pass.
+Products are made in the dtype of autocast, unless that is slow (see `products`); norms, rotations
+and residual sums in float32. Of what lies in between only the results of products are kept for the
+backward pass, in the dtype of autocast.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class DecodingSteps:
         self, decoder: Decoder, head: Any, prompts: list[ReadPrompts], samples: int, steps: int
     ) -> None:
         self.dtype = dtype = product_dtype(head.weight.dtype)
-        self.kept = prompts[0].kept
+        self.kept = prompts[0].kept  # results are rounded before they are used, as in training
         self.decoder = prompts[0].decoder
         self.prompts, self.samples = prompts, samples
         self.shape = Shape(decoder.heads, decoder.key_heads, decoder.head_size)
@@ -125,19 +125,18 @@ class DecodingSteps:
         parts = zip(decoder.layers, self.layers, self.keys, self.values, strict=True)
         for place, (layer, own, keys, values) in enumerate(parts):
             scale, inputs = self._normed(hidden, layer.input_norm)
-            products = own.heads(inputs)
+            products = own.heads(inputs).to(self.kept)
             heads = products.unflatten(1, (-1, self.shape.size))  # (S, H + 2 K, E)
             turned = rotate(self._head_norms(heads[:, :turns], layer), cosines, sines)
             keys[:, :, self.length] = turned[:, self.shape.heads :]
             values[:, :, self.length] = heads[:, turns:]
             mixed = self._attend(turned[:, : self.shape.heads], keys, values).to(self.dtype)
-            attended = own.out(mixed)
+            attended = own.out(mixed).to(self.kept)
             total = hidden + attended
             more_scale, inputs = self._normed(total, layer.mlp_norm)
-            gates = own.gates(inputs)  # (S, 2 F)
-            gate, up = gates.chunk(2, dim=1)
+            gates = own.gates(inputs).to(self.kept)  # (S, 2 F)
+            gate, up = gates.to(self.dtype).chunk(2, dim=1)
             hidden = total.add_(own.down(silu(gate).mul_(up)))  # (S, D)
-            products, attended, gates = (each.to(self.kept) for each in (products, attended, gates))
             self.recording.add(place, (scale, products, attended, more_scale, gates, hidden))
         self.length += 1
         self.positions = self.positions + 1

@@ -66,16 +66,25 @@ class ReadPrompts:
         """Keep results of a layer, in place of those that were taken."""
         self._layers[place] = results
 
-    def fits(self, split: SplitPrompts, completion_ids: Tensor, completion_mask: Tensor) -> bool:
-        """Whether something is kept, and it is of these prompts and completions.
+    def fits(
+        self,
+        split: SplitPrompts,
+        completion_ids: Tensor,
+        completion_mask: Tensor,
+        dtype: torch.dtype,
+    ) -> bool:
+        """Whether something is kept, in this dtype, and it is of these prompts and completions.
 
         Args:
             split: Of each completion the prompt.
             completion_ids: `(R, T)`.
             completion_mask: `(R, T)`.
+            dtype: That products are kept in.
         """
+        if not self.is_kept or self.kept != dtype:
+            return False
         samples = completion_ids.shape[0] // len(self.rows.owner)
-        if not self.is_kept or samples * len(self.rows.owner) != completion_ids.shape[0]:
+        if samples * len(self.rows.owner) != completion_ids.shape[0]:
             return False
         prefix = split.prefix_ids.tolist()
         given = [prefix + ids for ids in token_lists(split.rest_ids, split.rest_mask)]

@@ -43,13 +43,15 @@ def completion_states(
     Returns:
         `(N, D)` in float32, row by row.
     """
-    if read is not None and not read.fits(split, completion_ids, completion_mask):
+    if read is not None and not read.fits(split, completion_ids, completion_mask, dtype):
         read = None  # somebody has changed what was sampled, or what it answers
     prompts = prompt_rows(split, decoder.heads) if read is None else read.rows
     rows = with_completions(prompts, completion_ids, completion_mask, decoder.heads)
     wanted = rows.predicting[keep]  # (N,)
     # A copy in bfloat16 spares nothing where products are float32.
     own = decoder if rounded is None or product_dtype(dtype) != dtype else rounded
+    if read is None and not torch.is_grad_enabled():
+        dtype = product_dtype(dtype)  # nothing is kept
     states: Tensor = decoder.norm(_layers(decoder, own, rows, wanted, dtype, read))  # (N, D)
     return states
 

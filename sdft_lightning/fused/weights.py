@@ -26,7 +26,7 @@ class Product(NamedTuple):
 
     @staticmethod
     def of(parts: list[nn.Linear], dtype: torch.dtype) -> Product:
-        """The layers themselves where nothing has to be cast, else one copy of all.
+        """The layers themselves where nothing has to be rounded, else one copy of all.
 
         Args:
             parts: Layers that all have a bias, or none of them.

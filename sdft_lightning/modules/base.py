@@ -192,7 +192,8 @@ class PolicyModule(EvaluatedModule):
         """Put the student into train mode: `from_pretrained` and Lightning leave it in eval."""
         self.student.train()
         self.forget_copies()
-        warn_of_slow_precision(str(self.trainer.precision), self.device)
+        weights = next(self.student.parameters()).dtype
+        warn_of_slow_precision(str(self.trainer.precision), self.device, weights)
         if self.lora is not None:
             trained = self.student.num_parameters(only_trainable=True)
             total = self.student.num_parameters()

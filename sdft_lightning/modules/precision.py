@@ -15,28 +15,33 @@ from sdft_lightning.products import product_dtype
 from sdft_lightning.rollout.weights import has_native_bfloat16
 
 
-def warn_of_slow_precision(precision: str, device: torch.device) -> None:
+def warn_of_slow_precision(precision: str, device: torch.device, weights: torch.dtype) -> None:
     """Warn where bfloat16 saves no time, or costs some.
 
     Args:
         precision: Lightning's name, e.g. bf16-mixed.
         device: Where the run computes.
+        weights: Dtype of the student's weights, those below adapters if there are any.
     """
-    if not precision.startswith("bf16") or has_native_bfloat16(device):
+    rounded = weights == torch.bfloat16
+    if has_native_bfloat16(device) or not (rounded or precision.startswith("bf16")):
         return
-    if precision == "bf16-mixed" and product_dtype(torch.bfloat16, device.type) == torch.float32:
-        outcome = (
-            "so that products are made in float32 and only what is kept for the backward pass is "
-            "bfloat16: a step takes as long as in float32, and less memory with models that are "
-            "computed in fused blocks"
-        )
-        remedy = "For exact activations use --trainer.precision=32-true."
-    else:
-        outcome = "where a step takes longer than in float32, with some processors several times"
-        remedy = "Use --trainer.precision=32-true."
+    asked = f"trainer.precision: {precision}"
+    if rounded and not precision.startswith("bf16"):
+        asked = "model.weights_dtype: bfloat16"
+    outcome = "where a step takes longer than in float32, with some processors several times"
+    if product_dtype(torch.bfloat16, device.type) == torch.float32:
+        outcome = "so that products are made in float32 and a step is no faster than with 32-true"
+        if rounded:
+            outcome += (
+                ". Models other than Llama, Qwen2 and Qwen3, and these with adapters or activation "
+                "checkpointing, are multiplied in bfloat16, which takes several times as long"
+            )
+    remedies = ["--trainer.precision=32-true"] if precision.startswith("bf16") else []
+    remedies += ["--model.weights_dtype=float32"] if rounded else []
     warnings.warn(
-        f"trainer.precision: {precision} on a {device.type} device without bfloat16 arithmetic, "
-        f"{outcome}. {remedy}",
+        f"{asked} on a {device.type} device without bfloat16 arithmetic, {outcome}. "
+        f"Use {' and '.join(remedies)} unless memory is short.",
         stacklevel=2,
     )
 

@@ -47,12 +47,11 @@ def _own_precision(model: Any) -> Iterator[None]:
     would not be laid out anew.
     """
     parameters = list(model.parameters())
-    device = parameters[0].device.type
     if any(parameter.dtype != torch.bfloat16 for parameter in parameters):
-        with without_slow_autocast(device):
+        with without_slow_autocast(model):
             yield
         return
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(parameters[0].device.type, enabled=False):
         yield
 
 

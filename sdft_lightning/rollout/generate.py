@@ -12,6 +12,7 @@ from sdft_lightning.fused import Decoder, DecodingSteps, ReadPrompts, read_promp
 from sdft_lightning.kv_cache import cache_argument, cache_of
 from sdft_lightning.masking import position_ids
 from sdft_lightning.prefix import SplitPrompts, can_share, encode_prefix, split_if_worth
+from sdft_lightning.products import product_dtype
 from sdft_lightning.rollout.decode_mode import decode_mode
 from sdft_lightning.rollout.sampling import Sampling, choose_tokens
 from sdft_lightning.rollout.stop_texts import StopTexts
@@ -187,7 +188,7 @@ class _Decoder:
         head = self.model.get_output_embeddings()
         read, self.read = self.read, None  # so that nothing is held longer than it is needed
         if read is None:
-            read = [read_prompts(fused, self._split(), head.weight.dtype)]
+            read = [read_prompts(fused, self._split(), product_dtype(head.weight.dtype))]
         self.steps = DecodingSteps(fused, head, read, samples, self.sampling.max_new_tokens)
         return self.steps.logits
 

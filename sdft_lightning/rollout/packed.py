@@ -49,7 +49,10 @@ def packed_linears(model: Any, rows: int, steps: int) -> Iterator[None]:
 def can_pack(model: Any, rows: int, steps: int) -> bool:
     """Whether laying weights out pays and is possible; arguments as of `packed_linears`."""
     first = next(model.parameters())
-    if rows > _MOST_ROWS or steps < _FEWEST_STEPS or first.device.type != "cpu":
+    if first.device.type != "cpu":
+        return False
+    # Where the plain product is slow at any size, laying out always pays.
+    if product_dtype(first.dtype) == first.dtype and (rows > _MOST_ROWS or steps < _FEWEST_STEPS):
         return False
     # Autocast would have cast the weights that are laid out.
     return torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")

@@ -22,8 +22,9 @@ class SamplingWeights:
     are finished, and cannot wait for the others at every token.
 
     Args:
-        dtype: same samples with the trained weights, bfloat16 with a copy; auto takes the copy
-            where the hardware multiplies bfloat16 natively and the weights are float32.
+        dtype: same samples with the trained weights, bfloat16 with a copy, which only costs memory
+            where bfloat16 is not multiplied (see `products`); auto takes the copy where the
+            hardware multiplies bfloat16 natively and the weights are float32.
     """
 
     def __init__(self, dtype: SamplingDtype = "auto") -> None:

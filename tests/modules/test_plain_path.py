@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from sdft_lightning import hidden
 from sdft_lightning.modules import SDFTModule
@@ -123,3 +124,12 @@ def test_ten_steps_equal_the_plain_path(
     pairs = zip(our_module.student.parameters(), plain_module.student.parameters(), strict=True)
     for one, other in pairs:
         torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+    start = AutoModelForCausalLM.from_pretrained(our_module.model_name)
+    ours_moved, plain_moved = (
+        torch.cat([(one - at).flatten() for one, at in zip(*each, strict=True)])
+        for each in (
+            (our_module.student.parameters(), start.parameters()),
+            (plain_module.student.parameters(), start.parameters()),
+        )
+    )
+    assert torch.cosine_similarity(ours_moved, plain_moved, dim=0) > 0.95

@@ -19,34 +19,44 @@ from sdft_lightning.modules import SDFTModule, precision
 
 
 @pytest.mark.parametrize(
-    ("name", "native", "warned"),
+    ("name", "weights", "native", "named"),
     [
-        ("bf16-mixed", False, True),
-        ("bf16-true", False, True),
-        ("bf16-mixed", True, False),
-        ("32-true", False, False),
-        ("16-mixed", False, False),
+        ("bf16-mixed", torch.float32, False, "trainer.precision: bf16-mixed"),
+        ("bf16-true", torch.bfloat16, False, "trainer.precision: bf16-true"),
+        ("32-true", torch.bfloat16, False, "model.weights_dtype: bfloat16"),
+        ("bf16-mixed", torch.float32, True, None),
+        ("bf16-true", torch.bfloat16, True, None),
+        ("32-true", torch.float32, False, None),
+        ("16-mixed", torch.float32, False, None),
     ],
 )
 def test_only_bfloat16_without_hardware_is_warned_of(
-    monkeypatch: pytest.MonkeyPatch, name: str, native: bool, warned: bool
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    weights: torch.dtype,
+    native: bool,
+    named: str | None,
 ) -> None:
     monkeypatch.setattr(precision, "has_native_bfloat16", lambda device: native)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        precision.warn_of_slow_precision(name, torch.device("cpu"))
-    assert [f"trainer.precision: {name}" in str(each.message) for each in caught] == [True] * warned
+        precision.warn_of_slow_precision(name, torch.device("cpu"), weights)
+    assert [str(each.message).partition(" on a")[0] for each in caught] == [named] * bool(named)
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 def test_the_warning_says_what_bfloat16_costs_here(
-    monkeypatch: pytest.MonkeyPatch, either_processor: bool
+    monkeypatch: pytest.MonkeyPatch, either_processor: bool, weights: torch.dtype
 ) -> None:
     monkeypatch.setattr(precision, "has_native_bfloat16", lambda device: False)
-    said = "a step takes longer" if either_processor else "products are made in float32"
-    with pytest.warns(UserWarning, match=said):
-        precision.warn_of_slow_precision("bf16-mixed", torch.device("cpu"))
-    with pytest.warns(UserWarning, match="a step takes longer"):  # weights in bfloat16 stay slow
-        precision.warn_of_slow_precision("bf16-true", torch.device("cpu"))
+    with pytest.warns(UserWarning, match="32-true") as caught:
+        precision.warn_of_slow_precision("bf16-mixed", torch.device("cpu"), weights)
+    (text,) = (str(each.message) for each in caught)
+    rounded = weights == torch.bfloat16
+    assert ("a step takes longer than in float32" in text) is either_processor
+    assert ("products are made in float32" in text) is not either_processor
+    assert ("other than Llama" in text) is (rounded and not either_processor)
+    assert ("--model.weights_dtype=float32" in text) is rounded
 
 
 def test_fit_warns_before_its_first_step(

@@ -236,9 +236,9 @@ def main() -> int:
     if args.precision == "float32":
         print(
             "The targets of whole steps are for bfloat16. In float32 the matrix products decide, "
-            "which both sides have in common. --precision bf16 compares in bfloat16 also on this "
-            "processor, which does not multiply it: there a step of TRL's takes nine minutes and "
-            "more (--steps 2 --rounds 1)."
+            "which both sides have in common. In bfloat16, which this processor does not multiply, "
+            "a step of TRL's takes many minutes: "
+            "make perf PERF='trl sft sampling --precision bf16 --rounds 1 --steps 2'."
         )
     table: list[Row] = []
     for part in args.parts:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sdft_lightning.data.sources import read_rows
+from sdft_lightning.rollout.weights import has_native_bfloat16
 from sdft_lightning.tokenization import load_tokenizer, resolve_model
 
 # What Python, torch and the other libraries hold before any model is there, in bytes.
@@ -148,8 +149,9 @@ def needed_gigabytes(workload: Workload) -> float:
     width, vocabulary = config.hidden_size, config.vocab_size
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
     head_size = getattr(config, "head_dim", None) or width // config.num_attention_heads
-    rounded = workload.precision != "float32"
-    number = 2 if rounded else 4  # bytes of a number that is multiplied
+    number = 4 if workload.precision == "float32" else 2  # bytes of a number that is kept
+    copied = number == 2 and has_native_bfloat16(torch.device("cpu"))
+    multiplied = 2 if copied else 4
     tokens = workload.micro_batch * (workload.prompt_tokens + workload.new_tokens)
     kept = (4 + number) * width + number * (heads * head_size + 2 * config.intermediate_size)
     activations = tokens * config.num_hidden_layers * kept
@@ -159,9 +161,10 @@ def needed_gigabytes(workload: Workload) -> float:
     )
     gradients = 4 * weights if workload.accumulate > 1 else 0
     chunk = 4 * vocabulary * min(512, workload.micro_batch * workload.new_tokens)
-    loss = (6 if rounded else 4) * vocabulary * width + chunk
-    models = (18 if rounded else 16) * weights
-    parts = (LIBRARIES, models, gradients, activations, kept_for_later, max(number * weights, loss))
+    loss = (6 if copied else 4) * vocabulary * width + chunk
+    models = (18 if copied else 16) * weights
+    last = max(multiplied * weights, loss)
+    parts = (LIBRARIES, models, gradients, activations, kept_for_later, last)
     return sum(map(float, parts)) / 1e9
 
 

@@ -59,7 +59,12 @@ def test_bfloat16_is_as_near_to_float64_as_the_kernel() -> None:
     [("bfloat16", "sdpa", True), ("float32", "sdpa", False), ("bfloat16", "eager", False)],
 )
 def test_it_is_used_in_bfloat16_for_new_tokens_only_and_the_kernel_comes_back(
-    dtype: str, attention: str, used: bool, model: Any, monkeypatch: pytest.MonkeyPatch
+    dtype: str,
+    attention: str,
+    used: bool,
+    model: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    bfloat16_products: None,
 ) -> None:
     calls: list[tuple[int, int]] = []
 

@@ -1,11 +1,12 @@
 """Packed linear layers: the same tokens, and nothing left behind."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sdft_lightning.lora import adapter_layers, merged_copy, merged_weight
 from sdft_lightning.products import multiplies_bfloat16
@@ -27,6 +28,21 @@ def multiplied(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("no_bfloat16_products")
     elif not multiplies_bfloat16():
         pytest.skip("oneDNN does not multiply bfloat16 on this processor")
+
+
+def count_packings(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each rollout from now on packs layers; none is fused, which would come first."""
+    packings: list[bool] = []
+
+    @contextmanager
+    def spy(model: Any, rows: int, steps: int) -> Iterator[None]:
+        with packed_linears(model, rows, steps):
+            packings.append(any("forward" in each.__dict__ for each in model.modules()))
+            yield
+
+    monkeypatch.setattr(decode_file, "decoder_of", lambda _: None)
+    monkeypatch.setattr(decode_file, "packed_linears", spy)
+    return packings
 
 
 @needs_onednn
@@ -61,6 +77,29 @@ def test_a_packed_bfloat16_layer_gives_the_same_outputs(rows: int) -> None:
 
 
 @needs_onednn
+@pytest.mark.parametrize(("rows", "steps"), [(16, 100), (500, 100), (16, 2)])
+def test_bfloat16_that_is_slow_is_laid_out_in_float32_whatever_the_size(
+    no_bfloat16_products: None, monkeypatch: pytest.MonkeyPatch, rows: int, steps: int
+) -> None:
+    laid_out: list[torch.dtype] = []
+    operator = torch.ops.mkldnn._reorder_linear_weight
+
+    def spy(weight: Tensor, count: int) -> Any:
+        laid_out.append(weight.dtype)
+        return operator(weight, count)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", spy)
+    layer = nn.Sequential(nn.Linear(24, 40, dtype=torch.bfloat16))
+    inputs = torch.randn(rows, 24, dtype=torch.bfloat16)
+    with torch.no_grad():
+        exact = layer.float()(inputs.float())
+        with packed_linears(layer.bfloat16(), rows, steps):
+            packed = layer(inputs)
+    assert laid_out == [torch.float32]
+    assert torch.equal(packed, exact.bfloat16())
+
+
+@needs_onednn
 @pytest.mark.usefixtures("multiplied")
 def test_a_rollout_of_the_bfloat16_copy_samples_the_same_tokens_as_without(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
@@ -71,10 +110,10 @@ def test_a_rollout_of_the_bfloat16_copy_samples_the_same_tokens_as_without(
     mask = torch.ones_like(ids, dtype=torch.bool)
     sampling = Sampling(max_new_tokens=12)
     uniforms = row_uniforms(0, 0, ["a", "b", "c", "d"], 1, 12)
+    packings = count_packings(monkeypatch)
     packed = generate_rollout(copied, ids, mask, sampling, uniforms, [2], 0)
-    monkeypatch.setattr(
-        decode_file, "packed_linears", lambda model, rows, steps: packed_linears(model, 999, 0)
-    )
+    assert packings == [True]
+    monkeypatch.setattr(decode_file, "packed_linears", lambda *_: nullcontext())
     plain = generate_rollout(copied, ids, mask, sampling, uniforms, [2], 0)
     assert packed.completion_ids.tolist() == plain.completion_ids.tolist()
     torch.testing.assert_close(packed.sampled_log_probs, plain.sampled_log_probs)
@@ -128,10 +167,10 @@ def test_a_rollout_samples_the_same_tokens_as_without(
     mask = torch.ones_like(ids, dtype=torch.bool)
     sampling = Sampling(max_new_tokens=12)
     uniforms = row_uniforms(0, 0, ["a", "b", "c", "d"], 1, 12)
+    packings = count_packings(monkeypatch)
     packed = generate_rollout(model, ids, mask, sampling, uniforms, [2], 0)
-    monkeypatch.setattr(
-        decode_file, "packed_linears", lambda model, rows, steps: packed_linears(model, 999, 0)
-    )
+    assert packings == [True]
+    monkeypatch.setattr(decode_file, "packed_linears", lambda *_: nullcontext())
     plain = generate_rollout(model, ids, mask, sampling, uniforms, [2], 0)
     assert packed.completion_ids.tolist() == plain.completion_ids.tolist()
     torch.testing.assert_close(packed.sampled_log_probs, plain.sampled_log_probs)

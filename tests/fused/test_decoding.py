@@ -175,6 +175,19 @@ def test_completions_are_those_of_the_plain_sampler(
     )
 
 
+def test_bfloat16_weights_sample_as_the_same_weights_in_float32(
+    build: Make, no_bfloat16_products: None
+) -> None:
+    model = build("llama").bfloat16()
+    ids = torch.randint(2, 64, (3, 9), generator=torch.Generator().manual_seed(5))
+    numbers = row_uniforms(3, 0, list("abc"), 1, 12)
+    arguments = (ids, torch.ones_like(ids).bool(), Sampling(max_new_tokens=12), numbers, [1], 0)
+    found = generate_rollout(model, *arguments)
+    exact = generate_rollout(model.float(), *arguments)
+    assert torch.equal(found.completion_ids, exact.completion_ids)
+    assert torch.equal(found.sampled_log_probs, exact.sampled_log_probs)
+
+
 def test_steps_are_plain_under_autocast_and_for_few_steps(
     build: Make, either_processor: bool
 ) -> None:

@@ -149,6 +149,29 @@ def test_in_bfloat16_they_are_those_of_a_pass_over_everything(
     assert_same(found[1], found[0], 2e-2)
 
 
+def test_what_is_kept_in_another_dtype_is_not_used(
+    build: Make, batch: Make, no_bfloat16_products: None
+) -> None:
+    model, given = build("llama"), batch()
+    prompts = read(model, given, prefix=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = completion_hidden_states(model, *given, given[3], read=prompts)
+        plain = completion_hidden_states(model, *given, given[3])
+    assert torch.equal(found, plain)
+    assert prompts.is_kept
+
+
+def test_both_halves_are_kept_in_bfloat16(build: Make, batch: Make, either_processor: bool) -> None:
+    decoder, given = decoder_of(build("llama")), batch()
+    assert decoder is not None
+    prompts = read_prompts(decoder, split_prompts(*given[:2]), torch.bfloat16, keep=True)
+    attention, mlp = prompts.layer(0)
+    assert mlp is not None
+    kept = [attention.out, *attention.products, *mlp.products]
+    assert {each.dtype for each in kept} == {torch.bfloat16}
+    assert mlp.out.dtype == attention.scale.dtype == torch.float32
+
+
 def test_keys_and_states_are_the_models(build: Make, batch: Make) -> None:
     model, given = build("llama"), batch()
     prompts = read(model, given, prefix=True, keep=False)

@@ -205,6 +205,17 @@ def test_they_are_used_for_float32_weights_also_under_bfloat16_autocast(
     assert calls == ([] if used is None else [used])
 
 
+def test_without_gradients_nothing_is_kept_and_so_nothing_rounded(
+    build: Make, batch: Make, either_processor: bool
+) -> None:
+    model, given = build("llama"), batch()
+    with torch.no_grad():
+        exact = completion_hidden_states(model, *given, given[3])
+        with torch.autocast("cpu", torch.bfloat16):
+            found = completion_hidden_states(model, *given, given[3])
+    assert torch.equal(found, exact) is not either_processor
+
+
 def test_bfloat16_weights_are_multiplied_in_float32_and_never_copied_whole(
     build: Make, batch: Make, kind: str, no_bfloat16_products: None
 ) -> None:

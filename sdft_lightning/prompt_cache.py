@@ -11,6 +11,7 @@ from sdft_lightning.errors import UserError
 from sdft_lightning.kv_cache import cache_argument, cache_of
 from sdft_lightning.masking import position_ids
 from sdft_lightning.prefix import can_share, encode_prefix, split_if_worth
+from sdft_lightning.products import without_slow_autocast
 
 
 class _Prompt(NamedTuple):
@@ -55,6 +56,20 @@ class PromptCache:
                 "teacher.cache_prompts: the keys and values of this model cannot be kept (sliding "
                 "window, or an attention kernel without masks). Set it to false."
             )
+        with without_slow_autocast(model):
+            return self._states(
+                model, prompt_ids, prompt_mask, completion_ids, completion_mask, keep
+            )
+
+    def _states(
+        self,
+        model: Any,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        completion_ids: Tensor,
+        completion_mask: Tensor,
+        keep: Tensor,
+    ) -> Tensor:
         keys = [
             tuple(ids[mask].tolist()) for ids, mask in zip(prompt_ids, prompt_mask, strict=True)
         ]

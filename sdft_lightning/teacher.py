@@ -25,7 +25,6 @@ from sdft_lightning.lora import (
     sharing_copy,
     trained_parameters,
 )
-from sdft_lightning.products import without_slow_autocast
 from sdft_lightning.prompt_cache import PromptCache
 from sdft_lightning.sharding import local, shard_, summed
 from sdft_lightning.types import OutputHead
@@ -200,10 +199,9 @@ class FrozenTeacher(Teacher):
         """As `Teacher.forward`, with prompts from the cache."""
         if self._cache is None:
             return super().forward(prompt_ids, prompt_mask, completion_ids, completion_mask, keep)
-        with without_slow_autocast(self.network):
-            return self._cache.completion_hidden_states(
-                self.network, prompt_ids, prompt_mask, completion_ids, completion_mask, keep
-            )
+        return self._cache.completion_hidden_states(
+            self.network, prompt_ids, prompt_mask, completion_ids, completion_mask, keep
+        )
 
     def forget(self) -> None:
         """Empty the cache, after the weights were changed from outside."""

@@ -23,7 +23,7 @@ Prompts = tuple[Tensor, Tensor]  # ids and mask (B, P), padded on the left
 
 
 class _Pair(NamedTuple):
-    """The student and what it is sampled with, as decoders; and the dtype of their products."""
+    """The student and what it is sampled with, as decoders; and the dtype that both keep."""
 
     student: Decoder
     sampler: Decoder

@@ -145,7 +145,7 @@ def test_in_bfloat16_they_are_as_near_to_float32_as_autocast(
     assert 0 < (kept[0] - exact[0]).norm() < (ours[0] - exact[0]).norm()
 
 
-def test_where_bfloat16_is_not_multiplied_it_is_only_kept(
+def test_activations_are_kept_in_bfloat16_and_weights_copied_only_to_be_rounded(
     build: Make, batch: Make, kind: str, either_processor: bool
 ) -> None:
     model, given = build(kind), batch()

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 from torch.utils.data import DataLoader
@@ -42,18 +42,31 @@ from sdft_lightning.tokenization import (
     load_max_length,
     load_stop_ids,
     load_tokenizer,
+    resolve_model,
 )
 from sdft_lightning.types import Demonstration, PromptBatch, RowNeeds
 
 log = logging.getLogger(__name__)
 
 
+class ModelVersion(NamedTuple):
+    """A model, and its branch, tag or commit on the Hub."""
+
+    name: str
+    revision: str | None
+
+    def __str__(self) -> str:
+        """As a user reads it."""
+        return self.name if self.revision is None else f"{self.name} at revision {self.revision}"
+
+
 class DemonstrationDataModule(L.LightningDataModule):
     """Demonstrations for training, and graded questions for validation and test.
 
     Args:
-        model_name: Set from model.model_name; its tokenizer is used.
-        revision: Set from model.revision.
+        model_name: The model whose tokenizer is used; that of the module that is trained without
+            it. The command line sets it from model.model_name.
+        revision: Its branch, tag or commit on the Hub; the module's without it.
         train: Demonstrations: a .jsonl, .json or .parquet file, a save_to_disk folder,
             `example:<name>/<file>`, or {repo, split} on the Hub.
         validation: Questions that are answered and graded during training; as train.
@@ -78,7 +91,7 @@ class DemonstrationDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        model_name: str = "embedded",
+        model_name: str | None = None,
         revision: str | None = None,
         train: Source | None = None,
         validation: Source | None = None,
@@ -114,6 +127,8 @@ class DemonstrationDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self._sets: dict[str, PromptDataset] = {}
+        self._planned: dict[str, PlannedSet] = {}  # what each of them was made from
+        self._tokenized_for: ModelVersion | None = None
         self._left_out: dict[str, int] = {}
         # Set by `preflight`: rows at which a fit would stop are counted instead.
         self.count_too_long = False
@@ -130,8 +145,40 @@ class DemonstrationDataModule(L.LightningDataModule):
         self._task_sets.check(judge)
 
     def prepare_data(self) -> None:
-        """Fetch the tokenizer into the cache (for the embedded model: the model)."""
-        load_tokenizer(self.model_name, self.revision)
+        """Fetch the tokenizer into the cache (for the embedded model: the model).
+
+        Raises:
+            UserError: If this is not the model of the module that is trained, or there is none.
+        """
+        load_tokenizer(*self.model_version)
+
+    @property
+    def model_version(self) -> ModelVersion:
+        """Whose tokenizer is used: the module's model, which an own name may only repeat.
+
+        Raises:
+            UserError: If the module has another model, or neither of them names one.
+        """
+        module = getattr(self.trainer, "lightning_module", None)
+        name: str | None = getattr(module, "model_name", None)
+        if name is None:
+            if self.model_name is None:
+                raise UserError(
+                    "data.model_name: not given, and there is no module to take it from. Name the "
+                    "model that is trained, DemonstrationDataModule(model_name=...), or give the "
+                    "data module to a Trainer with such a module."
+                )
+            return ModelVersion(self.model_name, self.revision)
+        version = ModelVersion(name, getattr(module, "revision", None))
+        same_name = self.model_name is None or _is_same_model(self.model_name, version.name)
+        if not same_name or self.revision not in (None, version.revision):
+            own = ModelVersion(self.model_name or version.name, self.revision)
+            raise UserError(
+                f"data.model_name: the data module has {own}, and the module that is trained has "
+                f"{version}: rows would be tokenized for another model. Leave model_name and "
+                "revision out of the data module, which then takes the module's."
+            )
+        return version
 
     def setup(self, stage: str) -> None:
         """Read, check, render and tokenize what a stage needs; report the lengths.
@@ -143,23 +190,29 @@ class DemonstrationDataModule(L.LightningDataModule):
             UserError: If a file, a row or an option is wrong.
         """
         stage = getattr(stage, "value", stage)  # Lightning passes an enum
+        name, revision = version = self.model_version
+        if version != self._tokenized_for:
+            self._sets, self._planned, self.benchmark_suite = {}, {}, None
+            self._tokenized_for = version
         if stage != "predict" and self.benchmarks.tasks and self.benchmark_suite is None:
             self._check_all_batches(stage)
-            self.benchmark_suite = BenchmarkSuite(self.benchmarks, self.model_name, self.revision)
+            self.benchmark_suite = BenchmarkSuite(self.benchmarks, name, revision)
         module = getattr(self.trainer, "lightning_module", None)
         needs: RowNeeds = getattr(module, "row_needs", RowNeeds())
         if self.row_needs is not None:
             needs = self.row_needs
         needed = self._task_sets.needed(stage, bool(self.benchmarks.tasks), needs)
-        sets = [planned for planned in needed if planned.key not in self._sets]
+        # Another method may need more of the same rows.
+        sets = [planned for planned in needed if self._planned.get(planned.key) != planned]
         if not sets:
             return
-        raw = load_tokenizer(self.model_name, self.revision)
+        raw = load_tokenizer(name, revision)
         self._pad_id = raw.pad_token_id
-        stops = load_stop_ids(self.model_name, raw, self.revision)
+        stops = load_stop_ids(name, raw, revision)
         self._tokenizer = tokenizer = Tokenizer(raw, self.prompts, self.lengths, stops)
         for planned in sets:
             self._sets[planned.key] = self._load(planned, tokenizer)
+            self._planned[planned.key] = planned
             if planned.key != "train":
                 rows, processes = len(self._sets[planned.key]), self._world_size
                 check_rows_for_all(f"data.{planned.key}", planned.source, rows, processes)
@@ -255,8 +308,9 @@ class DemonstrationDataModule(L.LightningDataModule):
         if not self._sets:
             return
         assert self._tokenizer is not None
-        limit = load_max_length(self.model_name, self._tokenizer.tokenizer, self.revision)
-        longer_works = has_rotary_positions(self.model_name, self.revision)
+        name, revision = self.model_version
+        limit = load_max_length(name, self._tokenizer.tokenizer, revision)
+        longer_works = has_rotary_positions(name, revision)
         for key, rows in self._sets.items():
             count, by = eval_new_tokens, "model.eval_max_new_tokens"
             if key == "train":
@@ -335,3 +389,11 @@ class DemonstrationDataModule(L.LightningDataModule):
             self._world_size,
         )
         return TellingLoader(rows, batch_size=None, sampler=sampler, num_workers=self.num_workers)
+
+
+def _is_same_model(one: str, other: str) -> bool:
+    """Whether two names stand for the same model; a folder may be named by several paths."""
+    if one == other:
+        return True
+    paths = [Path(resolve_model(name)) for name in (one, other)]
+    return all(path.is_dir() for path in paths) and paths[0].samefile(paths[1])

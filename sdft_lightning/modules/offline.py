@@ -136,7 +136,7 @@ class OfflineDistillationModule(SDFTModule):
         self.check_before_fit(known())
         # Later one process may have texts to write while another has none.
         if is_sharded(self.student) and self.completions is None:
-            assert self.whole_teacher is not None
+            self.gather_teacher()
 
     def sample_rollouts(self, batches: list[PromptBatch], step: int) -> list[Rollout]:
         """The kept completions of several micro-batches; the teacher writes what is not there."""

@@ -163,6 +163,14 @@ class SDFTModule(OnPolicyModule):
     @property
     def whole_teacher(self) -> Any:
         """The teacher as a model that this process can call alone, to sample or to be graded."""
+        return self.gather_teacher()
+
+    def gather_teacher(self) -> Any:
+        """Bring the teacher's whole copy up to date, and return it.
+
+        Where the teacher is spread over processes and its weights have moved, this takes all
+        processes at once.
+        """
         if self.teacher.network is self.student:
             return self.whole_student
         # A frozen teacher is gathered once, and the processes need not ask for it together again.
@@ -173,7 +181,7 @@ class SDFTModule(OnPolicyModule):
         """As `PolicyModule.gather`, and the teacher where it will be graded."""
         super().gather()
         if is_sharded(self.student) and self.grades_teacher:
-            assert self.whole_teacher is not None
+            self.gather_teacher()
 
     @property
     def grades_teacher(self) -> bool:

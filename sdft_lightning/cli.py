@@ -169,8 +169,11 @@ class SDFTCLI(LightningCLI):
             self._tell_weights(path)
         # DeepSpeed's folders are read, and checked, when its strategy has started.
         if path is not None and not is_deepspeed_folder(path):
+            checkpoint = load_checkpoint(path)
+            self.model.plan_models(self.trainer, command, self.datamodule)
+            self.model.check_checkpoint(checkpoint, trains=command == "fit")
             self.model.configure_model()
-            self.model.on_load_checkpoint(load_checkpoint(path))
+            self.model.on_load_checkpoint(checkpoint)
 
     def _tell_weights(self, path: str | None) -> None:
         """Say whose weights are measured, which no figure shows."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ import torch
 from sdft_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
+
+_OF_A_CHECKPOINT = {"state_dict", "global_step", "epoch", "loops", "pytorch-lightning_version"}
 
 
 def named_folder(root: str, name: str) -> Path:
@@ -141,11 +142,17 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         )
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        missing = _OF_A_CHECKPOINT - content.keys()
+    except Exception as error:  # whatever a file that is none makes torch do
         raise UserError(
             f"ckpt_path: {path} cannot be read as a checkpoint ({type(error).__name__}); it may "
             "have been cut short. Name an older one of the run's checkpoints/ folder."
         ) from error
+    if missing:
+        raise UserError(
+            f"ckpt_path: {path} is no checkpoint of a run: it has no {', '.join(sorted(missing))}. "
+            "Name one of the run's checkpoints/ folder."
+        )
     return content
 
 

@@ -57,6 +57,8 @@ class RunTrainer(L.Trainer):
             )
         check_format(model, format)
         checkpoint = load_checkpoint(path)
+        model.loads_teacher = False
+        model.check_checkpoint(checkpoint, trains=False)
         model.configure_model()
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])

@@ -104,6 +104,11 @@ class Teacher(nn.Module):
         )
 
     @property
+    def is_loaded(self) -> bool:
+        """Whether there is a model that answers."""
+        return self.model is not None
+
+    @property
     def network(self) -> Any:
         """The model that answers.
 
@@ -258,6 +263,11 @@ class LiveTeacher(Teacher):
     def copy_from(self, student: nn.Module) -> None:
         """Keep a reference to the student; nothing is copied."""
         self._student = [student]
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether it knows its student."""
+        return bool(self._student)
 
     @property
     def network(self) -> Any:

@@ -277,6 +277,22 @@ class DemonstrationDataModule(L.LightningDataModule):
         """The training rows that fit, after `setup("fit")`."""
         return [tokens.row for tokens in self._sets["train"].rows]
 
+    def grades(self, command: str, taught: bool) -> bool:
+        """Whether a command grades any question, after `setup`.
+
+        Args:
+            command: validate or test.
+            taught: Count questions with a demonstration only.
+        """
+        sets = [self._sets.get("test" if command == "test" else "validation")]
+        if not taught:
+            sets += [self._sets.get(f"held_out.{name}") for name in self.held_out]
+        return any(
+            bool(each.grader) and any(row.row.demonstration or not taught for row in each.rows)
+            for each in sets
+            if each is not None
+        )
+
     def check_training_references(self) -> None:
         """Refuse a training row whose reference the grader does not take, after `setup("fit")`.
 

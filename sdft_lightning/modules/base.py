@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -17,7 +18,14 @@ from sdft_lightning.hidden import output_head
 from sdft_lightning.lora import LoRA, keep_adapters_only_
 from sdft_lightning.modules.effective_update import EffectiveUpdate
 from sdft_lightning.modules.evaluated import EvaluatedModule
-from sdft_lightning.modules.identity import check_same_model, model_identity
+from sdft_lightning.modules.identity import (
+    IDENTITY_KEY,
+    check_same_groups,
+    check_same_model,
+    check_same_weights,
+    check_takes,
+    model_identity,
+)
 from sdft_lightning.modules.last_checkpoint import LastCheckpoint
 from sdft_lightning.modules.precision import clipping_without_scale, warn_of_slow_precision
 from sdft_lightning.modules.schedule import Schedule
@@ -34,7 +42,6 @@ from sdft_lightning.types import (
 )
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
-IDENTITY_KEY = "sdft_lightning"
 CAPABILITY_KEY = "sdft_lightning_capability"
 
 
@@ -60,6 +67,7 @@ class PolicyModule(EvaluatedModule):
     Attributes:
         row_needs: What the method needs of every training row; the data module asks for it.
         has_preflight: Whether `preflight` can measure the method.
+        loads_teacher: Whether the models that stand beside the student, if any, are loaded with it.
     """
 
     row_needs: ClassVar[RowNeeds] = RowNeeds()
@@ -91,9 +99,36 @@ class PolicyModule(EvaluatedModule):
         self.optimizer_factory = optimizer
         self.schedule = schedule
         self.seed = seed
+        self.loads_teacher = True
+        self._optimizer_states: list[dict[str, Any]] | None = None  # of a checkpoint
         self._dropped_at = 0  # optimizer step after which gradients were dropped
 
     # --- the policy -------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Decide which models this command needs, before they are loaded."""
+        self.plan_models(self.trainer, stage, getattr(self.trainer, "datamodule", None))
+
+    def plan_models(self, trainer: L.Trainer, command: str, data: Any) -> None:
+        """Decide whether a command needs a teacher; what it does not use is not loaded.
+
+        Args:
+            trainer: Who carries out the command.
+            command: fit, validate, test or predict.
+            data: The data module, set up, or None.
+        """
+        # These strategies read checkpoints by themselves, and whole.
+        spread = isinstance(trainer.strategy, ModelParallelStrategy | DeepSpeedStrategy)
+        self.loads_teacher = spread or self.uses_teacher(command, data)
+
+    def uses_teacher(self, command: str, data: Any) -> bool:
+        """Whether a command uses the models that stand beside the student.
+
+        Args:
+            command: fit, validate, test, predict or export.
+            data: The data module, set up, or None.
+        """
+        return command == "fit"
 
     def configure_model(self) -> None:
         """Load the models once, and spread them over processes where the strategy asks for it.
@@ -105,6 +140,8 @@ class PolicyModule(EvaluatedModule):
             self.check_can_shard(self.trainer.state.fn == "fit")
         if self.student is None:
             self.load_models()
+        if self.loads_teacher and not all(each.is_loaded for each in self._teachers):
+            self.load_teacher()
         if self.device_mesh is not None and not is_sharded(self.student):
             self.shard_models(data_parallel_mesh(self.device_mesh))
 
@@ -138,9 +175,12 @@ class PolicyModule(EvaluatedModule):
         self.check_can_shard(trains=False)
         self.sampling_weights.prepare(self.student)
         shard_(self.student, mesh)
-        for module in list(self.children()):
-            if isinstance(module, Teacher):
-                module.shard_(mesh)
+        for teacher in self._teachers:
+            teacher.shard_(mesh)
+
+    @property
+    def _teachers(self) -> list[Teacher]:
+        return [module for module in self.children() if isinstance(module, Teacher)]
 
     def load_models(self) -> None:
         """Load the policy."""
@@ -157,6 +197,9 @@ class PolicyModule(EvaluatedModule):
         self.student, self.tokenizer, self.stop_ids = policy
         if self.lora is not None:
             keep_adapters_only_(self, self.student)
+
+    def load_teacher(self) -> None:
+        """Make the teacher from the student, before any training, in methods that have one."""
 
     def check_before_fit(self, rows: Sequence[Demonstration]) -> None:
         """Refuse what cannot be trained, before a model is loaded or a file written.
@@ -232,6 +275,8 @@ class PolicyModule(EvaluatedModule):
         """The optimizer over the student's trainable parameters, and its schedule."""
         trainable = [p for p in self.student.parameters() if p.requires_grad]
         optimizer = self.optimizer_factory(trainable)
+        check_same_groups(self._optimizer_states, optimizer)
+        self._optimizer_states = None
         if getattr(optimizer, "seed", self.seed) is None:
             optimizer.seed = self.seed  # type: ignore[attr-defined] # one that draws numbers
         scheduler = self.schedule.build(optimizer, self.total_steps())
@@ -275,16 +320,53 @@ class PolicyModule(EvaluatedModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write down which model this is, and what it could do before training."""
         checkpoint[CAPABILITY_KEY] = self.capability.state()
-        checkpoint[IDENTITY_KEY] = model_identity(self.student, self.model_name, type(self))
+        identity = model_identity(self.student, self.model_name, type(self))
+        checkpoint[IDENTITY_KEY] = {
+            **identity,
+            "teacher": self._teacher_name,
+            "optimizer": type(self._trial_optimizer()).__name__,
+        }
+
+    @property
+    def _teacher_name(self) -> str | None:
+        return next((type(each).__name__ for each in self._teachers), None)
+
+    def check_checkpoint(self, checkpoint: dict[str, Any], trains: bool) -> None:
+        """Refuse, before a model is loaded, a checkpoint that cannot be used here.
+
+        Args:
+            checkpoint: Its content.
+            trains: Whether training is to go on from it.
+
+        Raises:
+            UserError: See `check_takes`.
+        """
+        teacher = self._teacher_name if self.loads_teacher else None
+        optimizer = type(self._trial_optimizer()).__name__ if trains else None
+        check_takes(checkpoint, type(self).__name__, teacher, optimizer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another model.
+        """Refuse the checkpoint of another model, and leave out what this command does not use.
 
         Raises:
             UserError: If it is one.
         """
+        weights = checkpoint.get("state_dict")  # None where the strategy has read them
+        in_fit = self._trainer is not None and self._trainer.state.fn == "fit"
+        trains = in_fit and weights is not None
+        self.check_checkpoint(checkpoint, trains)
         check_same_model(
             checkpoint.get(IDENTITY_KEY), model_identity(self.student, self.model_name, type(self))
         )
+        unused = tuple(
+            f"{name}."
+            for name, module in self.named_children()
+            if isinstance(module, Teacher) and not module.is_loaded
+        )
+        if weights is not None:
+            kept = {name: value for name, value in weights.items() if not name.startswith(unused)}
+            check_same_weights(kept, self.state_dict())
+            checkpoint["state_dict"] = kept
+        self._optimizer_states = checkpoint.get("optimizer_states") if trains else None
         self.capability.load(checkpoint.get(CAPABILITY_KEY))
         self.forget_copies()

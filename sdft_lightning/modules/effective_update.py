@@ -81,7 +81,8 @@ class EffectiveUpdate(L.Callback):
     Expected is what a second optimizer of the same kind does to a float64 copy of sampled entries,
     with the gradients, clipped as they were, and learning rates of the run; for the teacher, a
     float64 average of the student's real weights. Both count from the start of the run. Not logged
-    for optimizers that do not move each entry by itself, nor where parameters are sharded.
+    for optimizers that do not move each entry by itself or have several parameter groups, nor where
+    parameters are sharded.
     """
 
     def __init__(self) -> None:
@@ -112,9 +113,9 @@ class EffectiveUpdate(L.Callback):
         self._copy = None
         named = _trained(module)
         kinds = {kind.__name__ for kind in type(trainer.optimizers[0]).__mro__}
-        if not kinds & _ELEMENTWISE or any(
-            type(each) is not nn.Parameter for each in named.values()
-        ):
+        one_group = len(trainer.optimizers[0].param_groups) == 1
+        whole = all(type(each) is nn.Parameter for each in named.values())
+        if not (kinds & _ELEMENTWISE and one_group and whole):
             return
         self._sample = draw_sample(named)
         start = self._sample.values(named, lambda value: value)

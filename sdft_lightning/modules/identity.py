@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from sdft_lightning.errors import UserError
 from sdft_lightning.lora import adapter_identity
 from sdft_lightning.tokenization import load_config, load_tokenizer
+
+IDENTITY_KEY = "sdft_lightning"
 
 _FIELDS = (
     "model_type",
@@ -78,26 +82,115 @@ def check_same_kind(
             )
 
 
+def check_takes(
+    checkpoint: dict[str, Any], method: str, teacher: str | None, optimizer: str | None
+) -> None:
+    """Compare what a checkpoint says of itself with a command, without any model.
+
+    Args:
+        checkpoint: Its content.
+        method: Class of this command's LightningModule.
+        teacher: Class of its teacher; None where the command uses none.
+        optimizer: Class of its optimizer; None where nothing is trained.
+
+    Raises:
+        UserError: If it is none of ours, is of another method, teacher or optimizer, or holds
+            weights only and is to be trained on.
+    """
+    saved = _identity(checkpoint)
+    _check_same("method", saved, {"method": method, "model_name": "this run's model"})
+    for option, mine in (("teacher", teacher), ("optimizer", optimizer)):
+        theirs = saved.get(option, mine)  # checkpoints of before do not say
+        if None not in (mine, theirs) and mine != theirs:
+            raise UserError(
+                f"model.{option}: the checkpoint was written with {theirs}, and this command has "
+                f"{mine}. Give --model.{option}={theirs}, with its options as the config.yaml of "
+                "the run has them."
+            )
+    if optimizer is not None and not {"optimizer_states", "lr_schedulers"} <= checkpoint.keys():
+        raise UserError(
+            "ckpt_path: the checkpoint holds weights only (checkpoint.save_weights_only), so "
+            "training cannot go on from it. Give another checkpoint of the run, or export this one "
+            "and train the exported folder under a new --run.name with --model.model_name."
+        )
+
+
+def check_same_weights(saved: dict[str, Tensor], current: dict[str, Tensor]) -> None:
+    """Compare the weights in a checkpoint with those that this run's model has.
+
+    Args:
+        saved: The weights in the checkpoint, by name.
+        current: Those of the module.
+
+    Raises:
+        UserError: If names or shapes differ; names the first.
+    """
+    apart = sorted(
+        name
+        for name in saved.keys() | current.keys()
+        if name not in saved or name not in current or saved[name].shape != current[name].shape
+    )
+    if apart:
+        name = apart[0]
+        shapes = [tuple(each[name].shape) if name in each else "none" for each in (saved, current)]
+        raise UserError(
+            f"ckpt_path: {len(apart)} weights of the checkpoint are not those of this run's model, "
+            f"e.g. {name}: {shapes[0]} in the checkpoint, {shapes[1]} in the model. Give the "
+            "checkpoint of this run, or the config that wrote it."
+        )
+
+
+def check_same_groups(saved: list[dict[str, Any]] | None, optimizer: Any) -> None:
+    """Compare the parameter groups in a checkpoint with those of this run's optimizer.
+
+    Args:
+        saved: `optimizer_states` of the checkpoint; None where there is none.
+        optimizer: A new one over the parameters to train.
+
+    Raises:
+        UserError: If there are more or fewer, or others of other sizes.
+    """
+    if not saved:
+        return
+    theirs = [len(group["params"]) for group in saved[0]["param_groups"]]
+    mine = [len(group["params"]) for group in optimizer.param_groups]
+    if theirs != mine:
+        raise UserError(
+            f"model.optimizer: the checkpoint's has parameter groups of {theirs} weights, this "
+            f"run's has {mine}. Give --model.optimizer as the config.yaml of the run has it."
+        )
+
+
 def check_same_model(saved: dict[str, Any] | None, current: dict[str, Any]) -> None:
     """Compare the identity in a checkpoint with that of this run.
 
     Raises:
         UserError: If the checkpoint is of another model or method, or none of ours.
     """
-    if saved is None:
+    for name in ("architecture", "method", "adapter", "base model"):
+        _check_same(name, _identity({IDENTITY_KEY: saved}), current)
+
+
+def _check_same(name: str, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    # Checkpoints from before there were adapters name none, older ones fewer fields.
+    mine, theirs = current[name], saved.get(name)
+    if isinstance(mine, dict) and isinstance(theirs, dict) and name == "architecture":
+        mine = {field: value for field, value in mine.items() if field in theirs}
+    if theirs != mine:
+        raise UserError(
+            f"ckpt_path: the checkpoint is of another {name}: it was written for "
+            f"{saved.get('model_name')} with {theirs}, this run has "
+            f"{current['model_name']} with {mine}. Give the checkpoint of this run, "
+            "or the config that wrote it."
+        )
+
+
+def _identity(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of itself."""
+    saved = checkpoint.get(IDENTITY_KEY)
+    if not isinstance(saved, dict):
         raise UserError(
             "ckpt_path: this checkpoint was not written by sdft_lightning. Load a model folder "
             "with --model.model_name instead."
         )
-    for name in ("architecture", "method", "adapter", "base model"):
-        # Checkpoints from before there were adapters name none, older ones fewer fields.
-        mine, theirs = current[name], saved.get(name)
-        if isinstance(mine, dict) and isinstance(theirs, dict) and name == "architecture":
-            mine = {field: value for field, value in mine.items() if field in theirs}
-        if theirs != mine:
-            raise UserError(
-                f"ckpt_path: the checkpoint is of another {name}: it was written for "
-                f"{saved['model_name']} with {theirs}, this run has "
-                f"{current['model_name']} with {mine}. Give the checkpoint of this run, "
-                "or the config that wrote it."
-            )
+    return saved

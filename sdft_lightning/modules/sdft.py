@@ -141,11 +141,6 @@ class SDFTModule(OnPolicyModule):
             )
         self._teacher_weights = SamplingWeights("same")
 
-    def load_models(self) -> None:
-        """Load the policy, and make the teacher from it."""
-        super().load_models()
-        self.load_teacher()
-
     def load_teacher(self) -> None:
         """Make the teacher from the student, before any training."""
         self.teacher.copy_from(self.student)
@@ -182,6 +177,12 @@ class SDFTModule(OnPolicyModule):
         super().gather()
         if is_sharded(self.student) and self.grades_teacher:
             self.gather_teacher()
+
+    def uses_teacher(self, command: str, data: Any) -> bool:
+        """In a fit, and where questions are graded that the teacher answers, too."""
+        if command in ("validate", "test") and hasattr(data, "grades"):
+            return bool(data.grades(command, self.row_needs.demonstration))
+        return command not in ("predict", "export")
 
     @property
     def grades_teacher(self) -> bool:

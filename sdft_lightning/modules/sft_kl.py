@@ -91,9 +91,8 @@ class SFTKLModule(SupervisedModule):
         self.penalised = PenalisedCrossEntropy(kl_weight, Divergence(kl_direction))
         self.base = FrozenTeacher()
 
-    def load_models(self) -> None:
-        """Load the policy, and keep the model that it starts from."""
-        super().load_models()
+    def load_teacher(self) -> None:
+        """Keep the model that the policy starts from."""
         self.base.copy_from(self.student)
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:

@@ -323,7 +323,6 @@ def fit_module(model_folder: Path, train_file: Path, tmp_path: Path) -> Callable
             }
         )
         defaults: dict[str, Any] = {
-            "model_name": str(model_folder),
             "train": str(train_file),
             "prompts": PromptStyle("turns"),
             "batch_size": 2,

@@ -96,7 +96,7 @@ def test_data_module_of_another_model_is_refused_and_both_are_named(
     fit_module: FitModule, model_folder: Path, other_folder: Path
 ) -> None:
     with pytest.raises(UserError) as refused:
-        fit_module(model={"model_name": str(other_folder)})
+        fit_module(model={"model_name": str(other_folder)}, data={"model_name": str(model_folder)})
     assert f"data module has {model_folder}" in str(refused.value)
     assert f"module that is trained has {other_folder}" in str(refused.value)
 

@@ -34,6 +34,7 @@ from sdft_lightning.data.benchmarks import Benchmarks
 from sdft_lightning.data.loader import dead_worker
 from sdft_lightning.errors import UserError
 from sdft_lightning.modules import PolicyModule
+from sdft_lightning.modules.monitors import check_monitors
 from sdft_lightning.modules.whole_windows import check_whole_windows
 from sdft_lightning.quiet import quieten
 from sdft_lightning.report import report_command
@@ -162,6 +163,7 @@ class SDFTCLI(LightningCLI):
         if command == "fit":
             self.model.check_before_fit(self.datamodule.training_rows())
             check_whole_windows(self.trainer, self.datamodule.batches_per_epoch)
+            check_monitors(self.model, self.trainer, self.datamodule)
             ends = self.trainer.max_steps != -1 or self.trainer.max_epochs not in (None, -1)
             self.model.schedule.check_end(ends)
         path = self._get(self.config, "ckpt_path")

@@ -61,6 +61,11 @@ class CollapseGuard(L.Callback):
         self._kept = ""
         self.stopped = ""  # the reason, once the run is being stopped
 
+    def step_names(self, module: Any, trainer: Any) -> list[str]:
+        """What is logged of a step."""
+        logged = {name.removeprefix("train/") for name in module.step_names}
+        return [f"guard/{sign}" for sign in signs.known_signs(logged & set(signs.WATCHED))]
+
     def state_dict(self) -> dict[str, Any]:
         """What the judgement of later steps depends on."""
         return {"first": self._first, "in_a_row": self._in_a_row, "kept": self._kept}

@@ -50,6 +50,11 @@ class DriftMonitor(L.Callback):
         self._answers: dict[tuple[str, int], _BaseAnswers] = {}
         self._sums: dict[str, Tensor] = {}
 
+    @property
+    def validation_names(self) -> list[str]:
+        """What a validation logs."""
+        return [f"drift/{name}" for name in self.held_out]
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check the names.
 

@@ -277,21 +277,22 @@ class DemonstrationDataModule(L.LightningDataModule):
         """The training rows that fit, after `setup("fit")`."""
         return [tokens.row for tokens in self._sets["train"].rows]
 
-    def grades(self, command: str, taught: bool) -> bool:
-        """Whether a command grades any question, after `setup`.
+    def graded(self, command: str) -> dict[str, bool]:
+        """The tasks whose answers a command grades, after `setup`.
 
         Args:
-            command: validate or test.
-            taught: Count questions with a demonstration only.
+            command: validate or test; validate stands for the validations of a fit, too.
+
+        Returns:
+            By name, whether any of its questions comes with a demonstration.
         """
-        sets = [self._sets.get("test" if command == "test" else "validation")]
-        if not taught:
-            sets += [self._sets.get(f"held_out.{name}") for name in self.held_out]
-        return any(
-            bool(each.grader) and any(row.row.demonstration or not taught for row in each.rows)
-            for each in sets
-            if each is not None
-        )
+        keys = ["test" if command == "test" else "validation"]
+        keys += [f"held_out.{name}" for name in self.held_out]
+        return {
+            each.task: any(bool(row.row.demonstration) for row in each.rows)
+            for each in (self._sets[key] for key in keys if key in self._sets)
+            if each.grader
+        }
 
     def check_training_references(self) -> None:
         """Refuse a training row whose reference the grader does not take, after `setup("fit")`.

@@ -27,6 +27,7 @@ from sdft_lightning.modules.identity import (
     model_identity,
 )
 from sdft_lightning.modules.last_checkpoint import LastCheckpoint
+from sdft_lightning.modules.monitors import check_monitors
 from sdft_lightning.modules.precision import clipping_without_scale, warn_of_slow_precision
 from sdft_lightning.modules.schedule import Schedule
 from sdft_lightning.modules.whole_windows import WholeWindows, limited_batches
@@ -106,8 +107,15 @@ class PolicyModule(EvaluatedModule):
     # --- the policy -------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Decide which models this command needs, before they are loaded."""
-        self.plan_models(self.trainer, stage, getattr(self.trainer, "datamodule", None))
+        """Decide which models this command needs, before they are loaded.
+
+        Raises:
+            UserError: In a fit, if a monitor names nothing that will be logged.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if stage == "fit":
+            check_monitors(self, self.trainer, data)
+        self.plan_models(self.trainer, stage, data)
 
     def plan_models(self, trainer: L.Trainer, command: str, data: Any) -> None:
         """Decide whether a command needs a teacher; what it does not use is not loaded.
@@ -156,7 +164,7 @@ class PolicyModule(EvaluatedModule):
                 cannot train what is spread.
         """
         if trains:
-            check_takes_shards(self._trial_optimizer())
+            check_takes_shards(self.trial_optimizer())
         if self.lora is not None:
             raise UserError(
                 "model.lora: adapters under fsdp2 are not supported, since student and teacher "
@@ -211,15 +219,28 @@ class PolicyModule(EvaluatedModule):
             UserError: If the optimizer refuses its options.
         """
         try:
-            self._trial_optimizer()
+            self.trial_optimizer()
         except ValueError as error:
             raise UserError(
                 f"model.optimizer: it refuses its options: {error}. Correct --model.optimizer."
             ) from error
 
-    def _trial_optimizer(self) -> torch.optim.Optimizer:
+    def trial_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer over a parameter of no meaning; of a matrix, which all optimizers take."""
         return self.optimizer_factory([nn.Parameter(torch.zeros(1, 1))])
+
+    @property
+    def step_names(self) -> list[str]:
+        """Names of what training steps log; see `check_monitors`."""
+        return ["perf/step_seconds", "perf/backward_seconds", "perf/tokens_per_second"]
+
+    def grades_in_fit(self, taught: bool) -> bool:
+        """Whether validations of a fit grade a teacher.
+
+        Args:
+            taught: Whether the questions come with demonstrations.
+        """
+        return False
 
     @property
     def new_tokens(self) -> int:
@@ -324,7 +345,7 @@ class PolicyModule(EvaluatedModule):
         checkpoint[IDENTITY_KEY] = {
             **identity,
             "teacher": self._teacher_name,
-            "optimizer": type(self._trial_optimizer()).__name__,
+            "optimizer": type(self.trial_optimizer()).__name__,
         }
 
     @property
@@ -342,7 +363,7 @@ class PolicyModule(EvaluatedModule):
             UserError: See `check_takes`.
         """
         teacher = self._teacher_name if self.loads_teacher else None
-        optimizer = type(self._trial_optimizer()).__name__ if trains else None
+        optimizer = type(self.trial_optimizer()).__name__ if trains else None
         check_takes(checkpoint, type(self).__name__, teacher, optimizer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

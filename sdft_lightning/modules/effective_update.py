@@ -93,6 +93,15 @@ class EffectiveUpdate(L.Callback):
         self._loaded: dict[str, Any] = {}
         self._stepped_at = 0
 
+    def step_names(self, module: Any, trainer: Any) -> list[str]:
+        """What may be logged of a step."""
+        kinds = {kind.__name__ for kind in type(module.trial_optimizer()).__mro__}
+        if not (trainer.log_every_n_steps and kinds & _ELEMENTWISE):
+            return []
+        averages = isinstance(getattr(module, "teacher", None), EMATeacher)
+        teachers = ["train/effective_teacher_update"] if averages else []
+        return ["train/effective_update", *teachers]
+
     def state_dict(self) -> dict[str, Any]:
         """The float64 copies and where they started."""
         if self._copy is None:

@@ -36,6 +36,12 @@ def log_usage(module: L.LightningModule, judge: Judge, stage: str) -> None:
         log.info(usage_line(judge, usage, cost))
 
 
+def usage_names(judge: Judge) -> list[str]:
+    """What `log_usage` logs of a judge."""
+    names = ["answers", "cached", "unjudged", "input_tokens", "output_tokens"]
+    return names if judge.cost(Usage()) is None else [*names, "cost"]
+
+
 def usage_line(judge: Judge, usage: Usage, cost: float | None) -> str:
     """One line on what was asked."""
     line = (

@@ -129,6 +129,19 @@ class OnPolicyModule(PolicyModule):
         self._shared_prompts.forget()
 
     @property
+    def step_names(self) -> list[str]:
+        """With what `log_step` and `sampler_correction` log."""
+        logged = ["loss", "kl", "student_entropy", "teacher_entropy", "top1_agreement"]
+        logged += ["completion_length", "truncated_fraction", "distinct_2"]
+        phases = ["rollout", "student", "teacher", "divergence"]
+        if self.compares_sampler:
+            phases.append("sampler_check")
+            of_sampler = self.mismatch_correction.statistics(torch.zeros(1))
+            logged += [f"sampler/{name}" for name in of_sampler]
+        names = [f"train/{name}" for name in logged]
+        return [*super().step_names, *names, *(f"perf/{phase}_seconds" for phase in phases)]
+
+    @property
     def new_tokens(self) -> int:
         """Longest completion that is sampled in training."""
         return self.sampling.max_new_tokens

@@ -180,9 +180,17 @@ class SDFTModule(OnPolicyModule):
 
     def uses_teacher(self, command: str, data: Any) -> bool:
         """In a fit, and where questions are graded that the teacher answers, too."""
-        if command in ("validate", "test") and hasattr(data, "grades"):
-            return bool(data.grades(command, self.row_needs.demonstration))
+        if command in ("validate", "test") and hasattr(data, "graded"):
+            return any(map(self._is_shown, data.graded(command).values()))
         return command not in ("predict", "export")
+
+    def _is_shown(self, taught: bool) -> bool:
+        """Whether the teacher answers questions, with demonstrations or without."""
+        return taught or not self.row_needs.demonstration
+
+    def grades_in_fit(self, taught: bool) -> bool:
+        """Where it is asked for, and the teacher has something to read."""
+        return self.teacher_accuracy_in_fit and self._is_shown(taught)
 
     @property
     def grades_teacher(self) -> bool:

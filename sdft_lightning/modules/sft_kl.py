@@ -91,6 +91,11 @@ class SFTKLModule(SupervisedModule):
         self.penalised = PenalisedCrossEntropy(kl_weight, Divergence(kl_direction))
         self.base = FrozenTeacher()
 
+    @property
+    def step_names(self) -> list[str]:
+        """With the penalty's."""
+        return [*super().step_names, "train/kl", "perf/teacher_seconds"]
+
     def load_teacher(self) -> None:
         """Keep the model that the policy starts from."""
         self.base.copy_from(self.student)

@@ -20,6 +20,13 @@ class SupervisedModule(PolicyModule):
 
     row_needs: ClassVar[RowNeeds] = RowNeeds(target=True, teacher_prompt=False)
 
+    @property
+    def step_names(self) -> list[str]:
+        """With what `log_step` logs."""
+        logged = ("loss", "cross_entropy", "student_entropy", "completion_length")
+        phases = ["perf/student_seconds", "perf/divergence_seconds"]
+        return [*super().step_names, *(f"train/{name}" for name in logged), *phases]
+
     def student_hidden(
         self, prompt_ids: Tensor, prompt_mask: Tensor, target_ids: Tensor, keep: Tensor
     ) -> Tensor:

@@ -17,6 +17,10 @@ class TeacherUpdate(L.Callback):
     def __init__(self) -> None:
         self.updated_at = 0
 
+    def step_names(self, module: Any, trainer: Any) -> list[str]:
+        """What is logged of a step."""
+        return ["train/teacher_distance"] if trainer.log_every_n_steps else []
+
     def state_dict(self) -> dict[str, int]:
         """The optimizer step after which the teacher moved last."""
         return {"updated_at": self.updated_at}

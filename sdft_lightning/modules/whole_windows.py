@@ -143,6 +143,25 @@ def check_whole_windows(trainer: Any, batches: int) -> None:
             )
 
 
+def validates_in_fit(trainer: Any, batches: int | None) -> bool:
+    """Whether a validation falls into a fit.
+
+    Args:
+        trainer: Of a fit.
+        batches: Training micro-batches of an epoch that the loader has; None where nobody knows.
+    """
+    if trainer.limit_val_batches == 0:
+        return False
+    by_the_clock = getattr(trainer, "_val_check_time_interval", None) is not None
+    batches = None if batches is None else limited_batches(trainer, batches)
+    if not batches or by_the_clock:
+        return True
+    every = trainer.check_val_every_n_epoch
+    first = (0 if every is None else (every - 1) * batches) + _interval(trainer, batches)
+    ends = trainer.max_steps > 0 or trainer.max_epochs not in (None, -1)
+    return not ends or first <= _all_batches(trainer, batches)
+
+
 def _check_checkpoints(trainer: Any, window: int) -> None:
     for callback in trainer.checkpoint_callbacks:
         if not isinstance(callback, ModelCheckpoint):

@@ -85,6 +85,14 @@ class BenchmarkSuite:
             for task in named or self.tasks
         ]
 
+    def metric_names(self) -> list[str]:
+        """What `metrics` may come to, with standard errors, and the retention that a run adds."""
+        found = {name for task in self.tasks for name in task.metric_names()}
+        found |= {f"{name}_stderr" for name in found}
+        if self.main_metrics:
+            found |= {"mean", "mean_stderr", "retention"}
+        return sorted(found)
+
     @property
     def dataset(self) -> RequestDataset:
         """All batches."""

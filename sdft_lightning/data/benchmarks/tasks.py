@@ -39,6 +39,24 @@ class LoadedTask(NamedTuple):
     loaded: dict[str, Any]
     leaves: dict[str, Any]
 
+    def metric_names(self) -> set[str]:
+        """What is measured of the task and its parts, `<task>/<metric>`."""
+        groups = self.loaded.get("groups", {})
+        found = {f"{group}/{each}" for group in groups for each in self.group_metrics(group)}
+        for name, task in self.leaves.items():
+            found |= {f"{name}/{each}" for each in _leaf_metrics(task)}
+        return found
+
+    def group_metrics(self, name: str) -> set[str]:
+        """What is measured of a group as a whole; nothing of what is no group."""
+        group = self.loaded.get("groups", {}).get(name)
+        found: set[str] = set()
+        for each in getattr(group, "aggregate_metric_list", None) or []:
+            filters = each.filter_list
+            filters = [filters] if isinstance(filters, str) else filters
+            found |= {_label(each.metric, kind) for kind in filters}
+        return found
+
 
 def load_tasks(options: Benchmarks) -> list[LoadedTask]:
     """Load the tasks and their data.
@@ -182,10 +200,9 @@ def _check_metric(loaded: LoadedTask) -> None:
     metric = loaded.settings.metric
     if metric is None:
         return
-    known = _group_metrics(loaded)
+    known = loaded.group_metrics(loaded.name)
     for task in loaded.leaves.values() if loaded.name in loaded.leaves else ():
-        filters = [each.name for each in getattr(task, "_filters", [])] or ["none"]
-        known |= {_label(name, kind) for name in task.aggregation() for kind in filters}
+        known |= _leaf_metrics(task)
     if not known:
         raise UserError(
             f"data.benchmarks.tasks: {loaded.name} is a group or tag without metrics of its own, "
@@ -199,14 +216,9 @@ def _check_metric(loaded: LoadedTask) -> None:
         )
 
 
-def _group_metrics(loaded: LoadedTask) -> set[str]:
-    group = loaded.loaded.get("groups", {}).get(loaded.name)
-    found: set[str] = set()
-    for each in getattr(group, "aggregate_metric_list", None) or []:
-        filters = each.filter_list
-        filters = [filters] if isinstance(filters, str) else filters
-        found |= {_label(each.metric, kind) for kind in filters}
-    return found
+def _leaf_metrics(task: Any) -> set[str]:
+    filters = [each.name for each in getattr(task, "_filters", [])] or ["none"]
+    return {_label(name, kind) for name in task.aggregation() for kind in filters}
 
 
 def _label(metric: str, kind: str) -> str:

@@ -1,0 +1,147 @@
+"""Names of monitors are checked against what a fit will log, before any model is loaded."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from difflib import SequenceMatcher
+from typing import Any, NamedTuple
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from sdft_lightning.errors import UserError
+from sdft_lightning.modules.judging import usage_names
+from sdft_lightning.modules.whole_windows import WindowCheckpoint, validates_in_fit
+
+log = logging.getLogger(__name__)
+
+_ALWAYS = ("epoch", "step")  # what Lightning adds to the names of checkpoints
+_SHOWN = 20
+_LARGER_IS_BETTER = ("accuracy", "accuracy_low", "accuracy_high", "retention", "top1_agreement")
+_KNOWN_HOUSES = ("sdft_lightning", "lightning", "pytorch_lightning")
+
+
+class _Watch(NamedTuple):
+    """A place where a name of something logged is given."""
+
+    option: str
+    name: str
+    also: tuple[str, ...] = ()  # names that are allowed, too
+
+
+def check_monitors(module: Any, trainer: Any, data: Any) -> None:
+    """Refuse a monitor, or a file name of checkpoints, that names nothing that a fit logs.
+
+    Where a module, data module or callback of somebody else may log more, a warning is given.
+
+    Args:
+        module: The `PolicyModule`.
+        trainer: Of a fit.
+        data: The data module, set up.
+
+    Raises:
+        UserError: Says which names there are, the nearest first.
+    """
+    watched = [each for callback in trainer.callbacks for each in _watched(callback)]
+    if not watched:
+        return
+    callbacks = [*trainer.callbacks, *module.configure_callbacks()]
+    measured = validation_names(module, data, callbacks)
+    validated = validates_in_fit(trainer, getattr(data, "batches_per_epoch", None))
+    names = training_names(module, trainer, callbacks) + measured
+    never = "" if validated else _never_validated(trainer)
+    all_known = all(_is_known(each) for each in (module, data, *trainer.callbacks))
+    for option, name, also in watched:
+        if name in also or (name in names and not (never and name in measured)):
+            continue
+        problem = f"{option}: got {name!r}, which this run does not log. {never}"
+        problem += f"Allowed are, the nearest first: {_nearest(name, names)}."
+        if all_known:
+            raise UserError(problem)
+        log.warning(f"{problem} Unless code of your own logs it, the run will end there.")
+    for callback in trainer.callbacks:
+        _warn_of_mode(callback)
+
+
+def training_names(module: Any, trainer: Any, callbacks: Iterable[Any]) -> list[str]:
+    """What steps log.
+
+    Args:
+        module: The `PolicyModule`.
+        trainer: Of a fit.
+        callbacks: All that run, with those that the module brings.
+    """
+    found = list(module.step_names)
+    for callback in callbacks:
+        if hasattr(callback, "step_names"):
+            found += callback.step_names(module, trainer)
+    return sorted(set(found))
+
+
+def validation_names(module: Any, data: Any, callbacks: Iterable[Any]) -> list[str]:
+    """What the validations of a fit log.
+
+    Args:
+        module: The `PolicyModule`.
+        data: The data module, set up; another one is asked nothing.
+        callbacks: All that run.
+    """
+    found: list[str] = []
+    for task, taught in getattr(data, "graded", lambda _: {})("validate").items():
+        roles = ["accuracy"] + (["teacher_accuracy"] if module.grades_in_fit(taught) else [])
+        found += [f"task/{task}/{role}{end}" for role in roles for end in ("", "_low", "_high")]
+    if getattr(data, "judge", None) is not None:
+        found += [f"judge/{name}" for name in usage_names(data.judge)]
+    suite = getattr(data, "benchmark_suite", None)
+    if suite is not None:
+        found += [f"capability/{name}" for name in suite.metric_names()]
+    for callback in callbacks:
+        found += getattr(callback, "validation_names", [])
+    return sorted({f"val/{name}" for name in found})
+
+
+def _watched(callback: Any) -> Iterator[_Watch]:
+    kind = "checkpoint" if type(callback) is WindowCheckpoint else type(callback).__name__
+    is_checkpoint = isinstance(callback, ModelCheckpoint)
+    monitor = getattr(callback, "monitor", None)
+    if isinstance(monitor, str):
+        yield _Watch(f"{kind}.monitor", monitor, _ALWAYS if is_checkpoint else ())
+    if is_checkpoint:  # what it does not know, Lightning writes as 0
+        for name in re.findall(r"\{([^:}]+)", callback.filename or ""):
+            yield _Watch(f"{kind}.filename", name, (*_ALWAYS, str(monitor)))
+
+
+def _never_validated(trainer: Any) -> str:
+    return (
+        "No validation falls into it, which logs what begins with val/ "
+        f"(trainer.val_check_interval is {trainer.val_check_interval}, check_val_every_n_epoch "
+        f"{trainer.check_val_every_n_epoch}, limit_val_batches {trainer.limit_val_batches}): "
+        "validate more often. "
+    )
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    def distance(other: str) -> float:
+        plain = [text.replace("/", "_").lower() for text in (name, other)]
+        last = [text.rpartition("_")[2] for text in plain]
+        return -max(SequenceMatcher(None, *plain).ratio(), SequenceMatcher(None, *last).ratio())
+
+    near = sorted(names, key=distance)
+    more = f" and {len(near) - _SHOWN} more" if len(near) > _SHOWN else ""
+    return f"{', '.join(near[:_SHOWN])}{more}"
+
+
+def _is_known(part: Any) -> bool:
+    """Whether all that an object logs is known: it is Lightning's or this package's."""
+    return part is None or type(part).__module__.partition(".")[0] in _KNOWN_HOUSES
+
+
+def _warn_of_mode(callback: Any) -> None:
+    """Tell of a monitor that keeps, or waits for, the worst."""
+    monitor = str(getattr(callback, "monitor", ""))
+    if monitor.endswith(_LARGER_IS_BETTER) and getattr(callback, "mode", "") == "min":
+        kind = "checkpoint" if type(callback) is WindowCheckpoint else type(callback).__name__
+        log.warning(
+            f"{kind}.mode: min takes the lowest {monitor} for the best. Set {kind}.mode to max."
+        )

@@ -123,9 +123,10 @@ def _never_validated(trainer: Any) -> str:
 
 def _nearest(name: str, names: list[str]) -> str:
     def distance(other: str) -> float:
-        plain = [text.replace("/", "_").lower() for text in (name, other)]
-        last = [text.rpartition("_")[2] for text in plain]
-        return -max(SequenceMatcher(None, *plain).ratio(), SequenceMatcher(None, *last).ratio())
+        mine, theirs = (text.replace("/", "_").lower() for text in (name, other))
+        last, their_last = mine.rpartition("_")[2], theirs.rpartition("_")[2]
+        whole = SequenceMatcher(None, mine, theirs).ratio()
+        return -max(whole, SequenceMatcher(None, last, their_last).ratio())
 
     near = sorted(names, key=distance)
     more = f" and {len(near) - _SHOWN} more" if len(near) > _SHOWN else ""

@@ -20,6 +20,7 @@ from sdft_lightning.errors import UserError
 from sdft_lightning.foreign_text import printable
 
 MOST_BYTES = 4 * 2**20  # of a reply, where nothing else is said
+LONGEST_TIMEOUT = 86_400.0  # seconds; a timer takes no infinity
 _PIECE = 2**16  # bytes read at once
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
 _KEY_PREFIX = re.compile(r"(sk|pk|rk|hf|gsk|gh[a-z]|github_pat|glpat|xai|nvapi)[-_]|AKIA|AIza|eyJ")

@@ -105,7 +105,7 @@ def _tokens_problem(ids: Sequence[Any], request: RolloutRequest, vocabulary: int
     for place, token in enumerate(ids, start=1):
         if not isinstance(token, Integral) or isinstance(token, bool):
             return f"{printable(repr(token))} as token {place} of a completion, where ids are whole"
-        if not 0 <= token < vocabulary:
+        if not 0 <= int(token) < vocabulary:
             return (
                 f"the token id {printable(repr(int(token)))}, outside the vocabulary of the "
                 f"student (0 to {vocabulary - 1})"

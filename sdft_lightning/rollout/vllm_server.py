@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import distributed as dist
 
+from sdft_lightning.endpoints import LONGEST_TIMEOUT
 from sdft_lightning.errors import UserError
 from sdft_lightning.foreign_text import printable
 from sdft_lightning.rollout.engine import RolloutRequest
@@ -77,6 +78,11 @@ class VLLMServerEngine(ExternalEngine):
         for name, (value, least) in limits.items():
             if not value >= least:
                 raise UserError(f"model.engine.{name}: got {value}, allowed are {least} and more.")
+        if timeout_seconds > LONGEST_TIMEOUT:
+            raise UserError(
+                f"model.engine.timeout_seconds: got {timeout_seconds}, allowed are up to "
+                f"{LONGEST_TIMEOUT:g} (a day)."
+            )
         urls = [base_url] if isinstance(base_url, str) else base_url
         self.clients = [VLLMClient(url, timeout_seconds, api_key_variable) for url in urls]
         self.model = model

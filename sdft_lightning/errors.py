@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from sdft_lightning.foreign_text import harmless
+
 
 class UserError(ValueError):
     """Something that the user gave is wrong; the text says what, where, and the remedy.
 
-    `sdft_lightning.cli.main` prints it without a traceback and exits with code 2.
+    `sdft_lightning.cli.main` prints it without a traceback and exits with code 2. Whatever a file
+    or a server has put into the text, it holds neither known secrets nor control codes.
     """
+
+    def __init__(self, text: object = "") -> None:
+        super().__init__(harmless(str(text)))
 
 
 def check_choice(option: str, value: object, allowed: Iterable[object], remedy: str = "") -> None:

@@ -48,7 +48,11 @@ class MismatchCorrection:
 
         Returns:
             `(N,)` float32.
+
+        Raises:
+            UserError: If a difference is not finite.
         """
+        _check_finite(difference)
         if self.kind == "none":
             return torch.ones_like(difference)
         ratios = difference.detach().float().exp().clamp(max=self.cap)  # (N,)
@@ -68,7 +72,11 @@ class MismatchCorrection:
         Returns:
             `log_prob_difference`, the mean of |log p − log q| in nats, its largest value, the mean
             ratio p/q (1 in expectation under q), and the part of the tokens above the cap.
+
+        Raises:
+            UserError: If a difference is not finite.
         """
+        _check_finite(difference)
         if difference.numel() == 0:
             difference = difference.new_zeros(1)
         size = difference.detach().float().abs()  # (N,)
@@ -79,6 +87,17 @@ class MismatchCorrection:
             "ratio": ratios.mean(),
             "capped_fraction": (ratios > self.cap).float().mean(),
         }
+
+
+def _check_finite(difference: Tensor) -> None:
+    odd = int((~torch.isfinite(difference.detach())).sum())
+    if odd:
+        raise UserError(
+            f"model.mismatch_correction: log p - log q of {odd} of {difference.numel()} sampled "
+            "tokens is not finite, and the weights would become NaN with it. Either the engine "
+            "gave such log-probabilities (look into its log), or the student's own weights have "
+            "gone that way: go on from an earlier checkpoint with a lower learning rate."
+        )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -343,3 +344,15 @@ def fit_module(model_folder: Path, train_file: Path, tmp_path: Path) -> Callable
         return module
 
     return fit
+
+
+@pytest.fixture
+def hostile() -> Iterator[Any]:
+    """A server that sends whatever a test wants (tests/hostile_server.py)."""
+    path = Path(__file__).with_name("hostile_server.py")
+    spec = importlib.util.spec_from_file_location("hostile_server", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield from module.running()

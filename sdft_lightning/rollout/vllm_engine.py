@@ -5,34 +5,22 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
-from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
 from torch import distributed as dist
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.foreign_text import printable
 from sdft_lightning.rollout.engine import Engine, RolloutRequest, check_one_truncation
+from sdft_lightning.rollout.sampled import Sampled, as_rollout, vocabulary_size
 from sdft_lightning.rollout.sampling import Sampling
 from sdft_lightning.rollout.vllm_weights import EngineDtype, WeightsFolder, ties_head
 from sdft_lightning.rollout.weights import SamplingWeights
 from sdft_lightning.types import Rollout
 from sdft_lightning.uniforms import row_seeds
 
-
-class Sampled(NamedTuple):
-    """One completion as an engine returns it.
-
-    Attributes:
-        token_ids: With its stop token, if there is one.
-        log_probs: Of each token, after temperature and truncation.
-        finished: Whether it ended by itself and was not cut off.
-    """
-
-    token_ids: Sequence[int]
-    log_probs: Sequence[float]
-    finished: bool
+FINISH_REASONS = ("stop", "length")  # of a whole completion; vLLM also aborts
+_SOURCE = "the vLLM of this run"
 
 
 class ExternalEngine(Engine):
@@ -123,7 +111,8 @@ class VLLMEngine(ExternalEngine):
         params = [vllm_sampling(request, seed) for seed in request_seeds(request)]
         prompts = [{"prompt_token_ids": ids} for ids in repeated_prompts(request)]
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        return as_rollout([_sampled(output.outputs[0]) for output in outputs], request)
+        rows = [_sampled(output) for output in outputs]
+        return as_rollout(rows, request, vocabulary_size(student), _SOURCE)
 
     def refresh(self, student: Any, step: int) -> None:
         """Give vLLM the student's weights of a step; starts vLLM on the first call."""
@@ -207,38 +196,27 @@ def repeated_prompts(request: RolloutRequest) -> list[list[int]]:
     ]
 
 
-def as_rollout(rows: Sequence[Sampled], request: RolloutRequest) -> Rollout:
-    """Completions as padded tensors.
-
-    Args:
-        rows: One for each of the R completions.
-        request: What was asked for.
+def _sampled(output: Any) -> Sampled:
+    """One of vLLM's completions.
 
     Raises:
-        UserError: If a completion ended on a token that is no stop id of the student.
+        UserError: If it lacks what a completion must have, or was aborted.
     """
-    length = max(len(row.token_ids) for row in rows)
-    ids = torch.full((len(rows), length), request.pad_id)  # (R, T)
-    log_probs = torch.zeros(len(rows), length)  # (R, T)
-    counts = torch.tensor([len(row.token_ids) for row in rows])  # (R,)
-    for place, row in enumerate(rows):
-        if row.finished and row.token_ids[-1] not in request.stop_ids:
-            raise UserError(
-                f"model.engine: vLLM ended a completion at token {row.token_ids[-1]}, which does "
-                f"not end the student's (those that do: {request.stop_ids}). Start the server with "
-                "--generation-config vllm, so that it adds no stop tokens of its own."
-            )
-        ids[place, : len(row.token_ids)] = torch.tensor(row.token_ids)
-        log_probs[place, : len(row.token_ids)] = torch.tensor(row.log_probs)
-    mask = torch.arange(length) < counts.unsqueeze(1)  # (R, T)
-    truncated = torch.tensor([not row.finished for row in rows])  # (R,)
-    device = request.prompt_ids.device
-    parts: list[Tensor] = [part.to(device) for part in (ids, mask, log_probs, truncated)]
-    return Rollout(*parts)
-
-
-def _sampled(output: Any) -> Sampled:
-    log_probs = [
-        every[token].logprob for every, token in zip(output.logprobs, output.token_ids, strict=True)
-    ]
-    return Sampled(output.token_ids, log_probs, output.finish_reason == "stop")
+    try:
+        (found,) = output.outputs
+        pairs = zip(found.logprobs, found.token_ids, strict=True)
+        log_probs = [every[token].logprob for every, token in pairs]
+        ids, reason = found.token_ids, found.finish_reason
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"model.engine: {_SOURCE} gave a completion without its tokens or without their "
+            f"log-probabilities ({type(error).__name__}: {printable(str(error))}). Install vLLM "
+            "0.32 or newer."
+        ) from error
+    if reason not in FINISH_REASONS:
+        raise UserError(
+            f"model.engine: {_SOURCE} ended a completion for the reason {printable(repr(reason))}, "
+            f"allowed are {', '.join(FINISH_REASONS)}. Look into its log, and go on with "
+            "--ckpt_path=last."
+        )
+    return Sampled(ids, log_probs, reason == "stop")

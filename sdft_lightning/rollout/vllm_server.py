@@ -10,14 +10,16 @@ from typing import Any
 
 from torch import distributed as dist
 
+from sdft_lightning.endpoints import LONGEST_TIMEOUT
 from sdft_lightning.errors import UserError
+from sdft_lightning.foreign_text import printable
 from sdft_lightning.rollout.engine import RolloutRequest
+from sdft_lightning.rollout.sampled import Sampled, as_rollout, vocabulary_size
 from sdft_lightning.rollout.sampling import Sampling
 from sdft_lightning.rollout.vllm_client import ServerFaultError, VLLMClient
 from sdft_lightning.rollout.vllm_engine import (
+    FINISH_REASONS,
     ExternalEngine,
-    Sampled,
-    as_rollout,
     repeated_prompts,
     request_seeds,
 )
@@ -26,6 +28,9 @@ from sdft_lightning.rollout.weights import SamplingWeights
 from sdft_lightning.types import Rollout
 
 _LONGEST_PAUSE = 10.0  # seconds between two looks whether the server is back
+# Of a completion's reply: each token comes as id, text, log-probability and in a list of such.
+_BYTES_A_TOKEN, _BYTES_BESIDES = 2048, 2**20
+_NEEDS = "Use a vLLM server, version 0.32 or newer."
 
 
 class VLLMServerEngine(ExternalEngine):
@@ -41,7 +46,8 @@ class VLLMServerEngine(ExternalEngine):
         dtype: Of the server's weights: bfloat16, float16 or float32.
         exchange_folder: A folder that trainer and server see under the same path; /dev/shm or the
             system's temporary folder without it, for a server on the same machine.
-        timeout_seconds: Of one request; all tokens of a completion must come within it.
+        timeout_seconds: Of one request, to the last byte of its reply; all tokens of a completion
+            must come within it.
         max_retries: How often a rollout is begun again after the server failed in it.
         patience_seconds: How long a server that is down may take to come back each time.
         parallel: Completions asked for at once.
@@ -72,6 +78,11 @@ class VLLMServerEngine(ExternalEngine):
         for name, (value, least) in limits.items():
             if not value >= least:
                 raise UserError(f"model.engine.{name}: got {value}, allowed are {least} and more.")
+        if timeout_seconds > LONGEST_TIMEOUT:
+            raise UserError(
+                f"model.engine.timeout_seconds: got {timeout_seconds}, allowed are up to "
+                f"{LONGEST_TIMEOUT:g} (a day)."
+            )
         urls = [base_url] if isinstance(base_url, str) else base_url
         self.clients = [VLLMClient(url, timeout_seconds, api_key_variable) for url in urls]
         self.model = model
@@ -101,7 +112,8 @@ class VLLMServerEngine(ExternalEngine):
                 self.refresh(client, folder)
                 sampled = self._sample(client, request)
                 self._check_version(client)
-                return as_rollout(sampled, request)
+                source = f"the vLLM server at {client.url}"
+                return as_rollout(sampled, request, vocabulary_size(student), source)
             except ServerFaultError as error:
                 fault = error
         raise UserError(
@@ -175,7 +187,7 @@ class VLLMServerEngine(ExternalEngine):
         if self._checked:
             return
         if self.model is None:
-            self.model = str(_found(client, "/v1/models", [("data", 0, "id")])[0])
+            self.model = _model_name(client)
         mode, device = _found(
             client,
             "/server_info?config_format=json",
@@ -187,7 +199,8 @@ class VLLMServerEngine(ExternalEngine):
         wanted = "processed_logprobs"
         if mode != wanted:
             raise UserError(
-                f"model.engine: the server at {client.url} reports {mode}; what the trainer "
+                f"model.engine: the server at {client.url} reports "
+                f"{printable(str(mode))}; what the trainer "
                 f"compares with are log-probabilities as sampled. Start it with --logprobs-mode "
                 f"{wanted}."
             )
@@ -209,8 +222,8 @@ class VLLMServerEngine(ExternalEngine):
         found = _found(client, "/weight_info", [("weight_version",)])[0]
         if found != self._marker:
             raise ServerFaultError(
-                f"/weight_info: the weights are {found!r} and no longer {self._marker!r}; the "
-                "server restarted, or another run uses it"
+                f"/weight_info: the weights are {printable(repr(found))} and no longer "
+                f"{self._marker!r}; the server restarted, or another run uses it"
             )
 
     def _sample(self, client: VLLMClient, request: RolloutRequest) -> list[Sampled]:
@@ -219,9 +232,24 @@ class VLLMServerEngine(ExternalEngine):
             completion_body(self.model, prompt, seed, request.sampling, request.stop_ids)
             for prompt, seed in zip(repeated_prompts(request), request_seeds(request), strict=True)
         ]
+
+        def ask(body: dict[str, Any]) -> Sampled:
+            tokens = len(body["prompt"]) + body["max_tokens"]
+            most = _BYTES_BESIDES + _BYTES_A_TOKEN * tokens
+            return read_completion(client.post("/v1/completions", body, most), client.url)
+
         with ThreadPoolExecutor(min(self.parallel, len(bodies))) as pool:
-            answers = list(pool.map(lambda body: client.post("/v1/completions", body), bodies))
-        return [read_completion(answer, client.url) for answer in answers]
+            return list(pool.map(ask, bodies))
+
+
+def _model_name(client: VLLMClient) -> str:
+    found = _found(client, "/v1/models", [("data", 0, "id")])[0]
+    if not isinstance(found, str) or not found:
+        raise UserError(
+            f"model.engine: {client.url}/v1/models names a model {printable(repr(found))}, which "
+            f"is no name. {_NEEDS}"
+        )
+    return found
 
 
 def _found(client: VLLMClient, path: str, wanted: list[tuple[str | int, ...]]) -> list[Any]:
@@ -242,7 +270,7 @@ def _under(answer: Any, keys: tuple[str | int, ...], url: str) -> Any:
     except (KeyError, IndexError, TypeError) as error:
         raise UserError(
             f"model.engine: the answer of {url} has no {'.'.join(map(str, keys))}, got "
-            f"{str(answer)[:200]!r}. Use a vLLM server, version 0.32 or newer."
+            f"{printable(repr(answer))}. {_NEEDS}"
         ) from error
     return found
 
@@ -290,20 +318,26 @@ def read_completion(answer: Any, url: str) -> Sampled:
 
     Raises:
         UserError: If the server does not say which tokens it sampled, with their log-probabilities.
+        ServerFaultError: If the completion was aborted.
     """
     try:
         (choice,) = answer["choices"]
-        ids = [int(token) for token in choice["token_ids"]]
-        log_probs = [float(value) for value in choice["logprobs"]["token_logprobs"]]
-        finished = choice["finish_reason"] == "stop"
+        ids, log_probs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+        reason = choice["finish_reason"]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"model.engine: the answer of {url} lacks the token ids or their log-probabilities "
-            f"({type(error).__name__}: {error}). Use a vLLM server, version 0.32 or newer."
+            f"model.engine: the answer of {url} is not one choice with token ids, their "
+            f"log-probabilities and a finish reason ({type(error).__name__}: {error}), got "
+            f"{printable(repr(answer))}. {_NEEDS}"
         ) from error
-    if not ids or len(ids) != len(log_probs):
+    if not isinstance(ids, list) or not isinstance(log_probs, list):
         raise UserError(
-            f"model.engine: {url} gave {len(log_probs)} log-probabilities for {len(ids)} tokens. "
-            "Use a vLLM server, version 0.32 or newer."
+            f"model.engine: the answer of {url} lacks the list of token ids or of their "
+            f"log-probabilities, got {printable(repr(choice))}. {_NEEDS}"
         )
-    return Sampled(ids, log_probs, finished)
+    if reason not in FINISH_REASONS:
+        raise ServerFaultError(
+            f"/v1/completions: a completion ended for the reason {printable(repr(reason))}, "
+            f"allowed are {', '.join(FINISH_REASONS)}"
+        )
+    return Sampled(ids, log_probs, reason == "stop")

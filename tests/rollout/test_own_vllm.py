@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.rollout import RolloutRequest, Sampling, SamplingWeights, VLLMEngine
-from sdft_lightning.rollout.vllm_engine import Sampled, as_rollout
+from sdft_lightning.rollout.sampled import Sampled, as_rollout
 from sdft_lightning.rollout.vllm_weights import WeightsFolder
 from sdft_lightning.uniforms import row_seeds
 
@@ -241,9 +242,57 @@ def test_missing_exchange_folder_is_named(tmp_path: Path, model: Any) -> None:
 
 
 def test_completion_that_ended_on_another_token_is_refused() -> None:
-    rows = [Sampled([7, 11], [-1.0, -1.0], finished=True)]
+    rows = [Sampled([7, 11], [-1.0, -1.0], finished=True)] * 4
     with pytest.raises(UserError, match="token 11, which does not end the student's"):
-        as_rollout(rows, request())
+        as_rollout(rows, request(), 100, "vLLM")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"token_ids": [7, 999], "logprobs": [{7: -1.0}, {999: -1.0}]}, "the token id 999"),
+        ({"token_ids": [7], "logprobs": [{7: math.nan}]}, "nan as the log-probability"),
+        ({"token_ids": [7], "logprobs": None}, "without their log-probabilities"),
+        ({"token_ids": [7], "logprobs": [{8: -1.0}]}, "without their log-probabilities"),
+        ({"token_ids": [7] * 6, "logprobs": [{7: -1.0}] * 6}, "6 tokens, where at most 5"),
+        ({"finish_reason": "abort"}, "for the reason 'abort'"),
+    ],
+    ids=str,
+)
+def test_what_the_own_vllm_gives_is_checked_as_a_servers(
+    change: dict[str, Any],
+    told: str,
+    engine: VLLMEngine,
+    model: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usual = FakeLLM.generate
+
+    def odd(llm: FakeLLM, *arguments: Any, **options: Any) -> list[Any]:
+        outputs = usual(llm, *arguments, **options)
+        output = outputs[0].outputs[0]
+        if change.get("logprobs"):
+            every = [
+                {token: SimpleNamespace(logprob=value) for token, value in each.items()}
+                for each in change["logprobs"]
+            ]
+            output.__dict__.update(change, logprobs=every)
+        else:
+            output.__dict__.update(change)
+        return outputs
+
+    monkeypatch.setattr(FakeLLM, "generate", odd)
+    with pytest.raises(UserError, match=f"the vLLM of this run .*{told}"):
+        generate(engine, model)
+
+
+def test_fewer_completions_than_asked_for_are_refused(
+    engine: VLLMEngine, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = FakeLLM.generate
+    monkeypatch.setattr(FakeLLM, "generate", lambda *a, **options: usual(*a, **options)[1:])
+    with pytest.raises(UserError, match="sent 3 completions, asked for were 4"):
+        generate(engine, model)
 
 
 def test_memory_out_of_range_is_refused() -> None:

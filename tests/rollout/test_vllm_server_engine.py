@@ -98,9 +98,9 @@ class FakeServer:
         return None
 
     def default_choice(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The prompt's length as tokens, then the stop token; log-probs tell the weight."""
+        """The prompt's length as a token, then the stop token; a log-prob tells the weight."""
         ids = [len(body["prompt"]), 2]
-        log_probs = {"token_logprobs": [self.weight, -0.25]}
+        log_probs = {"token_logprobs": [-abs(self.weight), -0.25]}
         return {"token_ids": ids, "logprobs": log_probs, "finish_reason": "stop", "text": "?"}
 
     def restart(self) -> None:
@@ -141,7 +141,8 @@ def generate(engine: VLLMServerEngine, model: Any, step: int = 0) -> Rollout:
 
 
 def weight(model: Any) -> float:
-    return float(model.get_parameter(NAME).detach()[0, 0])
+    """What the fake server's log-probabilities tell of the weight."""
+    return -abs(float(model.get_parameter(NAME).detach()[0, 0]))
 
 
 def test_requests_are_token_ids_with_every_option_given(

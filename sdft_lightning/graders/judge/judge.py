@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sdft_lightning.endpoints import check_address
 from sdft_lightning.errors import UserError
+from sdft_lightning.foreign_text import key_from, printable
 from sdft_lightning.graders.judge.rubrics import (
     JUDGED,
     JudgedGrader,
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     import openai
 
 log = logging.getLogger(__name__)
+
+_MOST_TOKENS = 10**8  # of one request or reply; a larger count is none
 
 
 class Answer(NamedTuple):
@@ -77,6 +81,7 @@ class Judge:
         self._cache = VerdictCache(folder)
         self._client = _client(settings)
         self._lock = threading.Lock()
+        self._told: set[str] = set()
 
     def check(self, grader: str, answers: Sequence[Answer]) -> list[float]:
         """Grade gold answers before a run: what fails here would fail in every validation.
@@ -113,8 +118,9 @@ class Judge:
         return self._all(JUDGED[grader], answers, fails=False)
 
     def take_usage(self) -> Usage:
-        """What was asked since the last call."""
+        """What was asked since the last call; what went wrong is told anew from here on."""
         found, self.usage = self.usage, Usage()
+        self._told.clear()
         return found
 
     def cost(self, usage: Usage) -> float | None:
@@ -143,17 +149,25 @@ class Judge:
         with ThreadPoolExecutor(self.settings.parallel) as pool:
             scores = list(pool.map(score, answers))
         if failures:
-            log.warning(
-                "%d of %d answers have no verdict and are left out of the score: %s",
-                len(failures),
-                len(answers),
-                failures[0],
+            self._tell(
+                "no verdict",
+                f"{len(failures)} of {len(answers)} answers have no verdict and are left out of "
+                f"the score: {failures[0]}",
             )
         return scores
+
+    def _tell(self, kind: str, text: str) -> None:
+        """Warn once until `take_usage`, which counts the rest."""
+        with self._lock:
+            known = kind in self._told
+            self._told.add(kind)
+        if not known:
+            log.warning(text)
 
     def _verdict(self, grader: JudgedGrader, answer: Answer) -> str:
         settings = self.settings
         messages = judge_messages(grader.rubric, answer.question, answer.reference, answer.text)
+        _check_encodes(messages)
         request: dict[str, Any] = {"model": settings.model, "messages": messages}
         if settings.temperature is not None:
             request["temperature"] = settings.temperature
@@ -169,13 +183,14 @@ class Judge:
             reply = self._ask(request)
             verdict = read_verdict(grader.rubric, reply)
             if verdict is not None:
-                self._cache.put(key, reply)
+                if problem := self._cache.put(key, reply):
+                    self._tell("cache", f"a verdict counts but could not be kept: {problem}")
                 with self._lock:
                     self.usage.judged += 1
                 return verdict
         raise _NoVerdictError(
             f"{1 + settings.max_unreadable} replies were not the JSON object that was asked for, "
-            f"the last was {reply[:200]!r}"
+            f"the last was {printable(repr(reply))}"
         )
 
     def _ask(self, request: dict[str, Any]) -> str:
@@ -184,32 +199,61 @@ class Judge:
         try:
             response = self._client.chat.completions.create(**request)
         except openai.OpenAIError as error:
-            raise _NoVerdictError(f"{type(error).__name__}: {error}") from error
-        except ValueError as error:  # said to be JSON and is none
-            raise _NoVerdictError(_no_completion(error)) from error
+            cause = f" ({error.__cause__})" if error.__cause__ else ""
+            found = printable(f"{type(error).__name__}: {error}{cause}")
+            # Without the client's error: its traceback would show the whole reply.
+            raise _NoVerdictError(found) from None
+        except Exception as error:  # the client reads replies of any form and nesting
+            raise _NoVerdictError(_no_completion(f"{type(error).__name__}: {error}")) from None
         # The client checks no types: what is no chat completion arrives as text, or half empty.
-        usage = getattr(response, "usage", None)
-        with self._lock:
-            self.usage.input_tokens += _count(getattr(usage, "prompt_tokens", 0))
-            self.usage.output_tokens += _count(getattr(usage, "completion_tokens", 0))
+        self._count(getattr(response, "usage", None))
         try:
             choices = response.choices or []
             reply = (choices[0].message.content or "") if choices else ""
-        except (AttributeError, TypeError, KeyError) as error:
-            raise _NoVerdictError(_no_completion(response)) from error
+        except (AttributeError, TypeError, KeyError):
+            raise _NoVerdictError(_no_completion(response)) from None
         if not isinstance(reply, str):
             raise _NoVerdictError(_no_completion(response))
         return reply
 
+    def _count(self, usage: object) -> None:
+        """Add up the tokens of a reply; what is no count is told and left out."""
+        counts = [getattr(usage, name, 0) for name in ("prompt_tokens", "completion_tokens")]
+        given, got = (count if _is_count(count) else 0 for count in counts)
+        with self._lock:
+            self.usage.input_tokens += given
+            self.usage.output_tokens += got
+        odd = [count for count in counts if count is not None and not _is_count(count)]
+        if odd:
+            self._tell(
+                "usage",
+                f"the endpoint of the judge {self.settings.model} counts {printable(repr(odd[0]))} "
+                "tokens; what is no count is left out of tokens and cost.",
+            )
 
-def _count(value: object) -> int:
-    return value if isinstance(value, int) else 0
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_TOKENS
+
+
+def _check_encodes(messages: object) -> None:
+    try:
+        json.dumps(messages, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise _NoVerdictError(
+            "question, reference or answer hold half of a character (a lone surrogate), which "
+            "cannot be sent"
+        ) from None
 
 
 def _no_completion(response: object) -> str:
+    try:
+        shown = str(response)
+    except Exception:  # of any form and nesting
+        shown = type(response).__name__
     return (
-        f"the endpoint answered with something else than a chat completion, {str(response)[:200]!r}"
-        "; base_url mostly ends in /v1"
+        "the endpoint answered with something else than a chat completion, "
+        f"{printable(repr(shown))}; base_url mostly ends in /v1"
     )
 
 
@@ -221,16 +265,23 @@ def _client(settings: JudgeSettings) -> openai.OpenAI:
             "data.judge: asking a judge needs the package openai. Install it with "
             "`pip install 'sdft-lightning[judge]'`."
         ) from error
-    key = os.environ.get(settings.api_key_variable)
+    from sdft_lightning.graders.judge.transport import BoundedTransport
+
+    key = key_from(settings.api_key_variable)
     if not key and settings.base_url is None:
         raise UserError(
             f"data.judge: the environment variable {settings.api_key_variable} is empty and "
             "OpenAI's endpoint asks for a key. Set it, name another with "
             "--data.judge.api_key_variable, or give the --data.judge.base_url of your own server."
         )
-    return openai.OpenAI(
+    client = openai.OpenAI(
         api_key=key or "none",
         base_url=settings.base_url,
         max_retries=settings.max_retries,
         timeout=settings.timeout_seconds,
+        http_client=openai.DefaultHttpxClient(
+            transport=BoundedTransport(settings.timeout_seconds), follow_redirects=False
+        ),
     )
+    check_address("OPENAI_BASE_URL", str(client.base_url))  # the client may take it from there
+    return client

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from sdft_lightning.endpoints import LONGEST_TIMEOUT, check_address, check_variable_name
 from sdft_lightning.errors import UserError
 
 
@@ -20,7 +22,7 @@ class JudgeSettings:
         temperature: Of the judge; null leaves it out of the request, as some models ask for.
         max_retries: How often a request that failed (no connection, time out, rate limit, server
             error) is sent again, each time after a longer pause.
-        timeout_seconds: Of one request.
+        timeout_seconds: Of one request, to the last byte of its reply.
         max_unreadable: How often the judge is asked again after a reply that is no verdict.
         parallel: Requests under way at once, on each rank.
         cache: Folder of the verdicts, kept between runs; <cache folder>/judge where none is given.
@@ -42,6 +44,16 @@ class JudgeSettings:
     output_price: float | None = None
     gold_rows: int = 10
 
+    def __post_init__(self) -> None:
+        """Refuse secrets, which would be written down with the options, whether asked or not.
+
+        Raises:
+            UserError: Names the option and where the secret belongs.
+        """
+        if self.base_url is not None:
+            check_address("data.judge.base_url", self.base_url)
+        check_variable_name("data.judge.api_key_variable", self.api_key_variable)
+
     def check(self) -> None:
         """Refuse numbers that cannot be meant.
 
@@ -58,9 +70,14 @@ class JudgeSettings:
                 raise UserError(
                     f"data.judge.{name}: got {getattr(self, name)}, allowed are {least} and more."
                 )
-        if self.timeout_seconds <= 0:
+        if not 0 < self.timeout_seconds <= LONGEST_TIMEOUT:
             raise UserError(
-                f"data.judge.timeout_seconds: got {self.timeout_seconds}, allowed is more than 0."
+                f"data.judge.timeout_seconds: got {self.timeout_seconds}, allowed is more than 0, "
+                f"up to {LONGEST_TIMEOUT:g} (a day)."
+            )
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise UserError(
+                f"data.judge.temperature: got {self.temperature}, allowed are 0 and more, or null."
             )
         if (self.input_price is None) != (self.output_price is None):
             raise UserError(
@@ -68,5 +85,5 @@ class JudgeSettings:
             )
         for name in ("input_price", "output_price"):
             price = getattr(self, name)
-            if price is not None and price < 0:
+            if price is not None and not 0 <= price < math.inf:
                 raise UserError(f"data.judge.{name}: got {price}, allowed are 0 and more.")

@@ -1,6 +1,9 @@
-# Needs only make and a Python >= 3.10; everything else goes into .venv.
+# Needs only make and a Python >= 3.11; everything else goes into .venv.
 PYTHON_BIN := .venv/bin/python
 STAMP := .venv/.stamp
+# Finds names that are newer than the oldest Python that the package runs on. `long` is a name of
+# ours, not Python 2's.
+VERMIN := .venv/bin/vermin -q -t=3.11- --no-tips --violations --eval-annotations --exclude long
 
 # Compiled modules are kept, as Python does by itself; see scripts/setup.sh.
 unexport PYTHONDONTWRITEBYTECODE
@@ -39,10 +42,11 @@ perf: model ## time our step, loss and sampling against TRL's and plain ones (on
 	$(PYTHON_BIN) -m pip install -qq --constraint .venv/.installed --editable ".[perf]"
 	$(PYTHON_BIN) tests/perf/run.py $(PERF)
 
-lint: $(STAMP) ## check style, format and types (about 1 minute)
+lint: $(STAMP) ## check style, format, types and the oldest Python (about 1 minute)
 	$(PYTHON_BIN) -m ruff check .
 	$(PYTHON_BIN) -m ruff format --check .
 	$(PYTHON_BIN) -m mypy
+	$(VERMIN) sdft_lightning tests scripts cli.py
 
 clean: ## remove .venv, caches and builds; runs/ and the model cache stay (seconds)
 	rm -rf .venv .venv-vllm build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -15,17 +15,20 @@ say() { printf '[setup] %s\n' "$*"; }
 # compiles those then; to compile all takes some 50 s of processor time.
 install() { "$python" -m pip install -qq --no-compile "$@"; }
 
+# Of a Python with these modules that is new enough; pyproject.toml's requires-python says the same.
+can() { "$1" -c "import sys, $2; sys.exit(sys.version_info < (3, 11))" >/dev/null 2>&1; }
+
 find_python() {
-  local candidate
-  for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3}; do
+  local candidate tried=${PYTHON:-python3.11 python3.12 python3.13 python3}
+  for candidate in $tried; do
     # Tried out, not only looked up: pyenv leaves names that only print an error.
-    if "$candidate" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' \
-      >/dev/null 2>&1; then
+    if can "$candidate" "ensurepip, venv"; then
       echo "$candidate"
       return
     fi
   done
-  say "no Python >= 3.10 with venv and ensurepip; install one, or set PYTHON=/path/to/python" >&2
+  say "no Python >= 3.11 with venv and ensurepip (tried: $tried); install one, or set" \
+    "PYTHON=/path/to/python" >&2
   return 1
 }
 
@@ -60,7 +63,7 @@ install_package() {
   rm -f "$constraint"
 }
 
-if ! "$python" -c 'import pip' >/dev/null 2>&1; then
+if ! can "$python" pip; then # also where an older Python has made it
   base=$(find_python)
   say "making .venv with $("$base" --version)"
   "$base" -m venv --clear .venv

@@ -143,11 +143,7 @@ class PromptStyle:
 
 
 def _placeholders(text: str) -> list[str]:
-    try:
-        return Template(text).get_identifiers()
-    except AttributeError:  # Python 3.10
-        found = Template.pattern.finditer(text)
-        return [m["named"] or m["braced"] for m in found if m["named"] or m["braced"]]
+    return Template(text).get_identifiers()
 
 
 def demonstration_text(row: Demonstration) -> str:

@@ -14,7 +14,7 @@ from sdft_lightning.errors import UserError
 from sdft_lightning.hidden import completion_hidden_states, output_head
 from sdft_lightning.lora import base_copy
 from sdft_lightning.masking import sequence_weights
-from sdft_lightning.policy import load_policy
+from sdft_lightning.policy import check_model, load_policy
 from sdft_lightning.types import OutputHead, Rollout
 
 
@@ -157,5 +157,9 @@ class DriftMonitor(L.Callback):
             self.revision if named else module.revision,
             module.weights_dtype,
             module.attn_implementation,
+            check=False,
         )
-        return policy.model.to(module.device).eval().requires_grad_(False)
+        base = policy.model.to(module.device).eval().requires_grad_(False)
+        with module.trainer.precision_plugin.forward_context():
+            check_model(base)
+        return base

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sdft_lightning.attention_kernel import autocast_if_needed_, plain_attention
 from sdft_lightning.errors import UserError
 from sdft_lightning.hidden import output_head
 from sdft_lightning.lora import LoRA, keep_adapters_only_
@@ -23,6 +24,7 @@ from sdft_lightning.modules.precision import clipping_without_scale, warn_of_slo
 from sdft_lightning.modules.schedule import Schedule
 from sdft_lightning.modules.whole_windows import WholeWindows, limited_batches
 from sdft_lightning.policy import WeightsDtype, check_model, load_policy, moved_not_cast
+from sdft_lightning.products import takes_float32
 from sdft_lightning.quantization import Quantization
 from sdft_lightning.rollout.weights import SamplingDtype
 from sdft_lightning.sharding import check_takes_shards, data_parallel_mesh, is_sharded, shard_
@@ -107,7 +109,8 @@ class PolicyModule(EvaluatedModule):
         if self.student is None:
             self.load_models()
         if self.device_mesh is not None and not is_sharded(self.student):
-            self.check_models()  # while each process has a whole model
+            with plain_attention(self.student):  # while each process has a whole model on the CPU
+                self.check_models()
             self.shard_models(data_parallel_mesh(self.device_mesh))
 
     def check_can_shard(self, trains: bool) -> None:
@@ -169,8 +172,22 @@ class PolicyModule(EvaluatedModule):
         """
         if self._is_checked:
             return
+        teachers = [part for part in self.children() if isinstance(part, Teacher)]
         with self.trainer.precision_plugin.forward_context():
-            check_model(self.student)
+            try:
+                check_model(self.student)
+            except Exception as error:  # attention kernels refuse in their own words
+                if isinstance(error, UserError) or takes_float32(self.student):
+                    raise
+                raise UserError(
+                    f"model.attn_implementation: {self.student.config._attn_implementation} cannot "
+                    f"compute with trainer.precision {self.trainer.precision} on {self.device}: "
+                    f"{error}. Use --trainer.precision=bf16-mixed (flash attention takes half "
+                    "precision on a GPU only), or --model.attn_implementation=sdpa."
+                ) from error
+            for teacher in teachers:
+                if teacher.network is not self.student:
+                    autocast_if_needed_(teacher.network)
         self._is_checked = True
 
     def check_before_fit(self, rows: Sequence[Demonstration]) -> None:

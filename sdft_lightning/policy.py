@@ -14,6 +14,7 @@ from sdft_lightning.errors import UserError
 from sdft_lightning.hidden import check_output_head
 from sdft_lightning.lora import LoRA, adapter_parameters, add_adapter_
 from sdft_lightning.quantization import Quantization, quantization_options
+from sdft_lightning.randomness import check_no_randomness, turn_off_randomness_
 from sdft_lightning.tokenization import EMBEDDED, load_stop_ids, load_tokenizer, resolve_model
 
 WeightsDtype = Literal["float32", "bfloat16"]
@@ -23,7 +24,7 @@ class Policy(NamedTuple):
     """A model with what belongs to it.
 
     Attributes:
-        model: A causal language model of transformers, dropout off, in train mode.
+        model: A causal language model of transformers, without randomness, in train mode.
         tokenizer: Its tokenizer.
         stop_ids: Ids of which any ends a completion.
     """
@@ -42,6 +43,7 @@ def load_policy(
     lora: LoRA | None = None,
     quantization: Quantization | None = None,
     seed: int = 42,
+    check: bool = True,
 ) -> Policy:
     """Load a policy; safetensors only, and never code from the Hub.
 
@@ -55,6 +57,7 @@ def load_policy(
         lora: Train adapters only, and freeze the model.
         quantization: Keep the frozen linear layers in 4 bits; with `lora`, on a CUDA device.
         seed: Adapters are drawn with it.
+        check: Call `check_model` at once; whoever knows the precision of the run does so later.
 
     Returns:
         The policy.
@@ -73,10 +76,9 @@ def load_policy(
     model = _load_model(model_name, revision, weights_dtype, options)
     tokenizer = load_tokenizer(model_name, revision)
     check_vocabulary(model, tokenizer, model_name)
-    disable_dropout_(model)
+    turn_off_randomness_(model)
     if lora is not None:
         add_adapter_(model, lora, seed)
-    check_output_head(model)
     if gradient_checkpointing:
         if lora is not None:
             # Else reentrant checkpoints see no input with gradient below the first adapter.
@@ -86,6 +88,8 @@ def load_policy(
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)()
     model.train()
+    if check:
+        check_model(model)
     return Policy(model, tokenizer, load_stop_ids(model_name, tokenizer, revision))
 
 
@@ -137,20 +141,19 @@ def check_vocabulary(model: Any, tokenizer: Any, model_name: str) -> None:
         )
 
 
-def disable_dropout_(model: nn.Module) -> None:
-    """Turn all dropout off: in modules, and in the rates that attention reads at run time."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name in ("attention_dropout", "dropout", "activation_dropout", "dropout_p"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-    config = getattr(model, "config", None)
-    for name in list(vars(config) if config is not None else {}):
-        if name.endswith(("dropout", "pdrop", "dropout_prob")) and isinstance(
-            getattr(config, name), float
-        ):
-            setattr(config, name, 0.0)
+def check_model(model: Any) -> None:
+    """Find out by computing a few tokens whether a model can be trained here.
+
+    Call it on the device and in the precision of the run: some attention kernels take no others.
+
+    Args:
+        model: A causal language model of transformers, not spread over processes.
+
+    Raises:
+        UserError: If its logits are not those that the loss forms, or it is random in training.
+    """
+    check_output_head(model)
+    check_no_randomness(model)
 
 
 @contextmanager

@@ -32,6 +32,7 @@ FLOORS: dict[str, float] = {
     "mismatch": 0.5,
     "sharding": 0.5,
     "strategies": 0.5,
+    "randomness": 0.5,
     "attention_kernel": 1,
     "divergence": 1,
     "kv_cache": 0,

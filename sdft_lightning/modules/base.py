@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrateg
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sdft_lightning.attention_kernel import autocast_if_needed_, plain_attention
 from sdft_lightning.errors import UserError
 from sdft_lightning.hidden import output_head
 from sdft_lightning.lora import LoRA, keep_adapters_only_
@@ -31,7 +32,8 @@ from sdft_lightning.modules.monitors import check_monitors
 from sdft_lightning.modules.precision import clipping_without_scale, warn_of_slow_precision
 from sdft_lightning.modules.schedule import Schedule
 from sdft_lightning.modules.whole_windows import WholeWindows, limited_batches
-from sdft_lightning.policy import WeightsDtype, load_policy, moved_not_cast
+from sdft_lightning.policy import WeightsDtype, check_model, load_policy, moved_not_cast
+from sdft_lightning.products import takes_float32
 from sdft_lightning.quantization import Quantization
 from sdft_lightning.rollout.weights import SamplingDtype
 from sdft_lightning.sharding import check_takes_shards, data_parallel_mesh, is_sharded, shard_
@@ -102,6 +104,7 @@ class PolicyModule(EvaluatedModule):
         self.seed = seed
         self.loads_teacher = True
         self._optimizer_states: list[dict[str, Any]] | None = None  # of a checkpoint
+        self._is_checked = False
         self._dropped_at = 0  # optimizer step after which gradients were dropped
 
     # --- the policy -------------------------------------------------------------------------
@@ -151,6 +154,8 @@ class PolicyModule(EvaluatedModule):
         if self.loads_teacher and not all(each.is_loaded for each in self._teachers):
             self.load_teacher()
         if self.device_mesh is not None and not is_sharded(self.student):
+            with plain_attention(self.student):  # while each process has a whole model on the CPU
+                self.check_models()
             self.shard_models(data_parallel_mesh(self.device_mesh))
 
     def check_can_shard(self, trains: bool) -> None:
@@ -201,6 +206,7 @@ class PolicyModule(EvaluatedModule):
             self.lora,
             self.quantization,
             self.seed,
+            check=False,  # see `check_models`
         )
         self.student, self.tokenizer, self.stop_ids = policy
         if self.lora is not None:
@@ -208,6 +214,32 @@ class PolicyModule(EvaluatedModule):
 
     def load_teacher(self) -> None:
         """Make the teacher from the student, before any training, in methods that have one."""
+
+    def check_models(self) -> None:
+        """Compute a few tokens, once, on the device and in the precision of the run.
+
+        Raises:
+            UserError: See `check_model`.
+        """
+        if self._is_checked:
+            return
+        teachers = [part for part in self.children() if isinstance(part, Teacher)]
+        with self.trainer.precision_plugin.forward_context():
+            try:
+                check_model(self.student)
+            except Exception as error:  # attention kernels refuse in their own words
+                if isinstance(error, UserError) or takes_float32(self.student):
+                    raise
+                raise UserError(
+                    f"model.attn_implementation: {self.student.config._attn_implementation} cannot "
+                    f"compute with trainer.precision {self.trainer.precision} on {self.device}: "
+                    f"{error}. Use --trainer.precision=bf16-mixed (flash attention takes half "
+                    "precision on a GPU only), or --model.attn_implementation=sdpa."
+                ) from error
+            for teacher in teachers:
+                if teacher.network is not self.student:
+                    autocast_if_needed_(teacher.network)
+        self._is_checked = True
 
     def check_before_fit(self, rows: Sequence[Demonstration]) -> None:
         """Refuse what cannot be trained, before a model is loaded or a file written.
@@ -254,6 +286,7 @@ class PolicyModule(EvaluatedModule):
 
     def on_fit_start(self) -> None:
         """Put the student into train mode: `from_pretrained` and Lightning leave it in eval."""
+        self.check_models()
         self.student.train()
         self.forget_copies()
         weights = next(self.student.parameters()).dtype
@@ -264,6 +297,18 @@ class PolicyModule(EvaluatedModule):
             self.print(
                 f"LoRA: {trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
             )
+
+    def on_validation_start(self) -> None:
+        """Check the student before its first answers, where no fit has."""
+        self.check_models()
+
+    def on_test_start(self) -> None:
+        """As `on_validation_start`."""
+        self.check_models()
+
+    def on_predict_start(self) -> None:
+        """As `on_validation_start`."""
+        self.check_models()
 
     def on_train_start(self) -> None:
         """Of a run that was resumed inside of a window, the first gradients are kept, too."""

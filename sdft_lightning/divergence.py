@@ -217,8 +217,10 @@ def _on_support(values: Tensor, indices: Tensor, tail_bucket: bool) -> Tensor:
     mass = chosen.logsumexp(dim=-1, keepdim=True)  # (..., 1)
     if not tail_bucket:
         return chosen - mass  # (..., k)
-    # log(1 - e^mass) from below 0: rounding can make the mass reach 1.
-    rest = torch.log(-torch.expm1(mass.clamp(max=-1e-7)))  # (..., 1)
+    # Summed over the tokens outside, not 1 - e^mass: where a model is sure, the mass rounds to 1 and
+    # the rest would lose its value and its gradient. The floor stands for no token at all.
+    outside = values.scatter(-1, indices, _LOGIT_FLOOR)  # (..., V)
+    rest = outside.logsumexp(dim=-1, keepdim=True)  # (..., 1)
     return torch.cat([chosen, rest], dim=-1)  # (..., k + 1)
 
 

@@ -117,7 +117,8 @@ class Divergence:
         teacher_weight: Weight β of the teacher in generalized_jsd; only there.
         estimator: full_vocabulary is exact. topk compares the distributions on k tokens only;
             sampled_token is the one-sample estimate of reverse_kl from the sampled token, with the
-            score-function gradient. Neither is the paper's loss.
+            score-function gradient; the student must have sampled it, from all tokens. Neither is
+            the paper's loss.
         k: Number of tokens for topk; only there.
         support: Whose k likeliest tokens topk takes: student or teacher; only there.
         tail_bucket: For topk, whether the rest of the vocabulary counts as one more token. Without

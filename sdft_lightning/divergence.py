@@ -218,8 +218,8 @@ def _on_support(values: Tensor, indices: Tensor, tail_bucket: bool) -> Tensor:
     mass = chosen.logsumexp(dim=-1, keepdim=True)  # (..., 1)
     if not tail_bucket:
         return chosen - mass  # (..., k)
-    # Summed over the tokens outside, not 1 - e^mass: where a model is sure, the mass rounds to 1 and
-    # the rest would lose its value and its gradient. The floor stands for no token at all.
+    # Summed over the tokens outside, not 1 - e^mass: where a model is sure, the mass rounds to 1
+    # and the rest would lose its value and its gradient. The floor stands for no token at all.
     outside = values.scatter(-1, indices, _LOGIT_FLOOR)  # (..., V)
     rest = outside.logsumexp(dim=-1, keepdim=True)  # (..., 1)
     return torch.cat([chosen, rest], dim=-1)  # (..., k + 1)

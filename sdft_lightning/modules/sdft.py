@@ -217,7 +217,7 @@ class SDFTModule(OnPolicyModule):
         teacher = self.teacher_hidden(batch, rollout, keep)  # (N, D), no gradient
         correction = self.sampler_correction(student, rollout, keep)  # (N,)
         loss, tokens = self.token_divergence(student, teacher, rollout, keep, correction)
-        self.log_step(loss, tokens, rollout)
+        self.log_step(loss, tokens, rollout, keep)
         return {"loss": loss, "rollout": rollout, "keep": keep, "divergence": tokens.divergence}
 
     @property

@@ -117,7 +117,8 @@ class Divergence:
         teacher_weight: Weight β of the teacher in generalized_jsd; only there.
         estimator: full_vocabulary is exact. topk compares the distributions on k tokens only;
             sampled_token is the one-sample estimate of reverse_kl from the sampled token, with the
-            score-function gradient. Neither is the paper's loss.
+            score-function gradient; the student must have sampled it, from all tokens. Neither is
+            the paper's loss.
         k: Number of tokens for topk; only there.
         support: Whose k likeliest tokens topk takes: student or teacher; only there.
         tail_bucket: For topk, whether the rest of the vocabulary counts as one more token. Without
@@ -217,8 +218,10 @@ def _on_support(values: Tensor, indices: Tensor, tail_bucket: bool) -> Tensor:
     mass = chosen.logsumexp(dim=-1, keepdim=True)  # (..., 1)
     if not tail_bucket:
         return chosen - mass  # (..., k)
-    # log(1 - e^mass) from below 0: rounding can make the mass reach 1.
-    rest = torch.log(-torch.expm1(mass.clamp(max=-1e-7)))  # (..., 1)
+    # Summed over the tokens outside, not 1 - e^mass: where a model is sure, the mass rounds to 1
+    # and the rest would lose its value and its gradient. The floor stands for no token at all.
+    outside = values.scatter(-1, indices, _LOGIT_FLOOR)  # (..., V)
+    rest = outside.logsumexp(dim=-1, keepdim=True)  # (..., 1)
     return torch.cat([chosen, rest], dim=-1)  # (..., k + 1)
 
 

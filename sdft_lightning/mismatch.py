@@ -63,11 +63,12 @@ class MismatchCorrection:
         means = rows.sum(dim=1) / keep.sum(dim=1).clamp(min=1)  # (R,)
         return means.unsqueeze(1).expand_as(rows)[keep]  # (N,)
 
-    def statistics(self, difference: Tensor) -> dict[str, Tensor]:
+    def statistics(self, difference: Tensor, weights: Tensor | None = None) -> dict[str, Tensor]:
         """What is logged about the tokens of a step.
 
         Args:
             difference: `(N,)` log p − log q.
+            weights: `(N,)` of each token in the means; equal without them.
 
         Returns:
             `log_prob_difference`, the mean of |log p − log q| in nats, its largest value, the mean
@@ -78,14 +79,17 @@ class MismatchCorrection:
         """
         _check_finite(difference)
         if difference.numel() == 0:
-            difference = difference.new_zeros(1)
+            difference, weights = difference.new_zeros(1), None
+        if weights is None:
+            weights = torch.ones_like(difference)
+        weights = weights / weights.sum()  # (N,)
         size = difference.detach().float().abs()  # (N,)
         ratios = difference.detach().float().exp()  # (N,)
         return {
-            "log_prob_difference": size.mean(),
+            "log_prob_difference": (weights * size).sum(),
             "log_prob_difference_max": size.max(),
-            "ratio": ratios.mean(),
-            "capped_fraction": (ratios > self.cap).float().mean(),
+            "ratio": (weights * ratios).sum(),
+            "capped_fraction": (weights * (ratios > self.cap)).sum(),
         }
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sdft_lightning.bounded import bounded_divergence
 from sdft_lightning.divergence import (
     Divergence,
     forward_kl,
@@ -19,6 +20,7 @@ from sdft_lightning.divergence import (
     topk,
 )
 from sdft_lightning.errors import UserError
+from sdft_lightning.types import OutputHead
 
 TEACHER = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
 STUDENT = torch.tensor([0.1, 0.2, 0.2, 0.5]).log()
@@ -104,6 +106,84 @@ def test_topk_gradient_survives_a_tail_without_mass() -> None:
     topk(teacher, student, top(1, "teacher", True)).sum().backward()
     assert student.grad is not None
     assert student.grad.isfinite().all()
+
+
+def sure_pair() -> tuple[Tensor, Tensor]:
+    """A student that is sure of token 0, and a teacher that is not; in float64."""
+    teacher, student = torch.zeros(2, 1000, dtype=torch.float64)
+    teacher[0], teacher[5] = 8.0, 9.0
+    student[:3] = torch.tensor([27.0, 5.0, 4.0])
+    return teacher, student
+
+
+def exact_with_tail(teacher: Tensor, student: Tensor, support: list[int], name: str) -> Tensor:
+    """The divergence of a support and its tail, in float64 from the logits themselves."""
+    inside = torch.zeros(teacher.shape[-1], dtype=torch.bool)
+    inside[support] = True
+    p, q = (
+        torch.cat([each[support], each[~inside].logsumexp(-1, keepdim=True)]) - each.logsumexp(-1)
+        for each in (teacher, student)
+    )
+    if name == "generalized_jsd":
+        mixture = torch.log(0.3 * p.exp() + 0.7 * q.exp())
+        return 0.3 * (p.exp() * (p - mixture)).sum() + 0.7 * (q.exp() * (q - mixture)).sum()
+    first, second = (p, q) if name == "forward_kl" else (q, p)
+    return (first.exp() * (first - second)).sum()
+
+
+def finite_difference(teacher: Tensor, student: Tensor, support: list[int], name: str) -> Tensor:
+    step, found = 1e-5, torch.zeros_like(student)
+    for place in range(12):  # the others are alike
+        change = torch.zeros_like(student)
+        change[place] = step
+        above, below = (
+            exact_with_tail(teacher, student + sign * change, support, name) for sign in (1, -1)
+        )
+        found[place] = (above - below) / (2 * step)
+    found[12:] = found[11]
+    return found
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize("support", ["student", "teacher"])
+@pytest.mark.parametrize("sure", ["student", "teacher"])
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "generalized_jsd"])
+def test_tail_keeps_its_value_and_gradient_where_one_side_is_sure(
+    name: Any, sure: str, support: str, bounded: bool
+) -> None:
+    teacher, student = sure_pair() if sure == "student" else reversed(sure_pair())
+    chosen = (teacher if support == "teacher" else student).topk(3).indices.tolist()
+    value = exact_with_tail(teacher, student, chosen, name)
+    gradient = finite_difference(teacher, student, chosen, name)
+    z = student.float().unsqueeze(0).requires_grad_()  # (1, V)
+    divergence = top(3, support, True, name)
+    if bounded:  # the logits are the hidden states of a head that changes nothing
+        head = OutputHead(torch.eye(1000), None, 1.0, None)
+        found, _ = bounded_divergence(
+            teacher.float().unsqueeze(0),
+            head,
+            z,
+            head,
+            torch.zeros(1).long(),
+            torch.ones(1),
+            divergence,
+        )
+    else:
+        found = topk(teacher.float().unsqueeze(0), z, divergence).sum()
+    found.backward()
+    assert z.grad is not None
+    assert found.item() == pytest.approx(value.item(), rel=1e-5, abs=1e-6)
+    torch.testing.assert_close(z.grad[0].double(), gradient, rtol=2e-5, atol=2e-7)
+
+
+def test_tail_of_a_sure_student_is_that_of_float64() -> None:
+    teacher, student = sure_pair()
+    z = student.float().requires_grad_()
+    value = topk(teacher.float(), z, top(3, "student", True))
+    value.backward()
+    assert z.grad is not None
+    assert value.item() == pytest.approx(14.58, abs=0.005)
+    assert z.grad.norm().item() == pytest.approx(0.754, abs=0.0005)
 
 
 def test_sampled_token_is_the_log_ratio_at_the_token() -> None:

@@ -112,7 +112,7 @@ class CollapseGuard(L.Callback):
             if f"train/{name}" in trainer.callback_metrics
         }
         if "loss" in logged:
-            # What is logged is the last micro-batch's; 0 · NaN and 0 · inf are NaN.
+            # Also what only the trained loss shows; 0 · NaN and 0 · inf are NaN.
             logged["loss"] = logged["loss"] + 0 * sum(each.float() for each in self._losses)
         self._losses = []
         logged["largest_weight"] = largest_weight(module.student)

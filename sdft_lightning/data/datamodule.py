@@ -22,6 +22,7 @@ from sdft_lightning.data.loader import (
     TellingLoader,
     WindowSampler,
     check_rows_for_all,
+    rows_left_out,
 )
 from sdft_lightning.data.planned import HeldOut, PlannedSet, TaskSets
 from sdft_lightning.data.rows import Columns, columns_of_questions, parse_rows
@@ -222,7 +223,10 @@ class DemonstrationDataModule(L.LightningDataModule):
                 rows, processes = len(self._sets[planned.key]), self._world_size
                 check_rows_for_all(f"data.{planned.key}", planned.source, rows, processes)
         if stage == "fit":
-            self._train_sampler()  # refuses fewer rows than one batch
+            sampler = self._train_sampler()  # refuses fewer rows than one batch
+            left_out = rows_left_out(sampler.size, sampler.batch_size, sampler.world_size)
+            if left_out is not None:
+                log.warning(left_out)
 
     @cached_property
     def judge(self) -> Judge | None:

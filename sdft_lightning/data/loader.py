@@ -125,6 +125,30 @@ class WindowSampler(DistributedSampler[Any]):
             yield MicroBatch(batches[i], later)
 
 
+def rows_left_out(rows: int, batch_size: int, world_size: int) -> str | None:
+    """What to tell of training rows that fill no batch.
+
+    Args:
+        rows: How many fit; at least one batch of all processes.
+        batch_size: Rows of a micro-batch on one process.
+        world_size: Number of processes.
+
+    Returns:
+        A sentence with the remedy, or None where all rows are used.
+    """
+    batch = batch_size * world_size
+    left = rows % batch
+    if left == 0:
+        return None
+    of = f"{batch}" if world_size == 1 else f"{batch} ({batch_size} on each of {world_size})"
+    sizes = [size for size in range(batch_size, 1, -1) if rows % (size * world_size) == 0]
+    fits = f"set --data.batch_size to {sizes[0]}, or " if sizes else ""
+    return (
+        f"data.train: {left} of {rows} rows fill no batch of {of} and are left out of each epoch, "
+        f"other rows in each. To use all of them, {fits}give {batch - left} rows more."
+    )
+
+
 class EvaluationSampler(DistributedSampler[Any]):
     """Batches of rows in order, each row on exactly one rank.
 

@@ -31,6 +31,7 @@ from sdft_lightning.modules.last_checkpoint import LastCheckpoint
 from sdft_lightning.modules.monitors import check_monitors
 from sdft_lightning.modules.precision import clipping_without_scale, warn_of_slow_precision
 from sdft_lightning.modules.schedule import Schedule
+from sdft_lightning.modules.step_values import StepValues
 from sdft_lightning.modules.whole_windows import WholeWindows, limited_batches
 from sdft_lightning.policy import WeightsDtype, check_model, load_policy, moved_not_cast
 from sdft_lightning.products import takes_float32
@@ -105,6 +106,8 @@ class PolicyModule(EvaluatedModule):
         self.loads_teacher = True
         self._optimizer_states: list[dict[str, Any]] | None = None  # of a checkpoint
         self._is_checked = False
+        self.step_values = StepValues()
+        self._in_window = 0  # micro-batches whose gradients have been added up
         self._dropped_at = 0  # optimizer step after which gradients were dropped
 
     # --- the policy -------------------------------------------------------------------------
@@ -311,9 +314,38 @@ class PolicyModule(EvaluatedModule):
         self.check_models()
 
     def on_train_start(self) -> None:
-        """Of a run that was resumed inside of a window, the first gradients are kept, too."""
+        """Of a run that was resumed inside of a window, the first gradients are kept, too.
+
+        What is logged of that window's step, and the mean of its gradients, is of the micro-batches
+        that were left: those before are in no checkpoint.
+        """
         super().on_train_start()
         self._dropped_at = self.trainer.global_step
+        self._in_window = 0
+        self.step_values.clear()
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Log what the window of an optimizer step shows, before any callback asks for it."""
+        if self.window_ends:
+            for name, value in self.step_values.take(self.trainer.strategy).items():
+                self.log(f"train/{name}", value, prog_bar=name in ("loss", "kl"))
+        super().on_before_backward(loss)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Add the gradients of a micro-batch, so that a window's are the mean over its own.
+
+        Lightning divides each loss by `accumulate_grad_batches`, also where an epoch's last window
+        has fewer. The loss that is logged stays as it is.
+        """
+        super().backward(loss, *args, **kwargs)
+        self._in_window += 1
+        if not self.window_ends:
+            return
+        full, found, self._in_window = self.trainer.accumulate_grad_batches, self._in_window, 0
+        if found != full:
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(full / found)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Drop gradients after a step, when callbacks have seen them: the next needs the memory."""

@@ -63,6 +63,9 @@ class OfflineDistillationModule(SDFTModule):
     """
 
     has_preflight: ClassVar[bool] = False
+    other_writer: ClassVar[str] = (
+        "OfflineDistillationModule trains on what the teacher wrote, or model.completions holds"
+    )
 
     def __init__(
         self,

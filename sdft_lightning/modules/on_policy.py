@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import lightning as L
@@ -14,11 +13,13 @@ from torch import Tensor
 
 from sdft_lightning.fused import ReadPrompts
 from sdft_lightning.lora import LoRA
+from sdft_lightning.masking import sequence_weights
 from sdft_lightning.memory import give_back_memory
 from sdft_lightning.mismatch import MismatchCorrection, SamplerAlarm
 from sdft_lightning.modules.base import OptimizerFactory, PolicyModule
 from sdft_lightning.modules.sampler_watch import SamplerWatch
 from sdft_lightning.modules.schedule import Schedule
+from sdft_lightning.modules.step_values import bigrams
 from sdft_lightning.modules.window import SampledWindow, join_prompts, split_rollout, window_key
 from sdft_lightning.policy import WeightsDtype
 from sdft_lightning.quantization import Quantization
@@ -227,7 +228,9 @@ class OnPolicyModule(PolicyModule):
         return self.engine.generate(self.student, self.sampling_weights, request)
 
     def sampler_correction(self, student: Tensor, rollout: Rollout, keep: Tensor) -> Tensor | None:
-        """Weights `(N,)` of tokens that were not sampled by the trained model itself, and a log.
+        """Weights `(N,)` of tokens that were not sampled by the trained model itself.
+
+        How far the two are apart is added to what the step will log.
 
         Args:
             student: `(N, D)` hidden states at the kept tokens.
@@ -245,38 +248,41 @@ class OnPolicyModule(PolicyModule):
                 self.engine.truncates_log_probs,
             )  # (N,)
         difference = trained - rollout.sampled_log_probs[keep]  # (N,)
-        for name, value in self.mismatch_correction.statistics(difference).items():
-            self.log(f"train/sampler/{name}", value, sync_dist=True)
+        weights = sequence_weights(keep)[keep]  # (N,)
+        statistics = self.mismatch_correction.statistics(difference, weights)
+        largest = statistics.pop("log_prob_difference_max")
+        for name, value in statistics.items():
+            self.step_values.add(f"sampler/{name}", value, weights.sum())
+        self.step_values.add_largest("sampler/log_prob_difference_max", largest)
         return self.mismatch_correction.weights(difference, keep)
 
-    def log_step(self, loss: Tensor, tokens: TokenStatistics, rollout: Rollout) -> None:
-        """Log what a step of on-policy distillation shows, under `train/`."""
-        mask = rollout.completion_mask  # (R, T)
-        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+    def log_step(
+        self, loss: Tensor, tokens: TokenStatistics, rollout: Rollout, keep: Tensor
+    ) -> None:
+        """Add what a micro-batch of on-policy distillation shows to what the step will log.
+
+        Args:
+            loss: Scalar.
+            tokens: Of the N kept tokens.
+            rollout: What was sampled.
+            keep: `(R, T)` the tokens in the loss.
+        """
         if not tokens.kl.numel() and not self._told_empty:
             self._told_empty = True
             log.warning(
                 f"step {self.trainer.global_step + 1}: no token of a micro-batch is in the loss, "
-                "as all of its completions end within model.num_loss_tokens_to_skip tokens; its "
-                "means are logged as 0. This is told once."
+                "as all of its completions end within model.num_loss_tokens_to_skip tokens; it "
+                "counts as loss 0. This is told once."
             )
-        values: dict[str, Tensor | float] = {
-            "kl": _mean(tokens.kl),
-            "student_entropy": _mean(tokens.student_entropy),
-            "teacher_entropy": _mean(tokens.teacher_entropy),
-            "top1_agreement": _mean(tokens.top1_agreement),
-            "completion_length": mask.sum(dim=1).float().mean(),
-            "truncated_fraction": rollout.truncated.float().mean(),
-            "distinct_2": distinct_bigrams(rollout.completion_ids, mask),
-        }
-        for name, value in values.items():
-            self.log(f"train/{name}", value, prog_bar=name == "kl", sync_dist=True)
+        self.step_values.add("loss", loss)
+        weights = sequence_weights(keep)[keep]  # (N,)
+        for name in ("kl", "student_entropy", "teacher_entropy", "top1_agreement"):
+            self.step_values.add(name, getattr(tokens, name), weights)
+        mask = rollout.completion_mask  # (R, T)
+        self.step_values.add("completion_length", mask.sum(dim=1))
+        self.step_values.add("truncated_fraction", rollout.truncated)
+        self.step_values.add_bigrams("distinct_2", rollout.completion_ids, mask)
         self.completion_tokens = int(mask.sum())
-
-
-def _mean(values: Tensor) -> Tensor:
-    """The mean of `(N,)`; 0 of none, where NaN would spread over all processes."""
-    return values.sum() / max(1, values.numel())
 
 
 def distinct_bigrams(completion_ids: Tensor, completion_mask: Tensor) -> float:
@@ -288,8 +294,5 @@ def distinct_bigrams(completion_ids: Tensor, completion_mask: Tensor) -> float:
         completion_ids: `(R, T)`.
         completion_mask: `(R, T)`.
     """
-    pairs: list[tuple[int, int]] = []
-    for ids, mask in zip(completion_ids.tolist(), completion_mask.tolist(), strict=True):
-        tokens = [token for token, kept in zip(ids, mask, strict=True) if kept]
-        pairs.extend(pairwise(tokens))
-    return len(set(pairs)) / len(pairs) if pairs else 1.0
+    pairs = bigrams(completion_ids, completion_mask)  # (pairs,)
+    return pairs.unique().numel() / pairs.numel() if pairs.numel() else 1.0

@@ -60,9 +60,8 @@ class SamplerWatch(L.Callback):
         if trainer.global_step == self._judged_at or METRIC not in trainer.callback_metrics:
             return
         self._judged_at = trainer.global_step
-        value = trainer.callback_metrics[METRIC].float().to(module.device)
-        # The mean over ranks, so that all come to the same decision.
-        self.judge(float(trainer.strategy.reduce(value, reduce_op="mean")), trainer.global_step)
+        # Of the whole window and all ranks, so that all come to the same decision.
+        self.judge(float(trainer.callback_metrics[METRIC]), trainer.global_step)
 
     def judge(self, difference: float, step: int) -> None:
         """Judge the mean |log p − log q| of a step.

@@ -74,6 +74,8 @@ class SDFTModule(OnPolicyModule):
     """
 
     has_preflight: ClassVar[bool] = True
+    # Why completions may not be the student's own, for messages.
+    other_writer: ClassVar[str] = "model.generate_from_teacher is true: the teacher samples"
 
     def __init__(
         self,
@@ -139,7 +141,30 @@ class SDFTModule(OnPolicyModule):
                 "without model.mismatch_correction only; both are about the student. Leave them "
                 "out, or sample from the student."
             )
+        if divergence.estimator == "sampled_token":
+            self._check_sampled_token()
         self._teacher_weights = SamplingWeights("same")
+
+    def _check_sampled_token(self) -> None:
+        """Refuse the estimate from the sampled token where it is not the student's own draw.
+
+        Raises:
+            UserError: If another wrote the completions, or tokens were left out while sampling.
+        """
+        named = "model.divergence.estimator: got sampled_token, which estimates KL(student ‖ "
+        named += "teacher) from tokens drawn from the student's whole distribution, but "
+        if self.generate_from_teacher:
+            raise UserError(
+                f"{named}{self.other_writer}. Set the estimator to full_vocabulary or topk."
+            )
+        for option, whole in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
+            given = getattr(self.sampling, option)
+            if given != whole:
+                raise UserError(
+                    f"{named}model.sampling.{option} is {given}, which leaves tokens out and "
+                    f"biases it. Set {option} to {whole}, or the estimator to full_vocabulary or "
+                    "topk."
+                )
 
     def load_teacher(self) -> None:
         """Make the teacher from the student, before any training."""
@@ -209,7 +234,7 @@ class SDFTModule(OnPolicyModule):
         teacher = self.teacher_hidden(batch, rollout, keep)  # (N, D), no gradient
         correction = self.sampler_correction(student, rollout, keep)  # (N,)
         loss, tokens = self.token_divergence(student, teacher, rollout, keep, correction)
-        self.log_step(loss, tokens, rollout)
+        self.log_step(loss, tokens, rollout, keep)
         return {"loss": loss, "rollout": rollout, "keep": keep, "divergence": tokens.divergence}
 
     @property

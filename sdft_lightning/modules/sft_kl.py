@@ -107,7 +107,7 @@ class SFTKLModule(SupervisedModule):
         base = self.base_hidden(batch)  # (N, D), no gradient
         loss, tokens = self.penalised_cross_entropy(student, base, target, keep)
         self.log_step(loss, tokens, keep)
-        self.log("train/kl", tokens.kl.mean(), prog_bar=True, sync_dist=True)
+        self.step_values.add("kl", tokens.kl, sequence_weights(keep)[keep])
         return loss
 
     def base_hidden(self, batch: PromptBatch) -> Tensor:

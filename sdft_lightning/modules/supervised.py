@@ -68,9 +68,16 @@ class SupervisedModule(PolicyModule):
             )
 
     def log_step(self, loss: Tensor, tokens: TokenStatistics, keep: Tensor) -> None:
-        """Log what every method on given text has."""
-        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
-        self.log("train/cross_entropy", -tokens.student_log_probs.mean(), sync_dist=True)
-        self.log("train/student_entropy", tokens.student_entropy.mean(), sync_dist=True)
-        self.log("train/completion_length", keep.sum(dim=1).float().mean(), sync_dist=True)
+        """Add what every method on given text has to what the step will log.
+
+        Args:
+            loss: Scalar.
+            tokens: Of the N kept tokens.
+            keep: `(B, T)` the tokens in the loss.
+        """
+        weights = sequence_weights(keep)[keep]  # (N,)
+        self.step_values.add("loss", loss)
+        self.step_values.add("cross_entropy", -tokens.student_log_probs, weights)
+        self.step_values.add("student_entropy", tokens.student_entropy, weights)
+        self.step_values.add("completion_length", keep.sum(dim=1))
         self.completion_tokens = int(keep.sum())

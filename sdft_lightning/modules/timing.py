@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -39,24 +40,36 @@ class PhaseTimer:
 
 
 class TimedModule(L.LightningModule):
-    """A module that logs the seconds of each phase of its steps.
+    """A module that logs the seconds of each phase of its optimizer steps.
 
     Attributes:
-        timer: The phases of the step under way.
-        completion_tokens: Tokens of completions that the step trains on; set by the step.
+        timer: The phases of the micro-batch under way.
+        completion_tokens: Tokens of completions that the micro-batch trains on; set by the step.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.timer = PhaseTimer()
         self.completion_tokens = 0
+        self._window_seconds: Counter[str] = Counter()
+        self._window_tokens = 0
+
+    @property
+    def window_ends(self) -> bool:
+        """Whether the optimizer steps with the micro-batch under way."""
+        return not self.trainer.fit_loop._should_accumulate()
 
     def timed(self, phase: str) -> AbstractContextManager[None]:
         """Measure the seconds of a phase of the step, for perf/<phase>_seconds."""
         return self.timer.timed(phase, self.device)
 
+    def on_train_start(self) -> None:
+        """Count from here: what an earlier fit left of a window is not of this one."""
+        self._window_seconds.clear()
+        self._window_tokens = 0
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Start the clock of the step."""
+        """Start the clock of the micro-batch."""
         self.timer.start("step", self.device)
 
     def on_before_backward(self, loss: Tensor) -> None:
@@ -68,11 +81,21 @@ class TimedModule(L.LightningModule):
         self.timer.stop("backward", self.device)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the seconds of each phase, and completion tokens per second of the whole step."""
-        step = self.timer.stop("step", self.device)
-        for phase, seconds in self.timer.seconds.items():
+        """Log the seconds of each phase of an optimizer step, and its completion tokens a second.
+
+        They are summed over the micro-batches of its window, on this process.
+        """
+        self.timer.stop("step", self.device)
+        self._window_seconds.update(self.timer.seconds)
+        self._window_tokens += self.completion_tokens
+        if not self.window_ends:
+            return
+        for phase, seconds in self._window_seconds.items():
             self.log(f"perf/{phase}_seconds", seconds)
-        self.log("perf/tokens_per_second", self.completion_tokens / step, prog_bar=True)
+        speed = self._window_tokens / self._window_seconds["step"]
+        self.log("perf/tokens_per_second", speed, prog_bar=True)
+        self._window_seconds.clear()
+        self._window_tokens = 0
 
 
 def _now(device: torch.device) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -18,9 +19,11 @@ from sdft_lightning.data.loader import (
     PromptDataset,
     ResumableLoader,
     WindowSampler,
+    rows_left_out,
 )
 from sdft_lightning.data.tokenize import TokenizedRow
 from sdft_lightning.errors import UserError
+from sdft_lightning.modules import SFTModule
 from sdft_lightning.types import Demonstration
 
 
@@ -45,6 +48,39 @@ def test_each_row_comes_once_an_epoch_and_what_fills_no_batch_is_left_out() -> N
         seen |= set(flat)
     assert seen == set(range(14))  # not the same rows are left out each time
     assert len(sampler) == 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "world_size", "told"),
+    [
+        (12, 4, 1, None),
+        (12, 3, 2, None),
+        (
+            114,
+            16,
+            1,
+            r"2 of 114 rows fill no batch of 16 and .*batch_size to 6, or give 14 rows more",
+        ),
+        (30, 4, 2, r"6 of 30 rows fill no batch of 8 \(4 on each of 2\) .*to 3, or give 2 rows"),
+        (13, 4, 1, r"1 of 13 rows fill no batch of 4 and .*To use all of them, give 3 rows more"),
+    ],
+)
+def test_rows_that_fill_no_batch_are_counted_with_the_remedy(
+    rows: int, batch_size: int, world_size: int, told: str | None
+) -> None:
+    found = rows_left_out(rows, batch_size, world_size)
+    assert found is None if told is None else re.search(told, found or "")
+
+
+def test_rows_that_fill_no_batch_are_told_once_before_training(
+    fit_module: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    fit_module(SFTModule, data={"batch_size": 5}, max_steps=5)  # more than two epochs
+    assert caplog.text.count("2 of 12 rows fill no batch of 5 and are left out of each epoch") == 1
+    assert caplog.text.count("fill no batch") == 1
+    caplog.clear()
+    fit_module(SFTModule, data={"batch_size": 4})
+    assert "fill no batch" not in caplog.text
 
 
 def test_order_depends_on_seed_and_epoch_and_on_nothing_else() -> None:

@@ -23,6 +23,24 @@ def test_two_processes_do_what_one_does_with_the_same_global_batch(fit: Any) -> 
         torch.testing.assert_close(second[name], tensor, atol=1e-4, rtol=1e-4)
 
 
+def test_windows_of_two_processes_log_and_weigh_what_those_of_one_do(fit: Any) -> None:
+    # Three micro-batches an epoch: a window of two, and one of one that weighs as much.
+    windows = "--trainer.accumulate_grad_batches=2"
+    short = ["--model.sampling.max_new_tokens=24", "--trainer.max_steps=4"]
+    one, two = (fit(f"windows-{n}", n, windows, *short) for n in (1, 2))
+    assert one.completions() == two.completions()
+    for name in (
+        *("loss", "kl", "student_entropy", "teacher_entropy", "top1_agreement"),
+        *("completion_length", "truncated_fraction", "distinct_2"),
+    ):
+        values = one.logged(f"train/{name}")
+        assert len(values) == 4
+        assert two.logged(f"train/{name}") == pytest.approx(values, rel=1e-4, abs=1e-5), name
+    first, second = one.weights(), two.weights()
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, atol=1e-4, rtol=1e-4)
+
+
 def test_a_run_on_two_processes_goes_on_as_if_it_had_not_stopped(fit: Any) -> None:
     straight = fit("two", 2)
     fit("halved", 2, "--trainer.max_steps=6")

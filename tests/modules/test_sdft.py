@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sdft_lightning.divergence import Divergence
 from sdft_lightning.errors import UserError
-from sdft_lightning.modules import SDFTModule
+from sdft_lightning.modules import OfflineDistillationModule, ReinvokeModule, SDFTModule
 from sdft_lightning.modules.on_policy import distinct_bigrams
 from sdft_lightning.rollout import Sampling
 from sdft_lightning.types import PromptBatch, Rollout
@@ -227,3 +227,32 @@ def test_distinct_bigrams_counts_pairs_inside_the_mask_only() -> None:
     ids = torch.tensor([[1, 2, 1, 2], [1, 2, 9, 9]])
     mask = torch.tensor([[True] * 4, [True, True, False, False]])
     assert distinct_bigrams(ids, mask) == pytest.approx(2 / 4)  # 12 21 12 | 12
+
+
+SAMPLED_TOKEN = Divergence("reverse_kl", estimator="sampled_token")
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "named"),
+    [
+        (SDFTModule, {"generate_from_teacher": True}, r"model\.generate_from_teacher"),
+        (OfflineDistillationModule, {}, r"OfflineDistillationModule.*model\.completions"),
+        (OfflineDistillationModule, {"completions": "c.jsonl"}, "OfflineDistillationModule"),
+        (SDFTModule, {"sampling": Sampling(top_p=0.9)}, r"model\.sampling\.top_p is 0\.9"),
+        (SDFTModule, {"sampling": Sampling(top_k=20)}, r"model\.sampling\.top_k is 20"),
+        (SDFTModule, {"sampling": Sampling(min_p=0.1)}, r"model\.sampling\.min_p is 0\.1"),
+    ],
+)
+def test_sampled_token_is_refused_where_the_token_is_not_the_students_own_draw(
+    method: Any, options: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(UserError, match=r"model\.divergence\.estimator.*" + named):
+        method(divergence=SAMPLED_TOKEN, **options)
+    method(divergence=Divergence("reverse_kl"), **options)
+
+
+def test_sampled_token_takes_any_temperature() -> None:
+    SDFTModule(divergence=SAMPLED_TOKEN, sampling=Sampling(temperature=0.7))
+    ReinvokeModule("embedded", divergence=SAMPLED_TOKEN)
+    with pytest.raises(UserError, match=r"model\.sampling\.top_p"):
+        ReinvokeModule("embedded", divergence=SAMPLED_TOKEN, sampling=Sampling(top_p=0.9))

@@ -80,7 +80,7 @@ def test_fused_experts_are_adapted_and_merge_into_what_they_compute(kind: str) -
     assert {"gate_up_proj", "down_proj"} <= fused
     assert (logits(model) - logits(plain)).abs().max() > 0.1
     merged = merged_copy(model)
-    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-3, atol=1e-4)
     assert torch.equal(logits(base_copy(model)), logits(plain))
     weights, expected = effective_weights(model), dict(merged.named_parameters())
     assert weights.keys() == dict(plain.named_parameters()).keys()
@@ -143,6 +143,7 @@ def test_a_fit_with_validation_and_export_ends_with_the_weights_that_were_traine
         accumulate_grad_batches=2,
         limit_val_batches=1,
         val_check_interval=2,
+        log_every_n_steps=1,
     )
     metrics = module.trainer.callback_metrics
     assert metrics["train/teacher_distance"] > 0
@@ -150,7 +151,7 @@ def test_a_fit_with_validation_and_export_ends_with_the_weights_that_were_traine
     export_model(module, tmp_path / "out")
     exported = load_policy(str(tmp_path / "out")).model
     torch.testing.assert_close(
-        logits(exported), logits(module.student.eval()), rtol=1e-4, atol=1e-5
+        logits(exported), logits(module.student.eval()), rtol=1e-3, atol=1e-4
     )
     assert ("mlp.router (2)" in capsys.readouterr().out) == (kind == "GptOss")
 

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from sdft_lightning.errors import UserError
@@ -15,7 +14,15 @@ from sdft_lightning.hidden import check_output_head
 from sdft_lightning.lora import LoRA, adapter_parameters, add_adapter_
 from sdft_lightning.quantization import Quantization, quantization_options
 from sdft_lightning.randomness import check_no_randomness, turn_off_randomness_
-from sdft_lightning.tokenization import EMBEDDED, load_stop_ids, load_tokenizer, resolve_model
+from sdft_lightning.tokenization import (
+    check_attention,
+    check_causal,
+    load_config,
+    load_stop_ids,
+    load_tokenizer,
+    resolve_model,
+    unloadable,
+)
 
 WeightsDtype = Literal["float32", "bfloat16"]
 
@@ -75,7 +82,8 @@ def load_policy(
         options["attn_implementation"] = attn_implementation
     model = _load_model(model_name, revision, weights_dtype, options)
     tokenizer = load_tokenizer(model_name, revision)
-    check_vocabulary(model, tokenizer, model_name)
+    stops = load_stop_ids(model_name, tokenizer, revision)
+    check_vocabulary(model, stops, model_name)
     turn_off_randomness_(model)
     if lora is not None:
         add_adapter_(model, lora, seed)
@@ -90,7 +98,7 @@ def load_policy(
     model.train()
     if check:
         check_model(model)
-    return Policy(model, tokenizer, load_stop_ids(model_name, tokenizer, revision))
+    return Policy(model, tokenizer, stops)
 
 
 def _load_model(
@@ -101,6 +109,10 @@ def _load_model(
 ) -> Any:
     from transformers import AutoModelForCausalLM
 
+    check_attention(options.get("attn_implementation"), "model.attn_implementation")
+    config = load_config(model_name, revision)
+    check_causal(model_name, revision)
+    check_attention(getattr(config, "_attn_implementation", None), f"model_name: {model_name}")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             resolve_model(model_name),
@@ -109,15 +121,19 @@ def _load_model(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             **options,
         )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise UserError(
-            f"model_name: no model could be loaded from {model_name}: {error} Allowed are "
-            f"`{EMBEDDED}`, a folder written by save_pretrained with safetensors, or a Hub id "
-            "that this machine can reach."
-        ) from error
+    except Exception as error:  # transformers fails in many ways on folders that are not whole
+        raise unloadable("model", model_name, error) from error
     model, report = loaded
+    if report["mismatched_keys"]:
+        name, saved, wanted = sorted(report["mismatched_keys"], key=str)[0]
+        raise UserError(
+            f"model_name: {len(report['mismatched_keys'])} tensors in the weights of {model_name} "
+            f"have other sizes than its config.json says, e.g. {name}: {tuple(saved)} instead of "
+            f"{tuple(wanted)}. Use weights and config of the same model."
+        )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(
@@ -127,16 +143,21 @@ def _load_model(
     return model
 
 
-def check_vocabulary(model: Any, tokenizer: Any, model_name: str) -> None:
-    """Refuse a tokenizer with more tokens than the model has embeddings.
+def check_vocabulary(model: Any, ends: list[int], model_name: str) -> None:
+    """Refuse a model that cannot sample a stop token; other ids are checked where they occur.
+
+    Args:
+        model: A causal language model of transformers.
+        ends: The stop ids.
+        model_name: As the user gave it.
 
     Raises:
-        UserError: If ids would be out of range.
+        UserError: If all of them are out of range.
     """
     rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    if min(ends) >= rows:
         raise UserError(
-            f"model_name: the tokenizer of {model_name} has {len(tokenizer)} tokens, the model "
+            f"model_name: answers of {model_name} end with token ids {ends}, and the model has "
             f"only {rows} embeddings. Use the tokenizer that belongs to the model."
         )
 

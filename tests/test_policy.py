@@ -130,13 +130,13 @@ def test_a_folder_without_tokenizer_is_refused(folder: Path) -> None:
         load_policy(str(folder))
 
 
-def test_a_tokenizer_bigger_than_the_embeddings_is_refused(
+def test_a_tokenizer_bigger_than_the_embeddings_is_taken_while_its_stop_token_is_inside(
     folder: Path, make_model: Callable[..., Any], tokenizer: Any
 ) -> None:
-    make_model(vocab_size=256).save_pretrained(folder)
-    with pytest.raises(UserError, match=r"model_name.*261 tokens.*256 embeddings"):
-        load_policy(str(folder))
-    check_vocabulary(make_model(vocab_size=len(tokenizer)), tokenizer, "tiny")
+    make_model(vocab_size=len(tokenizer) - 1).save_pretrained(folder)
+    assert load_policy(str(folder)).tokenizer.pad_token_id < len(tokenizer) - 1
+    with pytest.raises(UserError, match=r"model_name: answers.*\[2\].*only 2 embeddings"):
+        check_vocabulary(make_model(vocab_size=2, pad_token_id=0), [2], "tiny")
 
 
 def test_a_model_whose_logits_are_not_known_is_refused_at_loading(

@@ -45,6 +45,7 @@ from sdft_lightning.tokenization import (
     load_stop_ids,
     load_tokenizer,
     resolve_model,
+    vocabulary_size,
 )
 from sdft_lightning.types import Demonstration, PromptBatch, RowNeeds
 
@@ -215,7 +216,10 @@ class DemonstrationDataModule(L.LightningDataModule):
         raw = load_tokenizer(name, revision)
         self._pad_id = raw.pad_token_id
         stops = load_stop_ids(name, raw, revision)
-        self._tokenizer = tokenizer = Tokenizer(raw, self.prompts, self.lengths, stops)
+        size = vocabulary_size(name, revision)
+        self._tokenizer = tokenizer = Tokenizer(
+            raw, self.prompts, self.lengths, stops, vocabulary=size
+        )
         for planned in sets:
             self._sets[planned.key] = self._load(planned, tokenizer)
             self._planned[planned.key] = planned

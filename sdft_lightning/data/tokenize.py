@@ -106,6 +106,7 @@ class Tokenizer(NamedTuple):
         stop_ids: Ids of which any ends a completion.
         needs: What the method does with a row; where it is about contexts (CPT), rows are these as
             plain text, not questions.
+        vocabulary: Token ids that the model has embeddings for; None does not check them.
     """
 
     tokenizer: Any
@@ -113,6 +114,7 @@ class Tokenizer(NamedTuple):
     lengths: Lengths
     stop_ids: list[int]
     needs: RowNeeds = RowNeeds(target=True)
+    vocabulary: int | None = None
 
     def __call__(self, row: Demonstration) -> TokenizedRow:
         """Render and tokenize a row as it is, whatever its lengths."""
@@ -122,9 +124,27 @@ class Tokenizer(NamedTuple):
         """Render and tokenize rows as they are, whatever their lengths.
 
         Raises:
-            UserError: If the chat template fails on a row, or leaves a text of it out; or if a row
-                has control tokens in its text, where they are refused.
+            UserError: If the chat template fails on a row, or leaves a text of it out; if a row
+                has control tokens in its text, where they are refused; or if a token has no
+                embedding.
         """
+        found = self._tokenize(rows)
+        for tokens in found:
+            self._check_ids(tokens)
+        return found
+
+    def _check_ids(self, tokens: TokenizedRow) -> None:
+        for ids in tokens[1:]:
+            highest = max(ids, default=0)
+            if self.vocabulary is not None and highest >= self.vocabulary:
+                token = self.tokenizer.convert_ids_to_tokens(highest)
+                raise UserError(
+                    f"{tokens.row.origin}: the token {token!r} has the id {highest}, and the model "
+                    f"has only {self.vocabulary} embeddings. Use the tokenizer that belongs to the "
+                    "model, or take the token out of row and chat template."
+                )
+
+    def _tokenize(self, rows: Sequence[Demonstration]) -> list[TokenizedRow]:
         shown = self._without_control(rows)
         if self.needs.context:
             return [

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from sdft_lightning.attention_kernel import autocast_if_needed_, plain_attention
 from sdft_lightning.errors import UserError
 from sdft_lightning.hidden import output_head
-from sdft_lightning.lora import LoRA, keep_adapters_only_
+from sdft_lightning.lora import ALL_LINEAR, LoRA, frozen_matrices, keep_adapters_only_
 from sdft_lightning.modules.effective_update import EffectiveUpdate
 from sdft_lightning.modules.evaluated import EvaluatedModule
 from sdft_lightning.modules.identity import (
@@ -300,6 +300,10 @@ class PolicyModule(EvaluatedModule):
             self.print(
                 f"LoRA: {trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
             )
+            frozen = frozen_matrices(self.student)
+            if frozen and self.lora.target_modules == ALL_LINEAR:
+                kinds = ", ".join(f"{kind} ({len(names)})" for kind, names in frozen.items())
+                self.print(f"LoRA: all-linear leaves these matrices frozen: {kinds}")
 
     def on_validation_start(self) -> None:
         """Check the student before its first answers, where no fit has."""

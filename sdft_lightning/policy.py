@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.foreign_text import printable
 from sdft_lightning.hidden import check_output_head
 from sdft_lightning.lora import LoRA, adapter_parameters, add_adapter_
 from sdft_lightning.quantization import Quantization, quantization_options
@@ -109,9 +110,9 @@ def _load_model(
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(
-            f"model_name: no model could be loaded from {model_name}: {error} Allowed are "
-            f"`{EMBEDDED}`, a folder written by save_pretrained with safetensors, or a Hub id "
-            "that this machine can reach."
+            f"model_name: no model could be loaded from {model_name}: {printable(str(error))} "
+            f"Allowed are `{EMBEDDED}`, a folder written by save_pretrained with safetensors, or "
+            "a Hub id that this machine can reach."
         ) from error
     model, report = loaded
     if report["missing_keys"]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from sdft_lightning.embedded import embedded_model_path
 from sdft_lightning.errors import UserError
+from sdft_lightning.foreign_text import printable
 
 EMBEDDED = "embedded"
 # Tokenizers without a limit name an astronomical one.
@@ -67,8 +68,9 @@ def load_tokenizer(model_name: str, revision: str | None = None) -> Any:
         )
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model_name: no tokenizer could be loaded from {model_name}: {error} "
-            f"Allowed are `{EMBEDDED}`, a folder written by save_pretrained, or a Hub id that "
+            f"model_name: no tokenizer could be loaded from {model_name}: "
+            f"{printable(str(error))} Allowed are `{EMBEDDED}`, a folder written by "
+            "save_pretrained, or a Hub id that "
             "this machine can reach."
         ) from error
     if tokenizer.eos_token_id is None:
@@ -123,8 +125,9 @@ def load_config(model_name: str, revision: str | None = None) -> Any:
         )
     except OSError as error:
         raise UserError(
-            f"model_name: no config could be loaded from {model_name}: {error} Allowed are "
-            f"`{EMBEDDED}`, a folder written by save_pretrained, or a Hub id that this machine can "
+            f"model_name: no config could be loaded from {model_name}: "
+            f"{printable(str(error))} Allowed are `{EMBEDDED}`, a folder written by "
+            "save_pretrained, or a Hub id that this machine can "
             "reach."
         ) from error
     return getattr(config, "text_config", None) or config

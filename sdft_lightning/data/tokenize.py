@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 from sdft_lightning.errors import UserError, check_choice
+from sdft_lightning.foreign_text import shown
 from sdft_lightning.prompts import PromptStyle, render_student, render_target, render_teacher
 from sdft_lightning.types import Demonstration, Message, RowNeeds
 
@@ -116,7 +117,7 @@ class Tokenizer(NamedTuple):
         ids = [token for token in ids if token is not None]
         if len(ids) < 2:
             raise UserError(
-                f"{row.origin}: the context {row.context!r} is a single token, which leaves "
+                f"{row.origin}: the context {shown(row.context)} is a single token, which leaves "
                 "nothing to predict. Lengthen it or remove the row."
             )
         return ids

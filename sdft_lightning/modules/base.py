@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.foreign_text import printable
 from sdft_lightning.hidden import output_head
 from sdft_lightning.lora import LoRA, keep_adapters_only_
 from sdft_lightning.modules.effective_update import EffectiveUpdate
@@ -171,7 +172,8 @@ class PolicyModule(EvaluatedModule):
             self._trial_optimizer()
         except ValueError as error:
             raise UserError(
-                f"model.optimizer: it refuses its options: {error}. Correct --model.optimizer."
+                f"model.optimizer: it refuses its options: {printable(str(error))}. Correct "
+                "--model.optimizer."
             ) from error
 
     def _trial_optimizer(self) -> torch.optim.Optimizer:

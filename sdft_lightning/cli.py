@@ -32,7 +32,9 @@ from sdft_lightning.continual import run_continual
 from sdft_lightning.data import DemonstrationDataModule
 from sdft_lightning.data.benchmarks import Benchmarks
 from sdft_lightning.data.loader import dead_worker
+from sdft_lightning.endpoints import check_no_secrets
 from sdft_lightning.errors import UserError
+from sdft_lightning.foreign_text import harmless
 from sdft_lightning.modules import PolicyModule
 from sdft_lightning.modules.monitors import check_monitors
 from sdft_lightning.modules.whole_windows import check_whole_windows
@@ -104,8 +106,9 @@ class SDFTCLI(LightningCLI):
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Refuse a seed that numpy does not take, before Lightning sets it."""
+        """Refuse secrets among the options, and a seed that numpy does not take."""
         super().parse_arguments(parser, args)
+        check_no_secrets(self.config[self.config["subcommand"]])
         seed = self.config[self.config["subcommand"]]["seed_everything"]
         if not isinstance(seed, bool) and not 0 <= int(seed or 0) <= _LARGEST_SEED:
             raise UserError(
@@ -258,7 +261,7 @@ def main(args: ArgsType = None) -> None:
             found = no_room(error, error.filename or "a file of the run")
         if found is None:
             raise
-        print(f"error: {found}", file=sys.stderr)
+        print(f"error: {harmless(str(found))}", file=sys.stderr)
         raise SystemExit(2) from error
 
 

@@ -10,6 +10,7 @@ import ssl
 import threading
 import time
 import urllib.request
+from argparse import Namespace
 from collections.abc import Mapping
 from contextlib import suppress
 from email.message import Message
@@ -26,6 +27,13 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
 _KEY_PREFIX = re.compile(r"(sk|pk|rk|hf|gsk|gh[a-z]|github_pat|glpat|xai|nvapi)[-_]|AKIA|AIza|eyJ")
 _LONG = 20  # characters from which on letters and digits without a word boundary are a key
 _SECRET_QUERY = re.compile(r"key|token|secret|passw|signature|\Asig\Z", re.IGNORECASE)
+
+
+# The whole option is an address with a password, or with a user where users are keys.
+_SECRET_URL = re.compile(
+    r"https?://[^\s/?#]+@\S*|[a-z][a-z0-9+.-]*://[^\s/?#@:]*:[^\s/?#]+@\S*", re.IGNORECASE
+)
+_SECRET_OPTIONS = ("api_key", "api_token", "access_token", "auth_token", "password")
 
 
 class Reply(NamedTuple):
@@ -82,6 +90,34 @@ def check_address(option: str, url: str) -> None:
             f"{option}: got {shown!r}, allowed are addresses that begin with http:// or https://, "
             "e.g. http://localhost:8000."
         )
+
+
+def check_no_secrets(options: object, name: str = "") -> None:
+    """Refuse options that hold a secret: they are written into config.yaml and plan.json.
+
+    Args:
+        options: Nested options of a command, as mappings, namespaces and lists.
+        name: What they are an option of.
+
+    Raises:
+        UserError: Names the option, and where the secret belongs; the value is not printed.
+    """
+    if isinstance(options, Mapping | Namespace):
+        for key, value in (options if isinstance(options, Mapping) else vars(options)).items():
+            check_no_secrets(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(options, list | tuple):
+        for place, value in enumerate(options):
+            check_no_secrets(value, f"{name}[{place}]")
+    elif isinstance(options, str):
+        option = name.rpartition(".")[2]
+        if option == "api_key_variable":
+            check_variable_name(name, options)
+        elif option in _SECRET_OPTIONS or _SECRET_URL.fullmatch(options.strip()):
+            raise UserError(
+                f"{name}: it holds a secret (a key, or user and password in an address; it is not "
+                "shown), which would be written into the run's config. Leave it out, and put the "
+                "secret into the environment variable that is read for it."
+            )
 
 
 def _names_secret(query: str) -> bool:

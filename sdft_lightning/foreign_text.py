@@ -74,7 +74,16 @@ def printable(text: str, most: int | None = MOST_SHOWN) -> str:
     line = " ".join(mask(text).split())
     if most is not None:  # before the slower part; what is cut off here is masked already
         line = line[: 10 * most]
-    line = " ".join(harmless(line).split())
+    return _cut(" ".join(harmless(line).split()), most)
+
+
+def shown(value: object, most: int = MOST_SHOWN) -> str:
+    """A foreign value for a message, as Python writes it, and cut as by `printable`."""
+    text = mask(repr(value))[: 10 * most]
+    return _cut(harmless(text).replace("\n", " "), most)
+
+
+def _cut(line: str, most: int | None) -> str:
     return line if most is None or len(line) <= most else f"{line[: most - 3]}..."
 
 

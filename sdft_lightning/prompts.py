@@ -25,6 +25,7 @@ from sdft_lightning.chat_template import (
     without_thoughts,
 )
 from sdft_lightning.errors import UserError, check_choice
+from sdft_lightning.foreign_text import shown
 from sdft_lightning.types import Demonstration, Message, RowNeeds
 
 StyleName = Literal["paper", "turns", "context", "template"]
@@ -90,7 +91,7 @@ class PromptStyle:
         if (self.style == "template") != (self.template is not None):
             raise UserError(
                 f"prompts.template: it belongs to the style template, got style {self.style} and "
-                f"template {self.template!r}. Give both or neither."
+                f"template {shown(self.template)}. Give both or neither."
             )
         if isinstance(self.template, str):
             # The text stands for the one user turn.
@@ -107,11 +108,11 @@ class PromptStyle:
             if not isinstance(content, str) or role not in ("system", "user", "assistant"):
                 raise UserError(
                     "prompts.template: each turn needs a role (system, user, assistant) and a text "
-                    f"as content, got {turn!r}."
+                    f"as content, got {shown(turn)}."
                 )
             if any(match["invalid"] is not None for match in Template.pattern.finditer(content)):
                 raise UserError(
-                    f"prompts.template: a lone $ in {content!r}. Write $$ for a dollar sign."
+                    f"prompts.template: a lone $ in {shown(content)}. Write $$ for a dollar sign."
                 )
         if turns[-1]["role"] != "user":
             raise UserError("prompts.template: the last turn must have the role user.")
@@ -321,7 +322,8 @@ def check_same_header(tokenizer: Any, row: Demonstration, style: PromptStyle) ->
     )
     if student != teacher:
         raise UserError(
-            f"prompts: the student's prompt ends in {student!r}, the teacher's in {teacher!r}. "
+            f"prompts: the student's prompt ends in {shown(student)}, the teacher's in "
+            f"{shown(teacher)}. "
             "Both must open the answer alike: give both roles the same template arguments "
             "(e.g. enable_thinking)."
         )

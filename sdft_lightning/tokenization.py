@@ -10,6 +10,7 @@ from typing import Any
 from sdft_lightning.chat_template import turn_end_ids
 from sdft_lightning.embedded import embedded_model_path
 from sdft_lightning.errors import UserError
+from sdft_lightning.foreign_text import printable
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +19,6 @@ EMBEDDED = "embedded"
 _NO_LIMIT = 1 << 40
 # Model names and added stop ids of which the user has been told.
 _TOLD: set[tuple[str, tuple[int, ...]]] = set()
-_LONGEST_REASON = 300
 # What a folder without config.json is, by a file in it.
 _OTHER_FOLDERS = {
     "adapter_config.json": "an adapter of peft, not a whole model. Merge it into its base first "
@@ -69,10 +69,9 @@ def unloadable(what: str, model_name: str, error: BaseException) -> UserError:
         model_name: As the user gave it.
         error: What transformers raised.
     """
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = printable(str(error)) or type(error).__name__
     if isinstance(error, KeyError | AttributeError | TypeError | IndexError):
         text = f"{type(error).__name__}: {text}"  # the text alone says nothing
-    text = text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} …"
     return UserError(
         f"model_name: no {what} could be loaded from {model_name}: {text} Allowed are "
         f"`{EMBEDDED}`, a folder written by save_pretrained with safetensors, or a Hub id that "

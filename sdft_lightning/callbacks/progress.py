@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from sdft_lightning.errors import check_at_least
+from sdft_lightning.foreign_text import printable
 
 
 class RunProgressBar(TQDMProgressBar):
@@ -69,7 +70,7 @@ class RunProgressBar(TQDMProgressBar):
             name: f"{value:.3g}" if isinstance(value, float) else str(value)
             for name, value in self.get_metrics(trainer, pl_module).items()
         }
-        shown = "  ".join(f"{name} {value}" for name, value in metrics.items())
+        shown = "  ".join(f"{printable(name)} {value}" for name, value in metrics.items())
         total = pl_module.total_steps()
         place = f"{step}" if total is None else f"{step}/{total}"
         print(f"step {place}  {shown}", flush=True)

@@ -11,6 +11,7 @@ import lightning as L
 
 from sdft_lightning.callbacks.metrics_log import measured_prefixes
 from sdft_lightning.callbacks.run_files import run_folder
+from sdft_lightning.foreign_text import printable
 
 # A standard error times this is half of a 95 % interval.
 _NORMAL_95 = 1.96
@@ -77,7 +78,7 @@ def result_table(
     for row in rows:
         before = (previous or {}).get(row.metric)
         shown = "" if before is None else _shown(row.metric, before)
-        cells.append((row.name, row.what, row.value, row.interval, shown))
+        cells.append((printable(row.name), printable(row.what), row.value, row.interval, shown))
     if not previous:
         cells = [cell[:4] for cell in cells]  # type: ignore[misc]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]

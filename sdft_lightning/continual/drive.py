@@ -24,6 +24,7 @@ from sdft_lightning.continual.stage_callbacks import FIT_RESULT
 from sdft_lightning.continual.units import Shard, Unit, chains_of, plan_folder, share_of
 from sdft_lightning.continual.whole import append_record, held_lock, repair_records, write_whole
 from sdft_lightning.errors import UserError
+from sdft_lightning.foreign_text import harmless
 
 # The locks that a command's process keeps -> how it is carried out.
 MakeCommand = Callable[[tuple[int, ...]], Command]
@@ -117,7 +118,7 @@ def run_unit(work: Work, unit: Unit | None, command: Command) -> dict[str, Any]:
         record.update(evaluate(work.plan, folder, model, command))
         record["seconds"]["evaluate"] = round(time.monotonic() - start, 1)
     except (RunFailed, UserError, OSError) as error:
-        return {**record, "error": str(error)}
+        return {**record, "error": harmless(str(error))}
     return {**record, "status": "finished"}
 
 

@@ -14,6 +14,7 @@ from sdft_lightning.continual.plan import ContinualPlan
 from sdft_lightning.continual.whole import write_whole
 from sdft_lightning.data.sources import EXAMPLE_PREFIX, example_path
 from sdft_lightning.errors import UserError
+from sdft_lightning.foreign_text import shown
 
 # What changes no result: where it runs, how often it can resume, and which seeds there are.
 _NO_MATTER = ("name", "root", "seeds", "resume_every", "keep_checkpoints", "processes")
@@ -120,7 +121,7 @@ def local_path(source: Any, option: str) -> Path | None:
     if isinstance(source, Mapping):
         return None
     if not isinstance(source, str):
-        raise UserError(f"{option}: got {source!r}; name a file, a folder or {{repo, split}}.")
+        raise UserError(f"{option}: got {shown(source)}; name a file, a folder or {{repo, split}}.")
     if source.startswith(EXAMPLE_PREFIX):
         return example_path(source, option)
     path = Path(source).expanduser()

@@ -12,7 +12,9 @@ import yaml
 from sdft_lightning.continual.options import merged
 from sdft_lightning.continual.plan import Budget, ContinualPlan, Method, Stage
 from sdft_lightning.data.planned import HeldOut
+from sdft_lightning.endpoints import check_no_secrets
 from sdft_lightning.errors import UserError
+from sdft_lightning.foreign_text import printable, shown
 
 # Not jsonargparse: it looks for classes in every `class_path` below a plan's methods, which
 # belong to the runs, are parsed by the runs' own command, and there by short name, too.
@@ -82,7 +84,7 @@ def _yaml(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{where}: malformed YAML: {error}") from error
+        raise UserError(f"{where}: malformed YAML: {printable(str(error))}") from error
 
 
 def build_plan(options: Mapping[str, Any]) -> ContinualPlan:
@@ -91,6 +93,7 @@ def build_plan(options: Mapping[str, Any]) -> ContinualPlan:
     Raises:
         UserError: If an option is unknown, missing or of the wrong type.
     """
+    check_no_secrets(options)
     given = _fields(ContinualPlan, options, "")
     given["methods"] = {
         name: Method(**_fields(Method, method, f"methods.{name}."))
@@ -104,7 +107,7 @@ def build_plan(options: Mapping[str, Any]) -> ContinualPlan:
         _known(HeldOut, held, f"held_out.{name}.")  # jsonargparse drops unknown ones silently
     for seed in given.get("seeds", []):
         if not isinstance(seed, int) or isinstance(seed, bool):
-            raise UserError(f"seeds: got {seed!r}; seeds are whole numbers.")
+            raise UserError(f"seeds: got {shown(seed)}; seeds are whole numbers.")
     return ContinualPlan(**given)
 
 
@@ -118,7 +121,7 @@ def _stage(options: Any, where: str) -> Stage:
 def _known(kind: type, options: Any, where: str) -> dict[str, dataclasses.Field[Any]]:
     """The fields of a dataclass, once it is clear that all options are among them."""
     if not isinstance(options, Mapping):
-        raise UserError(f"{where[:-1]}: got {options!r}; give named options.")
+        raise UserError(f"{where[:-1]}: got {shown(options)}; give named options.")
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for name in options:
         if name not in fields:
@@ -137,7 +140,7 @@ def _fields(kind: type, options: Any, where: str) -> dict[str, Any]:
         if not isinstance(value, allowed) or (is_number and isinstance(value, bool)):
             kinds = allowed if isinstance(allowed, tuple) else (allowed,)
             names = " or ".join(_SHOWN.get(each, each.__name__) for each in kinds)
-            raise UserError(f"{where}{name}: got {value!r}; it must be {names}.")
+            raise UserError(f"{where}{name}: got {shown(value)}; it must be {names}.")
     for name, field in fields.items():
         absent = field.default is field.default_factory is dataclasses.MISSING
         if absent and name not in options:

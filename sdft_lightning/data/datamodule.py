@@ -37,6 +37,7 @@ from sdft_lightning.data.tokenize import (
 )
 from sdft_lightning.embedded import cache_folder
 from sdft_lightning.errors import UserError
+from sdft_lightning.foreign_text import harmless
 from sdft_lightning.graders import JUDGED, Judge, JudgeSettings, check_reference
 from sdft_lightning.prompts import PromptStyle, check_headers
 from sdft_lightning.tokenization import (
@@ -263,7 +264,7 @@ class DemonstrationDataModule(L.LightningDataModule):
             markers = [] if self.grade_thoughts else known_thoughts(tokenizer.tokenizer)
             line = gold_report(planned.key, planned.grader, rows, self.judge, markers)
             if line:
-                log.info(line)
+                log.info(harmless(line))
         if not planned.is_taught:
             rows = [row._replace(demonstration=[]) for row in rows]
         check_headers(tokenizer.tokenizer, rows, planned.prompts or self.prompts, planned.needs)
@@ -280,9 +281,9 @@ class DemonstrationDataModule(L.LightningDataModule):
                 f"data.{planned.key}: {tokenized.skipped} of {len(rows)} rows do not fit, and "
                 f"`fit` stops there. The first: {tokenized.first_too_long}"
             )
-        log.info(length_report(planned.key, tokenized))
+        log.info(harmless(length_report(planned.key, tokenized)))
         for warning in set_warnings(planned, tokenized, len(rows), tokenizer):
-            log.warning(warning)
+            log.warning(harmless(warning))
         return PromptDataset(tokenized.rows, self._pad_id, planned.task, planned.grader or "")
 
     def training_rows(self) -> list[Demonstration]:
@@ -346,7 +347,7 @@ class DemonstrationDataModule(L.LightningDataModule):
                 count, by = new_tokens, "model.sampling.max_new_tokens"
             warning = check_model_takes(rows.rows, limit, count, by, longer_works)
             if warning is not None:
-                log.warning(warning)
+                log.warning(harmless(warning))
 
     def batch_of(self, rows: Sequence[Demonstration]) -> PromptBatch:
         """Rows rendered, tokenized and padded as training rows are, whatever their lengths."""

@@ -13,6 +13,7 @@ from torch.utils.data.distributed import DistributedSampler
 from sdft_lightning.data.collate import collate
 from sdft_lightning.data.tokenize import TokenizedRow
 from sdft_lightning.errors import UserError
+from sdft_lightning.foreign_text import shown
 from sdft_lightning.types import PromptBatch
 
 
@@ -225,8 +226,8 @@ def dead_worker(error: BaseException) -> UserError | None:
     if not gone and not str(error).startswith("DataLoader worker"):
         return None
     return UserError(
-        f"data.num_workers: a process that prepares batches has died ({error!r}). Most often the "
-        "machine ran out of memory, or of shared memory (/dev/shm). Give --data.num_workers=0, "
+        f"data.num_workers: a process that prepares batches has died ({shown(error)}). Most often "
+        "the machine ran out of memory, or of shared memory (/dev/shm). Give --data.num_workers=0, "
         "and go on with --ckpt_path=last."
     )
 

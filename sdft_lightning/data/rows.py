@@ -9,6 +9,7 @@ from typing import Any
 from sdft_lightning.data.json_messages import ROLES, messages_from_json
 from sdft_lightning.data.sources import Rows
 from sdft_lightning.errors import UserError
+from sdft_lightning.foreign_text import printable, shown
 from sdft_lightning.types import Demonstration, Message, RowNeeds
 
 # What a turn may say besides its content; no text is made of it.
@@ -90,13 +91,13 @@ def _check_columns(
         if columns.reference is None:
             raise UserError(
                 f"{option}.reference: {found.name} is to be graded and no column holds the "
-                f"reference. Its columns are {', '.join(present)}."
+                f"reference. Its columns are {printable(', '.join(present))}."
             )
     for role, name in wanted.items():
         if name is not None and name not in present:
             raise UserError(
                 f"{option}.{role}: {found.name} has no column {name!r}. Its columns are "
-                f"{', '.join(present)}. Map the right one with --{option}.{role}."
+                f"{printable(', '.join(present))}. Map the right one with --{option}.{role}."
             )
 
 
@@ -199,7 +200,7 @@ def _parse_demonstration(
         raise UserError(
             f"{origin}: the demonstration (column {column!r}) must be assistant turns, or a "
             f"conversation that starts with the prompt, got the roles "
-            f"{', '.join(message['role'] for message in messages)}."
+            f"{printable(', '.join(message['role'] for message in messages))}."
         )
     return messages if any(message["content"].strip() for message in messages) else []
 
@@ -216,8 +217,8 @@ def _parse_messages(value: Any, origin: str, column: str) -> list[Message]:
         if role not in ROLES or not isinstance(content, str):
             raise UserError(
                 f"{origin}: a message in column {column!r} must have a role "
-                f"({', '.join(ROLES)}) and a text as content, got role {role!r} and content of "
-                f"type {type(content).__name__}."
+                f"({', '.join(ROLES)}) and a text as content, got role {shown(role)} and content "
+                f"of type {type(content).__name__}."
             )
         unread = [name for name in _UNREAD if message.get(name)]
         if unread:
@@ -242,7 +243,7 @@ def _check_unique(rows: list[Demonstration], columns: Columns) -> None:
     for row in rows:
         if row.id in seen:
             raise UserError(
-                f"{row.origin}: the id {row.id!r} stands also in {seen[row.id]}. Make the ids "
+                f"{row.origin}: the id {shown(row.id)} stands also in {seen[row.id]}. Make the ids "
                 f"unique, or leave data.columns.id ({columns.id!r}) out."
             )
         seen[row.id] = row.origin

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.foreign_text import printable
 
 EXAMPLE_PREFIX = "example:"
 _EXAMPLES = Path(__file__).parent / "examples"
@@ -149,7 +150,8 @@ def _parse(text: str, where: str) -> Any:
     except (ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
         column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         raise UserError(
-            f"{where}: malformed JSON{column}: {error}. Each line must be one JSON object."
+            f"{where}: malformed JSON{column}: {printable(str(error))}. Each line must be one "
+            "JSON object."
         ) from error
     # Half of a pair like \\ud83d\\ude00 is no character: it can be neither tokenized nor written.
     if "\\ud" in text.lower() and _LONE_HALF.search(json.dumps(value, ensure_ascii=False)):
@@ -175,7 +177,9 @@ def _read_parquet(path: Path, option: str) -> Rows:
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{option}: {path} cannot be read as Parquet: {error}") from error
+        raise UserError(
+            f"{option}: {path} cannot be read as Parquet: {printable(str(error))}"
+        ) from error
     return Rows(str(path), rows, [f"row {number}" for number in range(1, len(rows) + 1)])
 
 
@@ -186,14 +190,15 @@ def _read_folder(path: Path, split: str | None, option: str) -> Rows:
         found = datasets.load_from_disk(str(path))
     except (FileNotFoundError, ValueError, OSError) as error:
         raise UserError(
-            f"{option}: the folder {path} was not written by datasets' save_to_disk ({error}). "
+            f"{option}: the folder {path} was not written by datasets' save_to_disk "
+            f"({printable(str(error))}). "
             "Name a file in it, or save it again."
         ) from error
     if isinstance(found, datasets.DatasetDict):
         if split not in found:
             raise UserError(
-                f"{option}: {path} has the splits {', '.join(found)}; got {split!r}. Write the "
-                f"split behind a colon: {path}:{next(iter(found))}."
+                f"{option}: {path} has the splits {printable(', '.join(found))}; got {split!r}. "
+                f"Write the split behind a colon: {path}:{next(iter(found))}."
             )
         found = found[split]
     rows = list(found)
@@ -209,7 +214,8 @@ def _read_hub(source: HubSource, option: str) -> Rows:
     except Exception as error:  # the Hub client raises many unrelated kinds
         raise UserError(
             f"{option}: the data set {repo} (config {config}, split {split}) "
-            f"could not be loaded: {type(error).__name__}: {error} Check the names and the "
+            f"could not be loaded: {type(error).__name__}: {printable(str(error))} Check the "
+            "names and the "
             "network, or download it and give the path of the file."
         ) from error
     rows = list(found)

@@ -16,6 +16,7 @@ from sdft_lightning.chat_template import (
 )
 from sdft_lightning.data.control_tokens import ControlTokens
 from sdft_lightning.errors import UserError, check_choice
+from sdft_lightning.foreign_text import shown
 from sdft_lightning.prompts import (
     PromptStyle,
     answered_conversation,
@@ -234,7 +235,7 @@ class Tokenizer(NamedTuple):
         ids = [token for token in ids if token is not None]
         if len(ids) < 2:
             raise UserError(
-                f"{row.origin}: the context {row.context!r} is a single token, which leaves "
+                f"{row.origin}: the context {shown(row.context)} is a single token, which leaves "
                 "nothing to predict. Lengthen it or remove the row."
             )
         return ids

@@ -1,6 +1,7 @@
 """The reference form that `contains` and `exact` share: the texts that count as right."""
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.foreign_text import shown
 from sdft_lightning.graders.folding import fold_text
 
 _FORM = "the reference must be a text, or a list of accepted texts"
@@ -22,10 +23,10 @@ def accepted_texts(reference: object) -> list[str]:
     """
     texts = [reference] if isinstance(reference, str) else reference
     if not isinstance(texts, list | tuple) or not texts:
-        raise UserError(f"{_FORM}; got {reference!r}. {_REMEDY}")
+        raise UserError(f"{_FORM}; got {shown(reference)}. {_REMEDY}")
     for text in texts:
         if not isinstance(text, str):
-            raise UserError(f"{_FORM}; got {text!r} in {reference!r}. {_REMEDY}")
+            raise UserError(f"{_FORM}; got {shown(text)} in {shown(reference)}. {_REMEDY}")
         if not fold_text(text).strip(". "):
-            raise UserError(f"{_FORM}; got the empty text {text!r}. {_REMEDY}")
+            raise UserError(f"{_FORM}; got the empty text {shown(text)}. {_REMEDY}")
     return list(texts)

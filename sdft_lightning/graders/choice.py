@@ -4,6 +4,7 @@ import re
 import unicodedata
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.foreign_text import shown
 from sdft_lightning.graders.choice_patterns import BOLD_PICK, LABEL, MENTIONS, STATEMENTS, UNDECIDED
 
 _REFERENCE = re.compile(r"\s*\(?(?P<letter>[A-Z])(?:\s*\Z|\)[.:]?(?:\s|\Z)|[.:](?:\s|\Z))")
@@ -43,7 +44,7 @@ def reference_letter(reference: object) -> str:
     if match is None:
         raise UserError(
             "the reference must be a capital letter A to Z, alone or with its option "
-            f'("B" or "B. water"); got {reference!r}. Write the letter of the right option, '
+            f'("B" or "B. water"); got {shown(reference)}. Write the letter of the right option, '
             "and leave out rows that have none."
         )
     return match["letter"]

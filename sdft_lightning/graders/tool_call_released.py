@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.foreign_text import shown
 
 _NAME = re.compile(r"Action:\s*(?P<name>\w+)")
 _ARGUMENTS = re.compile(r"Action Input:\s*(?P<json>\{[^}]*\})")
@@ -63,13 +64,13 @@ def reference_calls(reference: object) -> list[Mapping[str, str]]:
         UserError: not a list of at least one {"Action": str, "Action_Input": str}.
     """
     if not isinstance(reference, list | tuple) or not reference:
-        raise UserError(f"{_FORM}; got {reference!r}. {_REMEDY}")
+        raise UserError(f"{_FORM}; got {shown(reference)}. {_REMEDY}")
     for call in reference:
         if not isinstance(call, Mapping) or not call.get("Action"):
-            raise UserError(f"{_FORM}; got the call {call!r}. {_REMEDY}")
+            raise UserError(f"{_FORM}; got the call {shown(call)}. {_REMEDY}")
         for key in ("Action", "Action_Input"):
             if not isinstance(call.get(key), str):
-                raise UserError(f"{_FORM}; got {key} = {call.get(key)!r}. {_REMEDY}")
+                raise UserError(f"{_FORM}; got {key} = {shown(call.get(key))}. {_REMEDY}")
     return list(reference)
 
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from sdft_lightning.attention_kernel import autocast_if_needed_, plain_attention
 from sdft_lightning.errors import UserError
+from sdft_lightning.foreign_text import printable
 from sdft_lightning.hidden import output_head
 from sdft_lightning.lora import ALL_LINEAR, LoRA, frozen_matrices, keep_adapters_only_
 from sdft_lightning.modules.effective_update import EffectiveUpdate
@@ -257,7 +258,8 @@ class PolicyModule(EvaluatedModule):
             self.trial_optimizer()
         except ValueError as error:
             raise UserError(
-                f"model.optimizer: it refuses its options: {error}. Correct --model.optimizer."
+                f"model.optimizer: it refuses its options: {printable(str(error))}. Correct "
+                "--model.optimizer."
             ) from error
 
     def trial_optimizer(self) -> torch.optim.Optimizer:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from torch import distributed
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.foreign_text import printable
 from sdft_lightning.rollout import Sampling, StopTexts, generate_rollout
 from sdft_lightning.scoring import score_continuations
 from sdft_lightning.tokenization import stop_ids
@@ -80,7 +81,7 @@ class CapabilityScores:
             try:
                 measured = [suite.metrics(responses)]
             except Exception as error:  # the other ranks wait for an answer
-                measured = [f"{type(error).__name__}: {error}"]
+                measured = [f"{type(error).__name__}: {printable(str(error))}"]
         distributed.broadcast_object_list(measured, src=0)
         if isinstance(measured[0], str):
             raise UserError(f"data.benchmarks: {measured[0]}")

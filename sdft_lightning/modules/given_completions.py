@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from sdft_lightning.chat_template import answer_ids
 from sdft_lightning.errors import UserError
+from sdft_lightning.foreign_text import printable, shown
 from sdft_lightning.modules.kept_completions import KeptCompletion
 from sdft_lightning.types import Demonstration
 
@@ -107,7 +108,7 @@ def read_completions(path: str, target: CompletionTokens) -> dict[str, list[Kept
 def _parse(line: str, origin: str) -> GivenCompletion:
     try:
         found = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{origin}: malformed JSON ({error}). {_FORM}") from error
     if not isinstance(found, dict):
         raise UserError(f"{origin}: got a {type(found).__name__}. {_FORM}")
@@ -117,10 +118,10 @@ def _parse(line: str, origin: str) -> GivenCompletion:
     else:
         good = "completion" in found and isinstance(text, str)
     if not good or not isinstance(row_id, str | int) or isinstance(row_id, bool):
-        raise UserError(f"{origin}: got the keys {', '.join(found) or 'none'}. {_FORM}")
+        raise UserError(f"{origin}: got the keys {printable(', '.join(found)) or 'none'}. {_FORM}")
     truncated = found.get("truncated", False)
     if not isinstance(truncated, bool):
-        raise UserError(f"{origin}: truncated is {truncated!r}, allowed are true and false.")
+        raise UserError(f"{origin}: truncated is {shown(truncated)}, allowed are true and false.")
     return GivenCompletion(str(row_id), str(text), token_ids, truncated, origin)
 
 
@@ -146,6 +147,6 @@ def check_completions(
         if count != samples:
             raise UserError(
                 f"{row.origin}: {path} has {count} completions of the row with the id "
-                f"{row.id!r}, model.sampling.completions_per_prompt is {samples}. Add or remove "
-                "lines, or set data.columns.id to the column that holds the ids."
+                f"{shown(row.id)}, model.sampling.completions_per_prompt is {samples}. Add or "
+                "remove lines, or set data.columns.id to the column that holds the ids."
             )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.foreign_text import printable
 from sdft_lightning.report.records import FORMAT, Record, parse_record
 
 
@@ -85,7 +86,8 @@ def _objects(path: Path, problems: list[Problem]) -> Iterator[tuple[int, dict[st
                 )
                 return
             raise UserError(
-                f"{path}, line {number}: malformed JSON ({error}). Each line holds one record; "
+                f"{path}, line {number}: malformed JSON ({printable(str(error))}). Each line "
+                "holds one record; "
                 "correct the line, or take it out."
             ) from error
         if not isinstance(raw, dict):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.foreign_text import printable
 from sdft_lightning.graders import wilson_interval
 
 FORMAT = 1
@@ -93,7 +94,7 @@ class Record(NamedTuple):
 
 def plain(text: str) -> str:
     """A name or message on one line, without control characters."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return printable(text, None)
 
 
 class _Fields:

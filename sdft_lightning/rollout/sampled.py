@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.foreign_text import printable
+from sdft_lightning.foreign_text import shown
 from sdft_lightning.rollout.engine import RolloutRequest
 from sdft_lightning.types import Rollout
 
@@ -104,10 +104,10 @@ def _tokens_problem(ids: Sequence[Any], request: RolloutRequest, vocabulary: int
         return f"a completion of {len(ids)} tokens, where at most {most} were asked for"
     for place, token in enumerate(ids, start=1):
         if not isinstance(token, Integral) or isinstance(token, bool):
-            return f"{printable(repr(token))} as token {place} of a completion, where ids are whole"
+            return f"{shown(token)} as token {place} of a completion, where ids are whole"
         if not 0 <= int(token) < vocabulary:
             return (
-                f"the token id {printable(repr(int(token)))}, outside the vocabulary of the "
+                f"the token id {shown(int(token))}, outside the vocabulary of the "
                 f"student (0 to {vocabulary - 1})"
             )
     ended = [place for place, token in enumerate(ids, start=1) if token in request.stop_ids]
@@ -127,7 +127,7 @@ def _log_probs_problem(row: Sampled) -> str:
         number = isinstance(value, Real) and not isinstance(value, bool)
         if not number or not _SMALLEST <= value <= _LARGEST:  # nor NaN, which is in no range
             return (
-                f"{printable(repr(value))} as the log-probability of token {place} of a "
+                f"{shown(value)} as the log-probability of token {place} of a "
                 "completion, which is no logarithm of the probability of a sampled token"
             )
     return ""

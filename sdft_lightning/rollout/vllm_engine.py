@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import distributed as dist
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.foreign_text import printable
+from sdft_lightning.foreign_text import printable, shown
 from sdft_lightning.rollout.engine import Engine, RolloutRequest, check_one_truncation
 from sdft_lightning.rollout.sampled import Sampled, as_rollout, vocabulary_size
 from sdft_lightning.rollout.sampling import Sampling
@@ -215,7 +215,7 @@ def _sampled(output: Any) -> Sampled:
         ) from error
     if reason not in FINISH_REASONS:
         raise UserError(
-            f"model.engine: {_SOURCE} ended a completion for the reason {printable(repr(reason))}, "
+            f"model.engine: {_SOURCE} ended a completion for the reason {shown(reason)}, "
             f"allowed are {', '.join(FINISH_REASONS)}. Look into its log, and go on with "
             "--ckpt_path=last."
         )

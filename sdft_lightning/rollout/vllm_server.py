@@ -12,7 +12,7 @@ from torch import distributed as dist
 
 from sdft_lightning.endpoints import LONGEST_TIMEOUT
 from sdft_lightning.errors import UserError
-from sdft_lightning.foreign_text import printable
+from sdft_lightning.foreign_text import printable, shown
 from sdft_lightning.rollout.engine import RolloutRequest
 from sdft_lightning.rollout.sampled import Sampled, as_rollout, vocabulary_size
 from sdft_lightning.rollout.sampling import Sampling
@@ -222,7 +222,7 @@ class VLLMServerEngine(ExternalEngine):
         found = _found(client, "/weight_info", [("weight_version",)])[0]
         if found != self._marker:
             raise ServerFaultError(
-                f"/weight_info: the weights are {printable(repr(found))} and no longer "
+                f"/weight_info: the weights are {shown(found)} and no longer "
                 f"{self._marker!r}; the server restarted, or another run uses it"
             )
 
@@ -246,7 +246,7 @@ def _model_name(client: VLLMClient) -> str:
     found = _found(client, "/v1/models", [("data", 0, "id")])[0]
     if not isinstance(found, str) or not found:
         raise UserError(
-            f"model.engine: {client.url}/v1/models names a model {printable(repr(found))}, which "
+            f"model.engine: {client.url}/v1/models names a model {shown(found)}, which "
             f"is no name. {_NEEDS}"
         )
     return found
@@ -270,7 +270,7 @@ def _under(answer: Any, keys: tuple[str | int, ...], url: str) -> Any:
     except (KeyError, IndexError, TypeError) as error:
         raise UserError(
             f"model.engine: the answer of {url} has no {'.'.join(map(str, keys))}, got "
-            f"{printable(repr(answer))}. {_NEEDS}"
+            f"{shown(answer)}. {_NEEDS}"
         ) from error
     return found
 
@@ -328,16 +328,16 @@ def read_completion(answer: Any, url: str) -> Sampled:
         raise UserError(
             f"model.engine: the answer of {url} is not one choice with token ids, their "
             f"log-probabilities and a finish reason ({type(error).__name__}: {error}), got "
-            f"{printable(repr(answer))}. {_NEEDS}"
+            f"{shown(answer)}. {_NEEDS}"
         ) from error
     if not isinstance(ids, list) or not isinstance(log_probs, list):
         raise UserError(
             f"model.engine: the answer of {url} lacks the list of token ids or of their "
-            f"log-probabilities, got {printable(repr(choice))}. {_NEEDS}"
+            f"log-probabilities, got {shown(choice)}. {_NEEDS}"
         )
     if reason not in FINISH_REASONS:
         raise ServerFaultError(
-            f"/v1/completions: a completion ended for the reason {printable(repr(reason))}, "
+            f"/v1/completions: a completion ended for the reason {shown(reason)}, "
             f"allowed are {', '.join(FINISH_REASONS)}"
         )
     return Sampled(ids, log_probs, reason == "stop")

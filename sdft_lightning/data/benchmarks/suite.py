@@ -25,6 +25,7 @@ from sdft_lightning.data.benchmarks.quiet_harness import quiet_harness
 from sdft_lightning.data.benchmarks.seeded_grading import seeded_grading
 from sdft_lightning.data.benchmarks.tasks import FEWSHOT_SEED, LoadedTask, load_tasks
 from sdft_lightning.errors import UserError
+from sdft_lightning.foreign_text import printable
 from sdft_lightning.tokenization import load_max_length, load_tokenizer
 from sdft_lightning.types import (
     ContinuationScore,
@@ -215,7 +216,7 @@ def _check_lengths(requests: dict[RequestKey, list[Part]], max_length: int) -> N
                 raise UserError(
                     f"data.benchmarks: a request cannot be scored: its continuation has "
                     f"{len(part.continuation)} tokens, allowed are 1 to {max_length} for this "
-                    f"model: {key[:120]}"
+                    f"model: {printable(key, 120)}"
                 )
 
 

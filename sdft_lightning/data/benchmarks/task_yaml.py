@@ -10,6 +10,7 @@ from typing import Any
 
 from sdft_lightning.data.sources import EXAMPLE_PREFIX, example_path
 from sdft_lightning.errors import UserError
+from sdft_lightning.foreign_text import printable
 
 
 @functools.cache
@@ -105,7 +106,7 @@ def _origin(
 
 
 def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip()[:300]}"
+    return f"{type(error).__name__}: {printable(str(error))}"
 
 
 def _resolve_files(files: Any, folder: Path, origin: Path) -> Any:

@@ -16,6 +16,7 @@ from sdft_lightning.data.benchmarks.quiet_harness import quiet_harness
 from sdft_lightning.data.benchmarks.sentence_data import check_sentence_data
 from sdft_lightning.data.benchmarks.task_yaml import read_task_yaml, task_manager
 from sdft_lightning.errors import UserError
+from sdft_lightning.foreign_text import printable
 from sdft_lightning.sandbox import run_program
 
 # The seeds with which `lm_eval.simple_evaluate` loads tasks and draws few-shot examples.
@@ -140,26 +141,27 @@ def _explained(name: str, source: object) -> Iterator[None]:
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"data.benchmarks.tasks: the settings of {name} are wrong "
-            f"({type(error).__name__}: {str(error)[:300]}). Compare its YAML with the harness's "
-            "guide to task files."
+            f"({type(error).__name__}: {printable(str(error))}). Compare its YAML with the "
+            "harness's guide to task files."
         ) from error
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         # datasets and huggingface_hub raise all of these without network or data set.
         raise UserError(
-            f"data.benchmarks.tasks: the data of {name} ({source}) cannot be had: "
-            f"{str(error).strip()[:300]} Remedy: correct a malformed file; run once "
+            f"data.benchmarks.tasks: the data of {name} ({printable(str(source))}) cannot be had: "
+            f"{printable(str(error))} Remedy: correct a malformed file; run once "
             "with network (the data set then stays in the Hugging Face cache), or name a task YAML "
             "with local files, as configs/benchmarks/hellaswag.yaml does."
         ) from error
     except ImportError as error:
         raise UserError(
-            f"data.benchmarks.tasks: {name} needs a package that is not installed: {error}. "
+            f"data.benchmarks.tasks: {name} needs a package that is not installed: "
+            f"{printable(str(error))}. "
             "Install it, or leave the task out."
         ) from error
     except Exception as error:  # code of the task, which may raise anything
         raise UserError(
             f"data.benchmarks.tasks: {name} cannot be loaded ({type(error).__name__}: "
-            f"{str(error)[:300]}). Correct its YAML and code, or leave the task out."
+            f"{printable(str(error))}). Correct its YAML and code, or leave the task out."
         ) from error
 
 

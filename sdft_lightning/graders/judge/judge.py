@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdft_lightning.endpoints import check_address
 from sdft_lightning.errors import UserError
-from sdft_lightning.foreign_text import key_from, printable
+from sdft_lightning.foreign_text import key_from, printable, shown
 from sdft_lightning.graders.judge.rubrics import (
     JUDGED,
     JudgedGrader,
@@ -190,7 +190,7 @@ class Judge:
                 return verdict
         raise _NoVerdictError(
             f"{1 + settings.max_unreadable} replies were not the JSON object that was asked for, "
-            f"the last was {printable(repr(reply))}"
+            f"the last was {shown(reply)}"
         )
 
     def _ask(self, request: dict[str, Any]) -> str:
@@ -227,7 +227,7 @@ class Judge:
         if odd:
             self._tell(
                 "usage",
-                f"the endpoint of the judge {self.settings.model} counts {printable(repr(odd[0]))} "
+                f"the endpoint of the judge {self.settings.model} counts {shown(odd[0])} "
                 "tokens; what is no count is left out of tokens and cost.",
             )
 
@@ -248,12 +248,12 @@ def _check_encodes(messages: object) -> None:
 
 def _no_completion(response: object) -> str:
     try:
-        shown = str(response)
+        text = str(response)
     except Exception:  # of any form and nesting
-        shown = type(response).__name__
+        text = type(response).__name__
     return (
         "the endpoint answered with something else than a chat completion, "
-        f"{printable(repr(shown))}; base_url mostly ends in /v1"
+        f"{shown(text)}; base_url mostly ends in /v1"
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.foreign_text import shown
 from sdft_lightning.graders.accepted import accepted_texts
 from sdft_lightning.types import Message
 
@@ -141,6 +142,7 @@ def _assistant_text(messages: Sequence[Any]) -> str:
     if not turns or not all(isinstance(turn, str) for turn in turns):
         raise UserError(
             "the reference must be a text, a list of accepted texts, or chat messages with an "
-            f"assistant turn; got {messages!r}. Map another column with --data.columns.reference."
+            f"assistant turn; got {shown(messages)}. Map another column with "
+            "--data.columns.reference."
         )
     return "\n".join(str(turn) for turn in turns)

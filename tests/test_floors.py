@@ -24,6 +24,7 @@ FLOORS: dict[str, float] = {
     "eval_mode": 0,
     "quiet": 0,
     "sandbox": 0.5,
+    "sandbox_filter": 0.25,
     "sandbox_launcher": 0,
     "types": 0,
     "whole_files": 0.5,

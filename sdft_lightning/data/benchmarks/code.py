@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from sdft_lightning.graders.pass_at_k import pass_at_k
-from sdft_lightning.sandbox import SandboxLimits, run_program
+from sdft_lightning.sandbox import CheckedProgram, SandboxLimits, run_program
 
 # The seconds of Hugging Face's `code_eval`, which the published figures were made with.
 _SECONDS = 3.0
@@ -37,25 +37,28 @@ def run_answers(answers: list[list[str]], docs: list[dict[str, Any]]) -> list[li
     return [[next(passed) for _ in given] for given in answers]
 
 
-def program(doc: dict[str, Any], function: str) -> str:
-    """A whole function with the item's own tests behind it."""
-    return f"{function}\n{doc['test']}\ncheck({doc['entry_point']})"
+def program(doc: dict[str, Any], function: str) -> CheckedProgram:
+    """A whole function with the item's own tests, which call it and cannot be changed by it."""
+    return CheckedProgram(
+        source=function,
+        function=doc["entry_point"],
+        test=f"{doc['test']}\ncheck({doc['entry_point']})",
+        given=doc["prompt"],  # some tests use helpers that it defines
+    )
 
 
-def passes(programs: Sequence[str], at_once: int | None = None) -> list[bool]:
+def passes(programs: Sequence[str | CheckedProgram], at_once: int | None = None) -> list[bool]:
     """Whether each program passes.
 
     Args:
-        programs: Python sources.
+        programs: Python sources, with or without tests.
         at_once: How many run side by side; as many as there are cores without it.
 
     Returns:
         In the order of the programs.
     """
     count = at_once or len(os.sched_getaffinity(0))
-    # The kernel counts the processes of a user, and where we are root all programs run as nobody:
-    # what one may start alone, it must still get beside the others.
-    limits = SandboxLimits(seconds=_SECONDS, processes=SandboxLimits.processes * count)
+    limits = SandboxLimits(seconds=_SECONDS)
     with ThreadPoolExecutor(count) as pool:
         return [outcome.passed for outcome in pool.map(lambda p: run_program(p, limits), programs)]
 

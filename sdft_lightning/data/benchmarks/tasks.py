@@ -181,7 +181,13 @@ def _check_code(name: str, config: dict[str, Any], options: Benchmarks) -> None:
             f"data.benchmarks.tasks: {name} runs code that the model wrote, in a limited process. "
             "Set data.benchmarks.allow_code_execution to true if you want that, or leave it out."
         )
-    run_program("pass")  # tells now where the limits cannot be set
+    tried = run_program("pass")  # tells now where the limits cannot be set
+    if not tried.passed:
+        raise UserError(
+            f"data.benchmarks.tasks: {name}: a program that does nothing failed in the sandbox "
+            f"({tried.reason}). Is the machine overloaded, or Python in a folder that cannot be "
+            "read? Leave the task out if it stays so."
+        )
 
 
 def _set_fewshot(name: str, task: Any, settings: BenchmarkTask) -> None:

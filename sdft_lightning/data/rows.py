@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sdft_lightning.data.sources import Rows
+from sdft_lightning.data.bounded_rows import Rows
 from sdft_lightning.errors import UserError
 from sdft_lightning.types import Demonstration, Message, RowNeeds
 
@@ -18,6 +18,9 @@ _UNREAD = ("tool_calls", "function_call")
 @dataclass(frozen=True)
 class Columns:
     """Which column of the file holds what.
+
+    A text with `$` is made of several columns, e.g. `prompt: "$question $choices"`; a list of
+    choices becomes lines with letters.
 
     Args:
         prompt: The question: a text, or chat messages that end with a user turn.
@@ -112,7 +115,7 @@ def columns_of_questions(found: Rows, columns: Columns) -> Columns:
 
 def _names(found: Rows) -> list[str]:
     """All columns of the rows."""
-    return sorted({name for row in found.rows for name in row})
+    return sorted({name for row in found.rows for name in row}.union(found.columns))
 
 
 def _parse_row(

@@ -14,7 +14,7 @@ from sdft_lightning.errors import UserError
 from sdft_lightning.hidden import check_output_head
 from sdft_lightning.lora import LoRA, adapter_parameters, add_adapter_
 from sdft_lightning.quantization import Quantization, quantization_options
-from sdft_lightning.tokenization import EMBEDDED, load_tokenizer, resolve_model, stop_ids
+from sdft_lightning.tokenization import EMBEDDED, load_stop_ids, load_tokenizer, resolve_model
 
 WeightsDtype = Literal["float32", "bfloat16"]
 
@@ -86,7 +86,7 @@ def load_policy(
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)()
     model.train()
-    return Policy(model, tokenizer, stop_ids(tokenizer, model.generation_config))
+    return Policy(model, tokenizer, load_stop_ids(model_name, tokenizer, revision))
 
 
 def _load_model(

@@ -8,15 +8,30 @@ in the place of the last user turn; system turns and earlier turns stay for both
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 from string import Template
 from typing import Any, Literal, get_args
 
+from sdft_lightning.chat_template import (
+    Conversation,
+    added_text,
+    check_generation_prompt,
+    first_missing,
+    known_thoughts,
+    opens_thought,
+    render_all,
+    shows,
+    without_thoughts,
+)
 from sdft_lightning.errors import UserError, check_choice
-from sdft_lightning.types import Demonstration, Message
+from sdft_lightning.types import Demonstration, Message, RowNeeds
 
 StyleName = Literal["paper", "turns", "context", "template"]
+ControlTokens = Literal["tell", "refuse", "escape"]
+
+# Enough of a prompt's end to hold the assistant header.
+_HEADER_CHARACTERS = 80
 
 _PAPER = """
 $prompt
@@ -41,10 +56,6 @@ STYLES: dict[str, list[dict[str, str]]] = {
     ],
 }
 
-# Documented format for a tokenizer without a chat template.
-_PLAIN_ROLES = {"system": "", "user": "Question: ", "assistant": "Answer: "}
-_PLAIN_HEADER = "Answer:"
-
 
 @dataclass(frozen=True)
 class PromptStyle:
@@ -60,6 +71,9 @@ class PromptStyle:
             `{enable_thinking: false}`.
         student_template_args: Further ones for the student only.
         teacher_template_args: Further ones for the teacher only.
+        control_tokens: What happens to rows with a token of the chat template in their text, as
+            <|im_start|>: tell (the model reads the token), refuse, or escape (a blank behind its
+            first character makes it a text).
     """
 
     style: StyleName = "paper"
@@ -67,10 +81,12 @@ class PromptStyle:
     chat_template_args: dict[str, Any] = field(default_factory=dict)
     student_template_args: dict[str, Any] = field(default_factory=dict)
     teacher_template_args: dict[str, Any] = field(default_factory=dict)
+    control_tokens: ControlTokens = "tell"
 
     def __post_init__(self) -> None:
         """Refuse an unknown style, and a template that is missing, unused or without a hint."""
         check_choice("prompts.style", self.style, get_args(StyleName))
+        check_choice("prompts.control_tokens", self.control_tokens, get_args(ControlTokens))
         if (self.style == "template") != (self.template is not None):
             raise UserError(
                 f"prompts.template: it belongs to the style template, got style {self.style} and "
@@ -168,92 +184,118 @@ def teacher_messages(row: Demonstration, style: PromptStyle) -> list[Message]:
     return messages
 
 
-def render(tokenizer: Any, messages: list[Message], template_args: dict[str, Any]) -> str:
-    """Messages as text, ending in the header of the assistant's next turn.
-
-    Without a chat template a plain format is used: the system text, then
-    `Question: …` / `Answer: …` paragraphs, ending in `Answer:`.
-
-    Args:
-        tokenizer: A tokenizer of transformers.
-        messages: Chat messages.
-        template_args: Arguments of the chat template.
-
-    Returns:
-        The text, with all special tokens of the template in it.
-    """
-    return _apply_template(tokenizer, messages, template_args, generation_prompt=True)
+def student_conversation(row: Demonstration, style: PromptStyle) -> Conversation:
+    """What the student is asked: the bare question."""
+    args = {**style.chat_template_args, **style.student_template_args}
+    return Conversation(row.prompt, args, where=row.origin)
 
 
-def _apply_template(
-    tokenizer: Any, messages: list[Message], args: dict[str, Any], generation_prompt: bool
-) -> str:
-    if tokenizer.chat_template is None:
-        paragraphs = [
-            _PLAIN_ROLES.get(message["role"], "") + str(message["content"]) for message in messages
-        ]
-        header = [_PLAIN_HEADER] if generation_prompt else []
-        return (tokenizer.bos_token or "") + "\n\n".join(paragraphs + header)
-    from jinja2 import TemplateError
+def teacher_conversation(row: Demonstration, style: PromptStyle) -> Conversation:
+    """What the teacher is asked: the question with its demonstration."""
+    args = {**style.chat_template_args, **style.teacher_template_args}
+    return Conversation(teacher_messages(row, style), args, where=row.origin)
 
-    try:
-        text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation_prompt, **args
-        )
-    except TemplateError as error:
-        roles = ", ".join(str(message["role"]) for message in messages)
-        raise UserError(
-            f"prompts: the model's chat template refuses a conversation of the roles {roles}: "
-            f"{error} It ends with {str(messages[-1]['content'])[:60]!r}. Change its turns, or the "
-            "style (data.prompts.style)."
-        ) from error
-    return text
+
+def answered_conversation(row: Demonstration, style: PromptStyle) -> Conversation:
+    """The student's conversation with the demonstration as its answer."""
+    asked = student_conversation(row, style)
+    answer: Message = {"role": "assistant", "content": demonstration_text(row)}
+    return asked._replace(messages=[*row.prompt, answer], generation_prompt=False)
 
 
 def render_student(tokenizer: Any, row: Demonstration, style: PromptStyle) -> str:
-    """The student prompt: the bare question."""
-    args = {**style.chat_template_args, **style.student_template_args}
-    return render(tokenizer, row.prompt, args)
+    """The student prompt as text."""
+    return render_all(tokenizer, [student_conversation(row, style)])[0]
 
 
 def render_teacher(tokenizer: Any, row: Demonstration, style: PromptStyle) -> str:
-    """The teacher prompt: the question with its demonstration."""
-    args = {**style.chat_template_args, **style.teacher_template_args}
-    return render(tokenizer, teacher_messages(row, style), args)
+    """The teacher prompt as text."""
+    return render_all(tokenizer, [teacher_conversation(row, style)])[0]
 
 
 def render_target(tokenizer: Any, row: Demonstration, style: PromptStyle) -> str:
-    """The demonstration as the completion of the student prompt, with what ends a turn.
+    """The demonstration as the completion of the student prompt, see `target_text`."""
+    conversations = [student_conversation(row, style), answered_conversation(row, style)]
+    prompt, whole = render_all(tokenizer, conversations)
+    return target_text(tokenizer, demonstration_text(row), prompt, whole)
 
-    Where the chat template writes an assistant turn otherwise than its header and the text
-    (thinking models), the plain text and the end-of-sequence token stand in.
+
+def target_text(tokenizer: Any, text: str, prompt: str, whole: str) -> str:
+    """An answer as the completion of a prompt, with what ends a turn.
+
+    Prompt and target together are the conversation as the chat template renders it. Where that does
+    not begin with the prompt, or lacks a part of the answer (thinking models), the answer stands as
+    it is. If the prompt has opened a thought, an answer with thoughts goes on with it, and one
+    without closes it first.
 
     Args:
         tokenizer: A tokenizer of transformers.
-        row: The row.
-        style: The template arguments of the student are taken from it.
+        text: The answer.
+        prompt: The rendered prompt.
+        whole: The rendered conversation with the answer; empty if there is none.
 
     Returns:
-        The text after the student prompt.
+        The text after the prompt.
     """
-    args = {**style.chat_template_args, **style.student_template_args}
-    prompt = render(tokenizer, row.prompt, args)
-    text = demonstration_text(row)
-    answered = [*row.prompt, {"role": "assistant", "content": text}]
-    whole = _apply_template(tokenizer, answered, args, generation_prompt=False)
-    if tokenizer.chat_template is not None and whole.startswith(prompt + text.strip()[:1]):
+    if tokenizer.chat_template is None:
+        return f" {text}{tokenizer.eos_token}"
+    if whole.startswith(prompt) and shows(whole, text):
         return whole[len(prompt) :]
-    lead = " " if tokenizer.chat_template is None else ""
-    return lead + text + str(tokenizer.eos_token)
+    markers = known_thoughts(tokenizer)
+    text = text.strip()
+    said = without_thoughts(text, markers)
+    before, found, end = whole.rpartition(said) if said else ("", "", "")
+    if not found:
+        end = str(tokenizer.eos_token)
+    opened = opens_thought(prompt[-_HEADER_CHARACTERS:], markers)
+    if opened is None:
+        blank = before[len(before.rstrip()) :]
+        return ("" if prompt.endswith(blank) else blank) + text + end
+    newline = "\n" if prompt.endswith("\n") else ""
+    if opened.closing not in text:
+        return f"{newline}{opened.closing}\n\n{text}{end}"
+    thought = text.removeprefix(opened.opening)
+    return (thought.lstrip() if newline else thought) + end
 
 
-def assistant_header(tokenizer: Any, messages: list[Message], args: dict[str, Any]) -> str:
-    """What the chat template adds to open the assistant's turn."""
-    with_header = _apply_template(tokenizer, messages, args, generation_prompt=True)
-    without = _apply_template(tokenizer, messages, args, generation_prompt=False)
-    pairs = zip(with_header, without, strict=False)
-    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return with_header[same:]
+def check_shown(row: Demonstration, conversation: Conversation, rendered: str, role: str) -> None:
+    """Refuse a row of which the chat template leaves a text out.
+
+    Args:
+        row: The row.
+        conversation: What is shown of it.
+        rendered: The rendered conversation.
+        role: student or teacher, for the message.
+
+    Raises:
+        UserError: Names the row, the text and the remedy.
+    """
+    missing = first_missing(conversation.messages, rendered)
+    if missing is None:
+        return
+    name = str(missing.message["role"])
+    of = {"system": "the system turn", "user": "the question"}.get(name, f"a turn of the {name}")
+    shown = missing.text in demonstration_text(row)
+    if shown and missing.message not in row.prompt:
+        of = "the demonstration"
+    elif row.context and missing.text in row.context:
+        of = "the context"
+    remedy = (
+        "Show it in another way (data.prompts.style), give the template arguments "
+        "(data.prompts.chat_template_args, e.g. enable_thinking), or change the row"
+    )
+    if name == "system":
+        remedy = "The model knows no such turn: write it into the question, or take it out"
+    elif missing.is_thought and of == "the demonstration":
+        remedy = (
+            "The styles paper and template show it in the user's turn (data.prompts.style); or "
+            "give the template an argument that keeps thoughts (data.prompts.chat_template_args), "
+            "or take them out of the demonstration"
+        )
+    raise UserError(
+        f"{row.origin}: the model's chat template leaves a part of {of} out of the {role}'s "
+        f"prompt: {missing.text[:60]!r}. {remedy}."
+    )
 
 
 def check_same_header(tokenizer: Any, row: Demonstration, style: PromptStyle) -> str:
@@ -271,10 +313,11 @@ def check_same_header(tokenizer: Any, row: Demonstration, style: PromptStyle) ->
         UserError: If the headers differ, so that student and teacher would predict different
             things at the first token.
     """
-    args = style.chat_template_args
-    student = assistant_header(tokenizer, row.prompt, {**args, **style.student_template_args})
-    teacher = assistant_header(
-        tokenizer, teacher_messages(row, style), {**args, **style.teacher_template_args}
+    shown = [student_conversation(row, style), teacher_conversation(row, style)]
+    bare = [conversation._replace(generation_prompt=False) for conversation in shown]
+    texts = render_all(tokenizer, [*shown, *bare])
+    student, teacher = (
+        added_text(without, text) for text, without in zip(texts[:2], texts[2:], strict=True)
     )
     if student != teacher:
         raise UserError(
@@ -283,6 +326,27 @@ def check_same_header(tokenizer: Any, row: Demonstration, style: PromptStyle) ->
             "(e.g. enable_thinking)."
         )
     return student
+
+
+def check_headers(
+    tokenizer: Any, rows: Sequence[Demonstration], style: PromptStyle, needs: RowNeeds
+) -> None:
+    """Check, on the first rows, that answers are opened, and alike for both roles.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+        rows: The rows of a set.
+        style: The style with its template arguments.
+        needs: What the method does with the rows.
+
+    Raises:
+        UserError: If the template opens no answer, or another one for the teacher.
+    """
+    if needs.prompt and rows:
+        check_generation_prompt(tokenizer, student_conversation(rows[0], style).args)
+    taught = next((row for row in rows if row.demonstration), None)
+    if taught is not None and needs.teacher_prompt:
+        check_same_header(tokenizer, taught, style)
 
 
 def without_hint(style: PromptStyle) -> PromptStyle:

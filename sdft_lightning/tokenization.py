@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
+from sdft_lightning.chat_template import turn_end_ids
 from sdft_lightning.embedded import embedded_model_path
 from sdft_lightning.errors import UserError
+
+log = logging.getLogger(__name__)
 
 EMBEDDED = "embedded"
 # Tokenizers without a limit name an astronomical one.
 _NO_LIMIT = 1 << 40
+# Model names and added stop ids of which the user has been told.
+_TOLD: set[tuple[str, tuple[int, ...]]] = set()
 
 
 def resolve_model(model_name: str) -> str:
@@ -81,32 +87,82 @@ def load_tokenizer(model_name: str, revision: str | None = None) -> Any:
     return tokenizer
 
 
-def stop_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
-    """All token ids that end a completion, sorted.
+def stop_ids(tokenizer: Any, *configs: Any) -> list[int]:
+    """All token ids that end a completion by the model's files, sorted.
 
     Args:
         tokenizer: A tokenizer of transformers.
-        generation_config: The model's; its `eos_token_id` may be a list.
+        configs: The model's config and generation config; their `eos_token_id` may be a list. None
+            stands for one that there is not.
 
     Returns:
         At least one id.
+
+    Raises:
+        UserError: If an `eos_token_id` is no token id.
     """
     found = {tokenizer.eos_token_id}
-    listed = getattr(generation_config, "eos_token_id", None)
-    found.update(listed if isinstance(listed, list) else [listed])
+    for config in configs:
+        listed = getattr(config, "eos_token_id", None)
+        for token in listed if isinstance(listed, list | tuple) else [listed]:
+            if token is not None and (type(token) is not int or token < 0):
+                raise UserError(
+                    f"model_name: the model's {type(config).__name__} has the eos_token_id "
+                    f"{listed!r}; allowed are a token id (0 and more) and a list of such. Correct "
+                    "its config.json or generation_config.json."
+                )
+            found.add(token)
     return sorted(token for token in found if token is not None)
 
 
 def load_stop_ids(model_name: str, tokenizer: Any, revision: str | None = None) -> list[int]:
-    """The stop ids of a model by name, without loading its weights; see `stop_ids`."""
-    from transformers import GenerationConfig
+    """The stop ids of a model by name, without loading its weights.
 
-    try:
-        options: dict[str, Any] = {} if revision is None else {"revision": revision}
-        generation = GenerationConfig.from_pretrained(resolve_model(model_name), **options)
-    except OSError:  # many models have no generation_config.json
-        generation = None
-    return stop_ids(tokenizer, generation)
+    Args:
+        model_name: See `resolve_model`.
+        tokenizer: Its tokenizer.
+        revision: Branch, tag or commit on the Hub.
+
+    Returns:
+        Those of tokenizer, config and generation config, and the token with which the chat template
+        ends an answer; where that had to be added, it is told once.
+
+    Raises:
+        UserError: If the chat template ends an answer with what cannot stop sampling.
+    """
+    config, generation = _stop_configs(model_name, revision)
+    stops = stop_ids(tokenizer, config, generation)
+    added = turn_end_ids(tokenizer, stops, model_name)
+    if added and (model_name, tuple(added)) not in _TOLD:
+        _TOLD.add((model_name, tuple(added)))
+        ends, known = (
+            " or ".join(str(tokenizer.decode([token])) for token in ids) for ids in (added, stops)
+        )
+        log.warning(
+            f"model_name: the chat template of {model_name} ends an answer with {ends}, and the "
+            f"model's files name {known} only. Sampling stops at {ends}, too."
+        )
+    return sorted({*stops, *added})
+
+
+def _stop_configs(model_name: str, revision: str | None) -> tuple[Any, Any]:
+    """The config and the generation config of a model; None where there is none."""
+    from transformers import AutoConfig, GenerationConfig
+
+    options: dict[str, Any] = {} if revision is None else {"revision": revision}
+    source = resolve_model(model_name)
+    found: list[Any] = []
+    kinds: list[tuple[Any, dict[str, Any]]] = [
+        (AutoConfig, {"trust_remote_code": False}),
+        (GenerationConfig, {}),
+    ]
+    for kind, more in kinds:
+        try:
+            found.append(kind.from_pretrained(source, **options, **more))
+        except (OSError, ValueError):  # many models have no generation_config.json
+            found.append(None)
+    config, generation = found
+    return getattr(config, "text_config", None) or config, generation
 
 
 def load_config(model_name: str, revision: str | None = None) -> Any:

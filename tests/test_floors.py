@@ -39,6 +39,7 @@ FLOORS: dict[str, float] = {
     "low_memory": 1,
     "prefix": 1,
     "scoring": 1.5,
+    "chat_template": 0.5,
     "prompts": 1,
     "graders": 1,
     "embedded": 1,

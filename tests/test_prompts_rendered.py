@@ -48,12 +48,13 @@ def test_target_of_several_steps_is_one_answer(tokenizer: Any) -> None:
     assert target == "Add.\nIt is 2.<|im_end|>\n"
 
 
-def test_target_ends_with_the_stop_token_where_the_template_opens_thoughts(
+def test_target_without_thoughts_closes_the_thought_that_the_template_opens(
     make_tokenizer: Callable[..., Any],
 ) -> None:
     thinking = make_tokenizer(THINKING_TEMPLATE)
     assert render_student(thinking, ROW, PromptStyle()).endswith("<think>\n")
-    assert render_target(thinking, ROW, PromptStyle()) == "It is 2.<|im_end|>"
+    # Inside of a thought that never ends it would be no answer, and is graded so.
+    assert render_target(thinking, ROW, PromptStyle()) == "\n</think>\n\nIt is 2.<|im_end|>"
 
 
 def test_target_ends_with_the_stop_token_without_a_chat_template(

@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader
 
+from sdft_lightning.chat_template import known_thoughts
 from sdft_lightning.data.benchmarks import Benchmarks, BenchmarkSuite
 from sdft_lightning.data.bounded_rows import MAX_MEGABYTES
 from sdft_lightning.data.collate import collate
@@ -39,7 +40,7 @@ from sdft_lightning.data.tokenize import (
 from sdft_lightning.embedded import cache_folder
 from sdft_lightning.errors import UserError, check_at_least
 from sdft_lightning.graders import JUDGED, Judge, JudgeSettings, check_reference
-from sdft_lightning.prompts import PromptStyle, check_same_header
+from sdft_lightning.prompts import PromptStyle, check_headers
 from sdft_lightning.tokenization import (
     has_rotary_positions,
     load_max_length,
@@ -76,6 +77,8 @@ class DemonstrationDataModule(L.LightningDataModule):
         batch_size: Prompts of a micro-batch on one device; times accumulate_grad_batches and
             devices are the prompts of an optimizer step.
         eval_batch_size: Prompts of a validation batch.
+        grade_thoughts: Give graders also the thoughts (<think>…</think>) of an answer, which they
+            are spared else.
         num_workers: Processes that collate batches.
         max_megabytes: Most memory for the rows of a set as they are read; a larger set is refused.
         seed: Seed of the order of rows; set from seed_everything.
@@ -100,6 +103,7 @@ class DemonstrationDataModule(L.LightningDataModule):
         lengths: Lengths = Lengths(),  # noqa: B008 - frozen
         batch_size: int = 8,
         eval_batch_size: int = 32,
+        grade_thoughts: bool = False,
         num_workers: int = 0,
         max_megabytes: int = MAX_MEGABYTES,
         seed: int = 42,
@@ -118,6 +122,7 @@ class DemonstrationDataModule(L.LightningDataModule):
         self.lengths = lengths
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
+        self.grade_thoughts = grade_thoughts
         self.num_workers = num_workers
         self.max_megabytes = max_megabytes
         self.seed = seed
@@ -203,14 +208,13 @@ class DemonstrationDataModule(L.LightningDataModule):
             option = f"data.{planned.key}.columns"
         rows = parse_rows(found, columns, planned.needs, check, option)
         if planned.grader is not None:
-            line = gold_report(planned.key, planned.grader, rows, self.judge)
+            markers = [] if self.grade_thoughts else known_thoughts(tokenizer.tokenizer)
+            line = gold_report(planned.key, planned.grader, rows, self.judge, markers)
             if line:
                 log.info(line)
         if not planned.is_taught:
             rows = [row._replace(demonstration=[]) for row in rows]
-        taught = next((row for row in rows if row.demonstration), None)
-        if taught is not None and planned.needs.teacher_prompt:
-            check_same_header(tokenizer.tokenizer, taught, planned.prompts or self.prompts)
+        check_headers(tokenizer.tokenizer, rows, planned.prompts or self.prompts, planned.needs)
         tokenizer = tokenizer._replace(
             style=planned.prompts or tokenizer.style,
             lengths=planned.lengths or tokenizer.lengths,

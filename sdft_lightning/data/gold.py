@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from sdft_lightning.chat_template import Markers, without_thoughts
 from sdft_lightning.graders import (
     JUDGED,
     GoldSelfTest,
@@ -15,7 +18,11 @@ from sdft_lightning.types import Demonstration
 
 
 def gold_report(
-    name: str, grader: str, rows: list[Demonstration], judge: Judge | None = None
+    name: str,
+    grader: str,
+    rows: list[Demonstration],
+    judge: Judge | None = None,
+    thoughts: Sequence[Markers] = (),
 ) -> str:
     """One line on the gold self-test of a graded set.
 
@@ -25,6 +32,7 @@ def gold_report(
         rows: Its rows; of those with a demonstration that is graded, and where no row has one, what
             the references alone tell.
         judge: Asked by the graders that ask, about the first rows only.
+        thoughts: Markers of the thoughts that graders are spared.
 
     Returns:
         The line; empty where nothing is known to be right.
@@ -35,7 +43,7 @@ def gold_report(
     shown = [row for row in rows if row.demonstration]
     kind = "demonstrations"
     if shown:
-        texts = [demonstration_text(row) for row in shown]
+        texts = [without_thoughts(demonstration_text(row), thoughts) for row in shown]
     else:
         kind = "references"
         rendered = [(row, gold_text(grader, row.reference)) for row in rows]

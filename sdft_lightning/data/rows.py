@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdft_lightning.data.bounded_rows import Rows
+from sdft_lightning.data.json_messages import ROLES, messages_from_json
 from sdft_lightning.errors import UserError
 from sdft_lightning.types import Demonstration, Message, RowNeeds
 
-_ROLES = ("system", "user", "assistant", "tool")
 # What a turn may say besides its content; no text is made of it.
 _UNREAD = ("tool_calls", "function_call")
 
@@ -61,6 +61,7 @@ def parse_rows(
         UserError: Names the file, the row and what is wrong with it.
     """
     _check_columns(found, columns, needs, check_reference is not None, option)
+    found = messages_from_json(found, (columns.prompt, columns.demonstration))
     parsed = [
         _parse_row(row, f"{found.name}, {place}", number, columns, needs)
         for number, (row, place) in enumerate(zip(found.rows, found.places, strict=True))
@@ -215,10 +216,10 @@ def _parse_messages(value: Any, origin: str, column: str) -> list[Message]:
     messages = []
     for message in value:
         role, content = message.get("role"), message.get("content")
-        if role not in _ROLES or not isinstance(content, str):
+        if role not in ROLES or not isinstance(content, str):
             raise UserError(
                 f"{origin}: a message in column {column!r} must have a role "
-                f"({', '.join(_ROLES)}) and a text as content, got role {role!r} and content of "
+                f"({', '.join(ROLES)}) and a text as content, got role {role!r} and content of "
                 f"type {type(content).__name__}."
             )
         unread = [name for name in _UNREAD if message.get(name)]

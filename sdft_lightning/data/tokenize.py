@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
+from sdft_lightning.chat_template import (
+    Conversation,
+    Rendering,
+    continuation_ids,
+    template_error,
+    try_all,
+)
+from sdft_lightning.data.control_tokens import ControlTokens
 from sdft_lightning.errors import UserError, check_choice
-from sdft_lightning.prompts import PromptStyle, render_student, render_target, render_teacher
+from sdft_lightning.prompts import (
+    PromptStyle,
+    answered_conversation,
+    check_shown,
+    demonstration_text,
+    student_conversation,
+    target_text,
+    teacher_conversation,
+)
 from sdft_lightning.types import Demonstration, Message, RowNeeds
+
+# Rows that are rendered and tokenized at once.
+_CHUNK = 256
 
 TooLong = Literal["error", "skip", "truncate"]
 
@@ -69,6 +88,14 @@ class TokenizedRows(NamedTuple):
     first_too_long: str = ""
 
 
+class _Texts(NamedTuple):
+    """The rendered texts of a row; teacher prompt and target are empty where there is none."""
+
+    prompt: str
+    teacher: str
+    target: str
+
+
 class Tokenizer(NamedTuple):
     """What turns a row into token ids.
 
@@ -89,21 +116,92 @@ class Tokenizer(NamedTuple):
 
     def __call__(self, row: Demonstration) -> TokenizedRow:
         """Render and tokenize a row as it is, whatever its lengths."""
+        return self.many([row])[0]
+
+    def many(self, rows: Sequence[Demonstration]) -> list[TokenizedRow]:
+        """Render and tokenize rows as they are, whatever their lengths.
+
+        Raises:
+            UserError: If the chat template fails on a row, or leaves a text of it out; or if a row
+                has control tokens in its text, where they are refused.
+        """
+        shown = self._without_control(rows)
         if self.needs.context:
-            return TokenizedRow(row, [], [], [], self._encode_context(row))
-        prompt_ids = self.encode(render_student(self.tokenizer, row, self.style))
-        if not row.demonstration:
-            return TokenizedRow(row, prompt_ids, [], [])
-        teacher_ids: list[int] = []
-        if self.needs.teacher_prompt:
-            teacher_ids = self.encode(render_teacher(self.tokenizer, row, self.style))
-        target = self.encode(render_target(self.tokenizer, row, self.style))
-        return TokenizedRow(row, prompt_ids, teacher_ids, self._cut_after_stop(target))
+            return [
+                TokenizedRow(row, [], [], [], self._encode_context(safe))
+                for row, safe in zip(rows, shown, strict=True)
+            ]
+        texts = self._render(shown)
+        prompts = self._encode_all([each.prompt for each in texts])
+        teachers = self._encode_all([each.teacher for each in texts])
+        targets = self._continued(texts, prompts)
+        return [
+            TokenizedRow(row, prompt, teacher, self._cut_after_stop(target) if target else [])
+            for row, prompt, teacher, target in zip(rows, prompts, teachers, targets, strict=True)
+        ]
+
+    def _without_control(self, rows: Sequence[Demonstration]) -> Sequence[Demonstration]:
+        """Rows without control tokens in their text, where that was asked for."""
+        if self.style.control_tokens == "tell":
+            return rows
+        control = ControlTokens(self.tokenizer, self.stop_ids)
+        if self.style.control_tokens == "escape":
+            return [control.escaped(row) for row in rows]
+        for row in rows:
+            control.refuse(row)
+        return rows
+
+    def _render(self, rows: Sequence[Demonstration]) -> list[_Texts]:
+        """The texts of rows, each of which shows all that it is to show."""
+        conversations: list[Conversation] = []
+        for row in rows:
+            conversations.append(student_conversation(row, self.style))
+            if row.demonstration:
+                conversations.append(answered_conversation(row, self.style))
+                if self.needs.teacher_prompt:
+                    conversations.append(teacher_conversation(row, self.style))
+        asked = iter(zip(conversations, try_all(self.tokenizer, conversations), strict=False))
+        found = []
+        for row in rows:
+            prompt = self._shown(row, *next(asked), "student")
+            if not row.demonstration:
+                found.append(_Texts(prompt, "", ""))
+                continue
+            conversation, answered = next(asked)
+            if answered.text is None and (self.needs.target or not answered.refused):
+                raise template_error(conversation, answered)
+            whole = answered.text or ""
+            teacher = ""
+            if self.needs.teacher_prompt:
+                teacher = self._shown(row, *next(asked), "teacher")
+            text = demonstration_text(row)
+            target = target_text(self.tokenizer, text, prompt, whole)
+            found.append(_Texts(prompt, teacher, target))
+        return found
+
+    def _shown(
+        self, row: Demonstration, conversation: Conversation, found: Rendering, role: str
+    ) -> str:
+        if found.text is None:
+            raise template_error(conversation, found)
+        check_shown(row, conversation, found.text, role)
+        return found.text
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a rendered text, in which all special tokens already stand."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return self._encode_all([text])[0]
+
+    def _encode_all(self, texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False).input_ids
         return ids
+
+    def _continued(self, texts: list[_Texts], prompts: list[list[int]]) -> list[list[int]]:
+        """Token ids of the targets, as they are where they follow their prompts."""
+        wholes = self._encode_all([each.prompt + each.target for each in texts])
+        return [
+            continuation_ids(self.tokenizer, each.target, prompt, whole) if each.target else []
+            for each, prompt, whole in zip(texts, prompts, wholes, strict=True)
+        ]
 
     def _encode_context(self, row: Demonstration) -> list[int]:
         """The context as pre-training shows a document: between BOS and EOS, where there are such.
@@ -150,8 +248,7 @@ def tokenize_rows(
     kept: list[TokenizedRow] = []
     skipped = truncated = 0
     first = ""
-    for row in rows:
-        tokens = tokenizer(row)
+    for tokens in _in_chunks(rows, tokenizer):
         if not _excess(tokens, tokenizer):
             kept.append(tokens)
             continue
@@ -169,6 +266,11 @@ def tokenize_rows(
             f"The first: {first}"
         )
     return TokenizedRows(kept, skipped, truncated, first)
+
+
+def _in_chunks(rows: Sequence[Demonstration], tokenizer: Tokenizer) -> Iterator[TokenizedRow]:
+    for start in range(0, len(rows), _CHUNK):
+        yield from tokenizer.many(rows[start : start + _CHUNK])
 
 
 def check_model_takes(

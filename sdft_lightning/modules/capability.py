@@ -9,6 +9,7 @@ from torch import distributed
 from sdft_lightning.errors import UserError
 from sdft_lightning.rollout import Sampling, StopTexts, generate_rollout
 from sdft_lightning.scoring import score_continuations
+from sdft_lightning.tokenization import stop_ids
 from sdft_lightning.types import (
     ContinuationScore,
     GenerationBatch,
@@ -53,7 +54,10 @@ class CapabilityScores:
                 for request, score in zip(batch.requests, scores, strict=True)
             ]
             return
-        texts = answer_requests(module.whole_student, module.tokenizer, batch, module.stop_ids)
+        model = module.whole_student
+        # As the harness stops: where the model's own files say so.
+        stops = stop_ids(module.tokenizer, getattr(model, "generation_config", None))
+        texts = answer_requests(model, module.tokenizer, batch, stops)
         self.responses += [
             RequestResponse(request, copy, ContinuationScore(0.0, False), text)
             for request, copy, text in zip(batch.requests, batch.copies, texts, strict=True)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from sdft_lightning.chat_template import AnswerReader
 from sdft_lightning.errors import UserError
 from sdft_lightning.graders import Judge, grade_rows
 from sdft_lightning.modules.accuracy import TaskAccuracies
@@ -57,6 +58,7 @@ class EvaluatedModule(TimedModule):
         self.register_module("student", None)
         self.tokenizer: Any = None
         self.stop_ids: list[int] = []
+        self._reader: AnswerReader | None = None
         self.sampling_weights = SamplingWeights(sampling_dtype)
         self.accuracies = TaskAccuracies()
         self.capability = CapabilityTrack()
@@ -97,10 +99,33 @@ class EvaluatedModule(TimedModule):
         )
 
     def decode(self, rollout: Rollout) -> list[str]:
-        """Texts of the R completions, without special tokens."""
+        """Texts of the R completions: all that was said, thoughts and tool calls included."""
         return [
-            self.tokenizer.decode(ids[mask], skip_special_tokens=True)
+            self.reader.text(ids[mask].tolist())
             for ids, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)
+        ]
+
+    @property
+    def reader(self) -> AnswerReader:
+        """What makes text of the student's tokens."""
+        reader = self._reader
+        if reader is None or (reader.tokenizer, reader.stop_ids) != (self.tokenizer, self.stop_ids):
+            self._reader = reader = AnswerReader(self.tokenizer, self.stop_ids)
+        return reader
+
+    def answers(self, completions: list[str], prompt_ids: Tensor, prompt_mask: Tensor) -> list[str]:
+        """What graders get: the completions without thoughts, unless `data.grade_thoughts` is set.
+
+        Args:
+            completions: One text a prompt.
+            prompt_ids: `(B, P)`, padded on the left; they may open a thought.
+            prompt_mask: `(B, P)`.
+        """
+        if getattr(getattr(self.trainer, "datamodule", None), "grade_thoughts", False):
+            return completions
+        return [
+            self.reader.answer(text, self.reader.opened(ids[mask.bool()].tolist()))
+            for text, ids, mask in zip(completions, prompt_ids, prompt_mask, strict=True)
         ]
 
     def graded_completions(
@@ -111,7 +136,8 @@ class EvaluatedModule(TimedModule):
         completions = self.decode(rollout)
         scores: list[float] = []
         if batch.grader:
-            scores = grade_rows(batch.grader, completions, batch.rows, self._judge)
+            answers = self.answers(completions, prompt_ids, prompt_mask)
+            scores = grade_rows(batch.grader, answers, batch.rows, self._judge)
             self.accuracies.count(f"{batch.task}/{metric}", scores, self.device)
         return Graded(batch.task, batch.rows, completions, scores, rollout.truncated.tolist())
 
@@ -185,9 +211,17 @@ class EvaluatedModule(TimedModule):
     ) -> list[dict[str, Any]]:
         """Answer the questions of a batch greedily."""
         rollout = self.greedy_completions(self.student, batch.prompt_ids, batch.prompt_mask)
+        texts = self.decode(rollout)
+        answers = self.answers(texts, batch.prompt_ids, batch.prompt_mask)
+        truncated = rollout.truncated.tolist()
         return [
-            {"id": row.id, "prompt": row.prompt, "completion": text, "truncated": truncated}
-            for row, text, truncated in zip(
-                batch.rows, self.decode(rollout), rollout.truncated.tolist(), strict=True
-            )
+            {
+                "id": row.id,
+                "prompt": row.prompt,
+                "completion": text,
+                # Only of completions with thoughts.
+                **({} if answer == text else {"answer": answer}),
+                "truncated": cut,
+            }
+            for row, text, answer, cut in zip(batch.rows, texts, answers, truncated, strict=True)
         ]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sdft_lightning.chat_template import answer_ids
 from sdft_lightning.errors import UserError
 from sdft_lightning.modules.kept_completions import KeptCompletion
 from sdft_lightning.types import Demonstration
@@ -59,7 +60,7 @@ class GivenCompletion(NamedTuple):
         if self.token_ids is not None:
             ids = list(self.token_ids)
         else:
-            ids = target.tokenizer(self.text, add_special_tokens=False).input_ids
+            ids = answer_ids(target.tokenizer, self.text)
             ids = ids if self.truncated else [*ids, target.tokenizer.eos_token_id]
         stops = [place for place, token in enumerate(ids) if token in target.stop_ids]
         ids = ids[: stops[0] + 1] if stops else ids  # as a rollout ends at its first stop token

@@ -41,6 +41,7 @@ class TrainingData(Protocol):
     grader: str | None
     batch_size: int
     eval_batch_size: int
+    grade_thoughts: bool
 
     @property
     def judge(self) -> Judge | None:
@@ -113,7 +114,7 @@ def run_preflight(
         student_role,
         teacher_role,
         other_role,
-        _demonstrations_right(data, known),
+        _demonstrations_right(module, data, known),
         sum(own > other for own, other in pairs),
         sum(own < other for own, other in pairs),
         kl,
@@ -175,12 +176,16 @@ def _grading(data: TrainingData, sample: list[Demonstration]) -> Grading | None:
     return grade
 
 
-def _demonstrations_right(data: TrainingData, known: list[Demonstration]) -> float | None:
+def _demonstrations_right(
+    module: Any, data: TrainingData, known: list[Demonstration]
+) -> float | None:
     """How many demonstrations the grader finds right in their own rows, as a fraction."""
     rows = [row for row in known if row.reference is not None and row.demonstration]
     if data.grader is None or data.grader in JUDGED or not rows:
         return None
     texts = [demonstration_text(row) for row in rows]
+    if not data.grade_thoughts:
+        texts = [module.reader.answer(text) for text in texts]
     return gold_self_test(data.grader, [row.reference for row in rows], texts).passed / len(rows)
 
 
@@ -202,7 +207,7 @@ def _role(
         truncated += int(rollout.truncated.sum())
         texts = module.decode(rollout)
         if grade is not None:
-            scores += grade(texts, batch.rows)
+            scores += grade(module.answers(texts, ids, mask), batch.rows)
         for row, text in zip(batch.rows, texts, strict=True):
             shown = demonstration_text(row)
             count += 1

@@ -7,12 +7,16 @@ in Lightning's loop, and the harness's own `evaluate` computes the metrics with 
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any, NamedTuple
 
 from lm_eval.api.model import TemplateLM
 
+from sdft_lightning.chat_template import Conversation, first_missing, template_error, try_all
 from sdft_lightning.errors import UserError
 from sdft_lightning.types import ContinuationScore, GenerationSettings
+
+log = logging.getLogger(__name__)
 
 RequestKey = str
 _GENERATION_KEYS = {"until", "do_sample", "max_gen_toks", "temperature", "top_p", "top_k"}
@@ -55,6 +59,7 @@ class _TokenizedModel(TemplateLM):  # type: ignore[misc]
         super().__init__()
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self._told = False
 
     @property
     def eot_token_id(self) -> int:
@@ -86,14 +91,35 @@ class _TokenizedModel(TemplateLM):  # type: ignore[misc]
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Render messages with the tokenizer's chat template."""
-        rendered: str = self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
-        return rendered
+        """Render messages with the chat template; system turns that it refuses are left out.
+
+        Raises:
+            UserError: If the template fails.
+        """
+        # An assistant turn at the end is one to go on with.
+        args = {"continue_final_message": not add_generation_prompt}
+        asked = Conversation(chat_history, args, add_generation_prompt, "data.benchmarks.tasks")
+        (found,) = try_all(self.tokenizer, [asked])
+        if found.refused:
+            rest = [message for message in chat_history if message["role"] != "system"]
+            if rest != chat_history:
+                self._tell(
+                    f"refuses a system turn ({found.reason}): as in the harness it is left out"
+                )
+                asked = asked._replace(messages=rest)
+                (found,) = try_all(self.tokenizer, [asked])
+        if found.text is None:
+            raise template_error(asked, found)
+        missing = first_missing(asked.messages, found.text)
+        if missing is not None:
+            self._tell(f"leaves out {missing.text[:60]!r} of a {missing.message['role']} turn")
+        return found.text
+
+    def _tell(self, what: str) -> None:
+        """Say once what the chat template does to the tasks' turns."""
+        if not self._told:
+            self._told = True
+            log.warning(f"data.benchmarks.tasks: the model's chat template {what}.")
 
 
 class RequestCollector(_TokenizedModel):

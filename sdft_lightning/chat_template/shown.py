@@ -1,0 +1,94 @@
+"""Whether a rendered conversation holds every text that it is made of."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from sdft_lightning.types import Message
+
+# Templates write these anew, or take them out: around thoughts, and switches of thinking.
+_REWRITTEN = re.compile(
+    r"</?think(?:ing)?>|</?thought>|\[/?THINK\]|</?seed:think>|<\|(?:START|END)_THINKING\|>"
+    r"|<\|(?:begin|end)_of_thought\|>|<\|channel\|>\w+<\|message\|>|<\|end\|><\|start\|>assistant"
+    r"|/(?:no_)?think\b"
+)
+_BLANK = re.compile(r"\s+")
+
+
+class Missing(NamedTuple):
+    """A text that a conversation lacks.
+
+    Attributes:
+        message: The message that it is from.
+        text: The text; of a message with thoughts, the part.
+        is_thought: Whether it is a thought, or what stands before one.
+    """
+
+    message: Message
+    text: str
+    is_thought: bool
+
+
+def first_missing(messages: Sequence[Message], rendered: str) -> Missing | None:
+    """The first text of a conversation that its rendering lacks, however often it should hold it.
+
+    Templates strip texts, escape them for HTML or JSON, change blanks, merge turns, move the system
+    turn, and write thoughts apart; none of that counts as lacking.
+
+    Args:
+        messages: What was rendered.
+        rendered: The rendered text.
+    """
+    contents = [str(message["content"]) for message in messages]
+    # Usually each stands there as it is.
+    if all(_count(rendered, text.strip()) >= _wanted(text.strip(), contents) for text in contents):
+        return None
+    parts = [
+        (message, part.strip(), is_thought)
+        for message, content in zip(messages, contents, strict=True)
+        for part, is_thought in _parts(content)
+        if part.strip()
+    ]
+    forms = [_compact(form) for form in (rendered, html.unescape(rendered))]
+    all_parts = [_compact(part) for _, part, _ in parts]
+    for message, part, is_thought in parts:
+        if not _stands(part, forms, all_parts):
+            return Missing(message, part, is_thought)
+    return None
+
+
+def _parts(content: str) -> list[tuple[str, bool]]:
+    """A text cut at the markers of thoughts; whether each part stands before the last of them."""
+    *thoughts, said = _REWRITTEN.split(content)
+    return [*((part, True) for part in thoughts), (said, False)]
+
+
+def _stands(part: str, forms: Iterable[str], all_parts: list[str]) -> bool:
+    """Whether a part stands in one of the forms of a text, as it is or escaped for JSON."""
+    compact = _compact(part)
+    wanted = _wanted(compact, all_parts)
+    written = {compact} | {
+        _compact(json.dumps(part, ensure_ascii=ascii_only)[1:-1]) for ascii_only in (True, False)
+    }
+    return any(sum(form.count(each) for each in written) >= wanted for form in forms)
+
+
+def _wanted(text: str, contents: Iterable[str]) -> int:
+    return sum(_count(content, text) for content in contents) if text else 0
+
+
+def _count(text: str, part: str) -> int:
+    return text.count(part) if part else 0
+
+
+def _compact(text: str) -> str:
+    return _BLANK.sub("", text)
+
+
+def shows(rendered: str, text: str) -> bool:
+    """Whether one text stands in a rendering, see `first_missing`."""
+    return first_missing([{"role": "assistant", "content": text}], rendered) is None

@@ -1,6 +1,6 @@
 """Score benchmarks with ours and with lm-evaluation-harness's own model class, and compare.
 
-    .venv/bin/python scripts/compare_with_harness.py --data_dir ../shared/data/benchmarks
+    .venv/bin/python scripts/compare_with_harness.py --data_dir my/benchmarks
 
 With `--check` the exit code is 1 where they disagree: by more than 1e-3 in a log-likelihood, in one
 completion or metric, or, with `--at_most`, where the seconds' ratio is greater than that.

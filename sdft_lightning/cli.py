@@ -38,7 +38,7 @@ from sdft_lightning.foreign_text import harmless
 from sdft_lightning.modules import PolicyModule
 from sdft_lightning.modules.monitors import check_monitors
 from sdft_lightning.modules.whole_windows import check_whole_windows
-from sdft_lightning.quiet import quieten
+from sdft_lightning.quiet import print_anything, quieten
 from sdft_lightning.report import report_command
 from sdft_lightning.run_config import SaveRunConfig
 from sdft_lightning.run_folder import (
@@ -53,6 +53,7 @@ from sdft_lightning.run_folder import (
 from sdft_lightning.run_trainer import RunTrainer
 from sdft_lightning.trainer_options import check_trainer_options
 from sdft_lightning.whole_files import check_can_make, no_room
+from sdft_lightning.yaml_text import bound_config_files
 
 log = logging.getLogger(__name__)
 
@@ -241,6 +242,7 @@ def main(args: ArgsType = None) -> None:
 
     Exits with code 2 and a message where the user gave something wrong, and with 143 after SIGTERM.
     """
+    print_anything()
     quieten()
     given = sys.argv[1:] if args is None else args
     words = list(given) if isinstance(given, list) else []
@@ -266,6 +268,7 @@ def main(args: ArgsType = None) -> None:
 
 
 def _run_command(args: ArgsType) -> None:
+    bound_config_files()
     SDFTCLI(
         PolicyModule,
         DemonstrationDataModule,

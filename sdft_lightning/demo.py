@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from sdft_lightning.callbacks.run_files import unused_path
 from sdft_lightning.cli import main as run_command
+from sdft_lightning.quiet import print_anything
 
 TASK = "front_desk"
 GENERAL = "general"
@@ -190,6 +191,7 @@ def run_demo(
 
 def main() -> None:
     """Run the demo and print its table."""
+    print_anything()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--configs", type=Path, default=Path("configs"))

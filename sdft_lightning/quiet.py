@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -49,6 +50,16 @@ class _CurrentStderr(logging.StreamHandler[Any]):
     @stream.setter
     def stream(self, _: Any) -> None:
         """Nothing is kept."""
+
+
+def print_anything() -> None:
+    """Let no character end the program that the terminal, or the file behind it, does not know.
+
+    Models, rows and tables hold all kinds; where the output's encoding lacks one, "?" is printed.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # notebooks and others have streams of their own
+            stream.reconfigure(errors="replace")
 
 
 def quieten() -> None:

@@ -100,7 +100,9 @@ def test_plan_opens_with_its_command_and_all_its_runs_parse(
 
     first = path.read_text(encoding="utf-8").splitlines()[0]
     assert first == f"# python cli.py continual --config configs/{path.name}"
-    options = read_options([str(path)], [])
+    tooluse = "--stages.tooluse.data"
+    given = [f"{tooluse}.{split}=my/{split}.jsonl" for split in ("train", "validation", "test")]
+    options = read_options([str(path)], given if path.stem == "continual_paper" else [])
     assert options["name"] == path.stem
     assert set(options["methods"]) == {"sdft", "sft", "dft"}
     options["methods"] = {
@@ -108,9 +110,147 @@ def test_plan_opens_with_its_command_and_all_its_runs_parse(
         for name, method in options["methods"].items()
         if hasattr(modules, method["model"]["class_path"])
     }
-    # The real data lie beside the repository, or nowhere.
+    # The authors' files lie nowhere here.
     monkeypatch.setattr(checks, "local_path", lambda source, option: None)
     checks.check_plan(build_plan(options), run_problem)
+
+
+ROOT = CONFIGS.parent
+SHOWN = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "configs",
+    "docs",
+    "notebooks",
+    "scripts",
+    "sdft_lightning",
+]
+
+
+def test_no_file_of_the_repository_points_to_data_that_no_clone_has() -> None:
+    for name in SHOWN:
+        paths = [ROOT / name] if (ROOT / name).is_file() else (ROOT / name).rglob("*")
+        for path in paths:
+            if path.suffix in (".md", ".yaml", ".py", ".sh", ".ipynb"):
+                assert "../shared" not in path.read_text(encoding="utf-8"), path
+
+
+AUTHORS = ["paper_tooluse.yaml", "tooluse_turns.yaml"]
+
+
+@pytest.mark.parametrize("name", AUTHORS)
+@pytest.mark.parametrize(("command", "split"), [("fit", "train"), ("test", "test")])
+def test_data_that_only_the_authors_have_are_asked_for_by_option_and_place(
+    name: str,
+    command: str,
+    split: str,
+    tmp_path: Path,
+    model_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from sdft_lightning.cli import main
+
+    options = [f"--model.model_name={model_folder}", f"--run.root={tmp_path}"]
+    with pytest.raises(SystemExit) as stop:
+        main([command, f"--config={CONFIGS / name}", *options])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert f"data.{split}: `{command}` needs it and it is not given" in message
+    assert "github.com/idanshen/Self-Distillation, data/tooluse_data" in message
+    assert "--data.train=Self-Distillation/data/tooluse_data/train_data" in message
+    assert not any(tmp_path.glob("*/config.yaml"))
+
+
+def test_the_papers_plan_says_how_to_name_the_authors_files() -> None:
+    from sdft_lightning.continual import checks
+    from sdft_lightning.continual.plan_file import build_plan, read_options
+    from sdft_lightning.errors import UserError
+
+    plan = build_plan(read_options([str(CONFIGS / "continual_paper.yaml")], []))
+    with pytest.raises(UserError, match=r"stages\.tooluse\.data\.train: .*--stages\.tooluse\.data"):
+        checks.check_plan(plan, lambda command, options: "")
+
+
+SCIENCE_ROW = {  # as the card of hicai-zju/SciKnowEval shows one
+    "question": "Which reacts?",
+    "choices": {"text": ["Fe", "Au", "Ag", "Cu"], "label": ["A", "B", "C", "D"]},
+    "answerKey": "C",
+    "type": "mcq-4-choices",
+    "domain": "Chemistry",
+    "details": {"level": "L3", "task": "t", "subtask": "s"},
+}
+MEDICAL_ROW = {"Question": "What helps?", "Complex_CoT": "Hm.", "Response": "Rest."}
+HUB = {"science": [{**SCIENCE_ROW, "domain": "Biology"}, SCIENCE_ROW], "medical": [MEDICAL_ROW]}
+
+
+def data_module(values: dict[str, Any], model_folder: Path) -> Any:
+    """The data module of options as a YAML holds them, for the tiny model."""
+    import jsonargparse
+
+    from sdft_lightning.data import DemonstrationDataModule
+
+    parser = jsonargparse.ArgumentParser()
+    parser.add_class_arguments(DemonstrationDataModule, "data")
+    parsed = parser.instantiate_classes(parser.parse_object({"data": values}))["data"]
+    data = DemonstrationDataModule(**{**parsed, "model_name": str(model_folder)})
+    data.prepare_data()
+    return data
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_hub_sets_with_their_published_columns_make_the_rows_that_are_meant(
+    name: str, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    rows = HUB[name]
+    asked: list[Any] = []
+
+    def load(*names: Any, **options: Any) -> datasets.Dataset:
+        asked.append((*names, options["split"]))
+        return datasets.Dataset.from_list(rows * 40)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    values = yaml.safe_load((CONFIGS / "data" / f"{name}.yaml").read_text(encoding="utf-8"))
+    data = data_module(values["data"], model_folder)
+    data.setup("fit")
+    row = data.training_rows()[0]
+    if name == "science":
+        assert asked[0] == ("hicai-zju/SciKnowEval", "v2", "test")
+        assert row.prompt[-1]["content"].startswith("Given a question and four options, please")
+        assert row.prompt[-1]["content"].endswith(
+            "\n\nQuestion: Which reacts?\nA. Fe\nB. Au\nC. Ag\nD. Cu"
+        )
+        assert row.demonstration[-1]["content"] == "The correct answer is C."
+        assert row.reference == "C"
+        assert len(data.training_rows()) == 30
+    else:
+        assert asked[0] == ("FreedomIntelligence/medical-o1-reasoning-SFT", "en", "train")
+        assert row.prompt[-1]["content"] == "What helps?"
+        assert row.demonstration[-1]["content"] == "Rest."
+        assert len(data.training_rows()) == 36
+
+
+@pytest.mark.parametrize("name", ["data/tooluse.yaml", "tooluse_turns.yaml", "paper_tooluse.yaml"])
+def test_configs_of_the_authors_files_read_such_rows_where_they_are_named(
+    name: str, shared_data: Path, model_folder: Path
+) -> None:
+    folder = shared_data / "demonstrations" / "tooluse"
+    values = yaml.safe_load((CONFIGS / name).read_text(encoding="utf-8"))["data"]
+    values |= {
+        "train": str(folder / "train_real114.jsonl"),  # stands in for the paper's train_data
+        "validation": str(folder / "test_paper68.jsonl"),
+        "test": str(folder / "test_97.jsonl"),
+        "lengths": {"prompt": 10**6, "teacher_prompt": 10**6, "demonstration": 10**6},
+    }
+    data = data_module(values, model_folder)
+    data.setup("fit")
+    data.setup("test")
+    assert {key: len(rows) for key, rows in data._sets.items()} == {
+        "train": 114,
+        "validation": 68,
+        "test": 97,
+    }
 
 
 def test_later_config_wins(parse: Callable[[list[str]], dict[str, Any]]) -> None:

@@ -56,7 +56,7 @@ def _check_stages(plan: ContinualPlan) -> None:
                 why = "to choose the best model by" if name == "validation" else "in every stage"
                 raise UserError(
                     f"stages.{stage.name}.data.{name}: it is needed {why} and not given. Set it in "
-                    "the stage or in the plan's own data."
+                    f"the stage or in the plan's own data. {data.get('obtain') or ''}".rstrip()
                 )
 
 

@@ -15,6 +15,7 @@ from sdft_lightning.data.planned import HeldOut
 from sdft_lightning.endpoints import check_no_secrets
 from sdft_lightning.errors import UserError
 from sdft_lightning.foreign_text import printable, shown
+from sdft_lightning.yaml_text import check_yaml
 
 # Not jsonargparse: it looks for classes in every `class_path` below a plan's methods, which
 # belong to the runs, are parsed by the runs' own command, and there by short name, too.
@@ -67,8 +68,24 @@ def read_options(configs: Sequence[str], overrides: Sequence[str]) -> dict[str, 
         value = _yaml(text, override)
         for part in reversed(name.split(".")):
             value = {part: value}
-        options = merged(options, value)
+        options = merged(options, _of_stages(value, options))
     return options
+
+
+def _of_stages(given: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """An option of one stage, which is named, as the whole list of stages; others as they are."""
+    named, stages = given.get("stages"), options.get("stages")
+    if not isinstance(named, Mapping) or not isinstance(stages, list):
+        return given
+    (name,) = named
+    known = [stage.get("name") if isinstance(stage, Mapping) else None for stage in stages]
+    if name not in known or not isinstance(named[name], Mapping):
+        raise UserError(
+            f"stages.{name}: there is no such stage. Give --stages.<name>.<option>=value; the "
+            f"stages are {', '.join(str(each) for each in known)}."
+        )
+    place = known.index(name)
+    return {"stages": [*stages[:place], merged(stages[place], named[name]), *stages[place + 1 :]]}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -81,6 +98,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _yaml(text: str, where: str) -> Any:
+    check_yaml(text, where)
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

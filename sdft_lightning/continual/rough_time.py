@@ -22,6 +22,7 @@ from sdft_lightning.continual.options import base_model, merged, stage_data
 from sdft_lightning.continual.plan import ContinualPlan
 from sdft_lightning.continual.units import Unit
 from sdft_lightning.data import DemonstrationDataModule
+from sdft_lightning.data.composed import compose, wanted_columns
 from sdft_lightning.data.rows import Columns
 from sdft_lightning.data.sources import read_rows
 from sdft_lightning.modules.on_policy import OnPolicyModule
@@ -114,8 +115,8 @@ class RoughTime:
     def _size(self, source: Any, columns: Mapping[str, Any]) -> SetSize:
         key = repr((source, sorted(columns.items())))
         if key not in self._sizes:
-            rows = read_rows(source, "data").rows
             names = Columns(**columns)
+            rows = compose(read_rows(source, "data", wanted_columns(names)), names).rows
 
             def tokens(column: str | None) -> float:
                 texts = [str(row.get(column or "") or "") for row in rows]

@@ -13,7 +13,9 @@ from torch.utils.data import DataLoader
 
 from sdft_lightning.chat_template import known_thoughts
 from sdft_lightning.data.benchmarks import Benchmarks, BenchmarkSuite
+from sdft_lightning.data.bounded_rows import MAX_MEGABYTES
 from sdft_lightning.data.collate import collate
+from sdft_lightning.data.composed import compose, wanted_columns
 from sdft_lightning.data.gold import gold_report
 from sdft_lightning.data.loader import (
     EvaluationSampler,
@@ -22,6 +24,7 @@ from sdft_lightning.data.loader import (
     TellingLoader,
     WindowSampler,
     check_rows_for_all,
+    check_workers,
     rows_left_out,
 )
 from sdft_lightning.data.planned import HeldOut, PlannedSet, TaskSets
@@ -36,7 +39,7 @@ from sdft_lightning.data.tokenize import (
     tokenize_rows,
 )
 from sdft_lightning.embedded import cache_folder
-from sdft_lightning.errors import UserError
+from sdft_lightning.errors import UserError, check_at_least
 from sdft_lightning.foreign_text import harmless
 from sdft_lightning.graders import JUDGED, Judge, JudgeSettings, check_reference
 from sdft_lightning.prompts import PromptStyle, check_headers
@@ -76,6 +79,7 @@ class DemonstrationDataModule(L.LightningDataModule):
         validation: Questions that are answered and graded during training; as train.
         test: Questions for the test command; as train.
         predict: Questions for the predict command; as train, grades and demonstrations not needed.
+        obtain: How to get the files of the four; told where one is needed and not given.
         name: Name of the task in logs: val/task/<name>/accuracy.
         grader: How completions are graded: contains, exact, choice, token_f1, tool_call (strict),
             tool_call_released (as the paper's code), or by a judge: medical, knowledge,
@@ -92,6 +96,7 @@ class DemonstrationDataModule(L.LightningDataModule):
         grade_thoughts: Give graders also the thoughts (<think>…</think>) of an answer, which they
             are spared else.
         num_workers: Processes that collate batches.
+        max_megabytes: Most memory for the rows of a set as they are read; a larger set is refused.
         seed: Seed of the order of rows; set from seed_everything.
     """
 
@@ -103,6 +108,7 @@ class DemonstrationDataModule(L.LightningDataModule):
         validation: Source | None = None,
         test: Source | None = None,
         predict: Source | None = None,
+        obtain: str | None = None,
         name: str = "task",
         grader: str | None = None,
         judge: JudgeSettings = JudgeSettings(),  # noqa: B008 - frozen
@@ -115,6 +121,7 @@ class DemonstrationDataModule(L.LightningDataModule):
         eval_batch_size: int = 32,
         grade_thoughts: bool = False,
         num_workers: int = 0,
+        max_megabytes: int = MAX_MEGABYTES,
         seed: int = 42,
     ) -> None:
         super().__init__()
@@ -123,7 +130,7 @@ class DemonstrationDataModule(L.LightningDataModule):
         self.grader: str | None = grader
         self.held_out = dict(held_out or {})
         sources = {"train": train, "validation": validation, "test": test, "predict": predict}
-        self._task_sets = TaskSets(name, sources, columns, grader, self.held_out)
+        self._task_sets = TaskSets(name, sources, columns, grader, self.held_out, obtain)
         self.judge_settings = judge
         self.benchmarks = benchmarks
         self.benchmark_suite: BenchmarkSuite | None = None
@@ -133,6 +140,7 @@ class DemonstrationDataModule(L.LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.grade_thoughts = grade_thoughts
         self.num_workers = num_workers
+        self.max_megabytes = max_megabytes
         self.seed = seed
         self._sets: dict[str, PromptDataset] = {}
         self._planned: dict[str, PlannedSet] = {}  # what each of them was made from
@@ -145,11 +153,10 @@ class DemonstrationDataModule(L.LightningDataModule):
         self.row_needs: RowNeeds | None = None
         self._tokenizer: Tokenizer | None = None
         self._pad_id = 0
-        for name, least in (("batch_size", 1), ("eval_batch_size", 1), ("num_workers", 0)):
-            if getattr(self, name) < least:
-                raise UserError(
-                    f"data.{name}: got {getattr(self, name)}, allowed are {least} and more."
-                )
+        for name in ("batch_size", "eval_batch_size", "max_megabytes"):
+            check_at_least(f"data.{name}", getattr(self, name), 1)
+        check_at_least("data.num_workers", num_workers, 0)
+        check_workers(num_workers)
         self._task_sets.check(judge)
 
     def prepare_data(self) -> None:
@@ -252,7 +259,9 @@ class DemonstrationDataModule(L.LightningDataModule):
             )
 
     def _load(self, planned: PlannedSet, tokenizer: Tokenizer) -> PromptDataset:
-        found = read_rows(planned.source, f"data.{planned.key}")
+        wanted = wanted_columns(planned.columns)
+        found = read_rows(planned.source, f"data.{planned.key}", wanted, self.max_megabytes)
+        found = compose(found, planned.columns)
         check = None if planned.grader is None else partial(check_reference, planned.grader)
         columns, option = planned.columns, "data.columns"
         if planned.key == "predict":
@@ -281,7 +290,7 @@ class DemonstrationDataModule(L.LightningDataModule):
                 f"data.{planned.key}: {tokenized.skipped} of {len(rows)} rows do not fit, and "
                 f"`fit` stops there. The first: {tokenized.first_too_long}"
             )
-        log.info(harmless(length_report(planned.key, tokenized)))
+        log.info(harmless(f"{length_report(planned.key, tokenized)}; from {found.name}"))
         for warning in set_warnings(planned, tokenized, len(rows), tokenizer):
             log.warning(harmless(warning))
         return PromptDataset(tokenized.rows, self._pad_id, planned.task, planned.grader or "")

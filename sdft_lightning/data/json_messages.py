@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from sdft_lightning.data.sources import Rows
+from sdft_lightning.data.bounded_rows import Rows
 from sdft_lightning.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,9 @@ from sdft_lightning.data.tokenize import TokenizedRow
 from sdft_lightning.errors import UserError
 from sdft_lightning.foreign_text import shown
 from sdft_lightning.types import PromptBatch
+
+# More processes than these prepare nothing sooner.
+_MOST_WORKERS, _MOST_WORKERS_A_CORE = 32, 4
 
 
 class MicroBatch(NamedTuple):
@@ -191,6 +195,24 @@ def check_rows_for_all(option: str, source: object, rows: int, world_size: int) 
         raise UserError(
             f"{option}: {source} has {rows} rows for {world_size} processes; allowed is at least "
             "one row for each. Give more rows, or fewer processes with --trainer.devices."
+        )
+
+
+def check_workers(count: int) -> None:
+    """Refuse more processes than could help: each takes memory, and what they share runs out.
+
+    Args:
+        count: Processes that collate batches.
+
+    Raises:
+        UserError: If there are many more than this machine has cores.
+    """
+    cores = os.cpu_count() or 1
+    most = max(_MOST_WORKERS, _MOST_WORKERS_A_CORE * cores)
+    if count > most:
+        raise UserError(
+            f"data.num_workers: got {count}, allowed are at most {most} on {cores} cores. "
+            "Rows are tokenized before the run, so that 0 to 4 are enough."
         )
 
 

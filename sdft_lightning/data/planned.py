@@ -73,6 +73,7 @@ class TaskSets(NamedTuple):
         columns: Their column map.
         grader: Their grader.
         held_out: Further graded sets by name.
+        obtain: How to get the files of the task, for messages.
     """
 
     task: str
@@ -80,6 +81,7 @@ class TaskSets(NamedTuple):
     columns: Columns
     grader: str | None
     held_out: Mapping[str, HeldOut]
+    obtain: str | None = None
 
     def check(self, judge: JudgeSettings) -> None:
         """Refuse a grader that is not there, or has no judge, and a name that is taken.
@@ -118,7 +120,7 @@ class TaskSets(NamedTuple):
         if self.sources[splits[0]] is None and not others:
             raise UserError(
                 f"data.{splits[0]}: `{stage}` needs it and it is not given. Set it to a file, e.g. "
-                f"--data.{splits[0]}=my/{splits[0]}.jsonl."
+                f"--data.{splits[0]}=my/{splits[0]}.jsonl. {self.obtain or ''}".rstrip()
             )
         sets: list[PlannedSet] = []
         shown = training_needs.teacher_prompt

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from sdft_lightning.data.bounded_rows import Rows
 from sdft_lightning.data.json_messages import ROLES, messages_from_json
-from sdft_lightning.data.sources import Rows
 from sdft_lightning.errors import UserError
 from sdft_lightning.foreign_text import printable, shown
 from sdft_lightning.types import Demonstration, Message, RowNeeds
@@ -19,6 +19,9 @@ _UNREAD = ("tool_calls", "function_call")
 @dataclass(frozen=True)
 class Columns:
     """Which column of the file holds what.
+
+    A text with `$` is made of several columns, e.g. `prompt: "$question $choices"`; a list of
+    choices becomes lines with letters.
 
     Args:
         prompt: The question: a text, or chat messages that end with a user turn.
@@ -114,7 +117,7 @@ def columns_of_questions(found: Rows, columns: Columns) -> Columns:
 
 def _names(found: Rows) -> list[str]:
     """All columns of the rows."""
-    return sorted({name for row in found.rows for name in row})
+    return sorted({name for row in found.rows for name in row}.union(found.columns))
 
 
 def _parse_row(

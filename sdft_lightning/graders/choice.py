@@ -6,6 +6,7 @@ import unicodedata
 from sdft_lightning.errors import UserError
 from sdft_lightning.foreign_text import shown
 from sdft_lightning.graders.choice_patterns import BOLD_PICK, LABEL, MENTIONS, STATEMENTS, UNDECIDED
+from sdft_lightning.graders.folding import stream_safe
 
 _REFERENCE = re.compile(r"\s*\(?(?P<letter>[A-Z])(?:\s*\Z|\)[.:]?(?:\s|\Z)|[.:](?:\s|\Z))")
 _THOUGHT_TAG = re.compile(r"<(?P<close>/?)(?P<name>think|reasoning)>", re.IGNORECASE)
@@ -66,7 +67,7 @@ def chosen_letter(text: str) -> str | None:
     A capital A or I before another word is taken for the English word ("A molecule ..."), and
     a letter joined to something by a hyphen, slash or sign for a part of it ("C-C bond").
     """
-    text = _without_thoughts(unicodedata.normalize("NFKC", text))
+    text = _without_thoughts(unicodedata.normalize("NFKC", stream_safe(text)))
     text = _THOUGHT_CLOSE.split(text)[-1]  # chat templates may hold the opening tag themselves
     answers = _ANSWER_OPEN.split(text)
     if len(answers) > 1:

@@ -1,10 +1,14 @@
 """`contains`: an accepted answer stands somewhere in the completion, as a word of its own."""
 
+import re
 import unicodedata
+from bisect import bisect_right
+from collections.abc import Iterator
 
 from sdft_lightning.graders.accepted import accepted_texts
 from sdft_lightning.graders.folding import fold_text
 
+_UNDERSCORES = re.compile("_+")
 _NUMBER_JOINTS = ".,:/"  # between two digits they make one number, time, date or fraction
 _UNSPACED = (  # code points of scripts that put no space at the end of a word
     (0x0E00, 0x0EFF),  # Thai, Lao
@@ -46,25 +50,67 @@ def contains(text: str, reference: object) -> float:
 
 
 def _stands_in(answer: str, text: str) -> bool:
-    start = text.find(answer)
-    while start >= 0:
-        before = text[:start][::-1]  # nearest character first, as in `after`
-        after = text[start + len(answer) :]
+    if not answer:
+        return False
+    runs = [match.span() for match in _UNDERSCORES.finditer(text)]
+    for start in _places(answer, text):
+        end = start + len(answer)
+        before = _beyond_underscores(text, start - 1, -1, runs)
+        after = _beyond_underscores(text, end, 1, runs)
         goes_on = (
-            _goes_on(answer[0], before) or _goes_on(answer[-1], after) or _signed(answer, before)
+            _goes_on(answer[0], before)
+            or _goes_on(answer[-1], after)
+            or _signed(answer, text[max(0, start - 2) : start][::-1])
         )
         if not goes_on:
             return True
-        start = text.find(answer, start + 1)
     return False
+
+
+def _places(answer: str, text: str) -> Iterator[int]:
+    """Where `answer` begins in `text`, in time that grows with both lengths and not their product.
+
+    `str.find` alone would look at an answer that overlaps itself ("aaaa") again at each place.
+    """
+    borders = _borders(answer)
+    if borders[-1] == 0:  # no two places overlap
+        start = text.find(answer)
+        while start >= 0:
+            yield start
+            start = text.find(answer, start + len(answer))
+        return
+    matched = 0  # Knuth, Morris and Pratt
+    for place, character in enumerate(text):
+        while matched and (matched == len(answer) or answer[matched] != character):
+            matched = borders[matched - 1]
+        matched += answer[matched] == character
+        if matched == len(answer):
+            yield place - matched + 1
+
+
+def _borders(answer: str) -> list[int]:
+    """For each prefix the length of its longest end that is also its beginning."""
+    found = [0] * len(answer)
+    matched = 0
+    for place in range(1, len(answer)):
+        while matched and answer[matched] != answer[place]:
+            matched = found[matched - 1]
+        matched += answer[matched] == answer[place]
+        found[place] = matched
+    return found
+
+
+def _beyond_underscores(text: str, place: int, step: int, runs: list[tuple[int, int]]) -> str:
+    """The two characters from a place on in a direction, behind underscores that stand there."""
+    if 0 <= place < len(text) and text[place] == "_":
+        first, last = runs[bisect_right(runs, (place, len(text))) - 1]
+        place = last if step > 0 else first - 1
+    return text[place : place + 2] if step > 0 else text[max(0, place - 1) : place + 1][::-1]
 
 
 def _goes_on(edge: str, beyond: str) -> bool:
     """Return whether the word or number that ends in `edge` goes on in `beyond`."""
-    if not _is_word(edge):
-        return False
-    beyond = beyond.lstrip("_")
-    if not beyond or _is_unspaced(edge) or _is_unspaced(beyond[0]):
+    if not beyond or not _is_word(edge) or _is_unspaced(edge) or _is_unspaced(beyond[0]):
         return False
     if _is_word(beyond[0]):
         return True

@@ -17,6 +17,10 @@ _PLAIN = str.maketrans(
 )
 
 
+# Unicode's Stream-Safe Text Format (UAX 15): no more marks in a row, a joiner between them.
+_MOST_MARKS, _JOINER = 30, "\u034f"
+
+
 def fold_text(text: str) -> str:
     """Return `text` with case, white space and typography folded.
 
@@ -25,5 +29,20 @@ def fold_text(text: str) -> str:
     curly quotes, hyphens and the minus sign become plain. NFC and not NFKC: NFKC reads 10² as
     102.
     """
-    composed = unicodedata.normalize("NFC", text.translate(_PLAIN))
+    composed = unicodedata.normalize("NFC", stream_safe(text.translate(_PLAIN)))
     return " ".join(unicodedata.normalize("NFC", composed.casefold()).split())
+
+
+def stream_safe(text: str) -> str:
+    """Break up endless rows of combining marks, which Python sorts in quadratic time."""
+    if text.isascii():
+        return text
+    found: list[str] = []
+    marks = 0
+    for character in text:
+        marks = marks + 1 if unicodedata.combining(character) else 0
+        if marks > _MOST_MARKS:
+            found.append(_JOINER)
+            marks = 1
+        found.append(character)
+    return "".join(found)

@@ -31,6 +31,7 @@ from sdft_lightning.modules.identity import (
 from sdft_lightning.modules.last_checkpoint import LastCheckpoint
 from sdft_lightning.modules.monitors import check_monitors
 from sdft_lightning.modules.precision import clipping_without_scale, warn_of_slow_precision
+from sdft_lightning.modules.run_length import RunLength
 from sdft_lightning.modules.schedule import Schedule
 from sdft_lightning.modules.step_values import StepValues
 from sdft_lightning.modules.whole_windows import WholeWindows, limited_batches
@@ -373,7 +374,7 @@ class PolicyModule(EvaluatedModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Each run is told whether its updates arrive, keeps its last step, and whole windows."""
-        return [EffectiveUpdate(), LastCheckpoint(), WholeWindows()]
+        return [EffectiveUpdate(), LastCheckpoint(), RunLength(), WholeWindows()]
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the student's trainable parameters, and its schedule."""

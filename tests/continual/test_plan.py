@@ -273,3 +273,22 @@ def test_best_weights_of_a_model_that_is_spread_are_refused(
     with pytest.raises(UserError, match="select: best puts the best weights into a whole one"):
         check_plan(build_plan(options), lambda command, text: "")
     check_plan(build_plan({**options, "select": "last"}), lambda command, text: "")
+
+
+def test_an_option_of_one_stage_is_given_by_the_stages_name(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(
+        "stages:\n- {name: one, data: {train: a, grader: exact}}\n- {name: two, data: {train: b}}\n"
+    )
+    given = ["--stages.two.data.train=c", "--stages.one.budget.updates=8"]
+    stages = read_options([str(path)], given)["stages"]
+    assert stages == [
+        {"name": "one", "data": {"train": "a", "grader": "exact"}, "budget": {"updates": 8}},
+        {"name": "two", "data": {"train": "c"}},
+    ]
+    with pytest.raises(UserError, match=r"stages\.three: there is no such stage.* one, two"):
+        read_options([str(path)], ["--stages.three.data.train=c"])
+    with pytest.raises(UserError, match=r"stages\.one: there is no such stage"):
+        read_options([str(path)], ["--stages.one=c"])
+    whole = read_options([str(path)], ["--stages=[{name: four}]"])
+    assert whole["stages"] == [{"name": "four"}]

@@ -97,3 +97,39 @@ def test_an_empty_completion_scores_zero() -> None:
 def test_another_reference_is_an_error_and_not_a_zero(reference: object) -> None:
     with pytest.raises(ValueError, match="must be a text, or a list of accepted texts"):
         contains("48", reference)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "score"),
+    [
+        ("a" * 200_000 + "b", "a" * 5000, 0.0),
+        ("ab" * 100_000, "abab" * 500, 0.0),
+        ("xa " * 100_000 + "a", "a", 1.0),
+        ("_a" * 100_000 + "b", "a", 0.0),
+        ("b" + "_" * 200_000 + "a" + "_" * 200_000 + "b", "a", 0.0),
+        ("a" + "\u0301\u0323" * 100_000, "b", 0.0),
+    ],
+)
+@pytest.mark.timeout(20)  # the quadratic form takes minutes
+def test_long_answers_and_repetitions_take_linear_time(
+    text: str, answer: str, score: float
+) -> None:
+    assert contains(text, answer) == score
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "score"),
+    [
+        ("aaaa", "aa", 0.0),
+        ("aa aaa", "aa", 1.0),
+        ("aba ababa", "aba", 1.0),
+        ("xaba abab", "aba", 0.0),
+        ("1.1.1 1.1", "1.1", 1.0),
+        ("a__", "a", 1.0),
+        ("b__a__b a", "a", 1.0),
+    ],
+)
+def test_an_answer_that_overlaps_itself_is_found_at_each_place(
+    text: str, answer: str, score: float
+) -> None:
+    assert contains(text, answer) == score

@@ -11,6 +11,7 @@ from typing import Any
 from sdft_lightning.data.sources import EXAMPLE_PREFIX, example_path
 from sdft_lightning.errors import UserError
 from sdft_lightning.foreign_text import printable
+from sdft_lightning.yaml_text import check_yaml
 
 
 @functools.cache
@@ -57,12 +58,14 @@ def read_task_yaml(
 
     if not path.is_file():
         raise UserError(f"data.benchmarks.tasks: there is no file {path}.")
+    check_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path))
     try:
         config: dict[str, Any] = load_yaml(path)
     except Exception as error:  # its functions are imported, and code may raise anything
         raise UserError(
             f"data.benchmarks.tasks: {path} cannot be read: {_told(error)}. Correct it."
         ) from error
+    _check_single(config, path)
     base = config.pop("same_as", None)
     if base is not None:
         config = {**_origin(base, config, path, check), **config}
@@ -76,6 +79,21 @@ def read_task_yaml(
         files = _resolve_files(options["data_files"], folder, path)
         config["dataset_kwargs"] = {**options, "data_files": files}
     return config
+
+
+def _check_single(config: Any, path: Path) -> None:
+    """Refuse a file that holds several tasks, of which one would be measured, or none."""
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: it must hold the settings of a task, as the harness's YAMLs do.")
+    members = config.get("task_list") or config.get("task")
+    if isinstance(members, list):
+        found = [each.get("task", each) if isinstance(each, dict) else each for each in members]
+        names = [str(each) for each in found]
+        raise UserError(
+            f"{path}: it is a group of {len(names)} tasks ({', '.join(names)[:200]}), and a file "
+            "may hold one task. Name each of them in data.benchmarks.tasks, by its name in the "
+            "harness or by a YAML of its own."
+        )
 
 
 def _origin(
@@ -122,6 +140,6 @@ def _resolve_files(files: Any, folder: Path, origin: Path) -> Any:
     if not found.is_file():
         raise UserError(
             f"{origin}: data_files: there is no file {found}. Set data.benchmarks.data_dir to the "
-            "folder that it is in."
+            "folder that it is in, or name the harness's own task, whose data come from the Hub."
         )
     return str(found.resolve())

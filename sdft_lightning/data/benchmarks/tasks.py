@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +16,12 @@ from sdft_lightning.data.benchmarks.options import Benchmarks, BenchmarkTask
 from sdft_lightning.data.benchmarks.quiet_harness import quiet_harness
 from sdft_lightning.data.benchmarks.sentence_data import check_sentence_data
 from sdft_lightning.data.benchmarks.task_yaml import read_task_yaml, task_manager
+from sdft_lightning.data.benchmarks.told import task_line
 from sdft_lightning.errors import UserError
 from sdft_lightning.foreign_text import printable
 from sdft_lightning.sandbox import run_program
+
+log = logging.getLogger(__name__)
 
 # The seeds with which `lm_eval.simple_evaluate` loads tasks and draws few-shot examples.
 _PYTHON_SEED, _NUMPY_SEED, FEWSHOT_SEED = 0, 1234, 1234
@@ -93,6 +97,7 @@ def load_tasks(options: Benchmarks) -> list[LoadedTask]:
             _set_fewshot(name, task, settings)
             check_sentence_data(name, task, options.limit_of(settings))
         _check_metric(loaded)
+        log.info(task_line(settings.name, loaded.leaves, options.limit_of(settings)))
         found.append(loaded)
     return found
 

@@ -105,9 +105,9 @@ class Tokenizer(NamedTuple):
             if self.vocabulary is not None and highest >= self.vocabulary:
                 token = self.tokenizer.convert_ids_to_tokens(highest)
                 raise UserError(
-                    f"{tokens.row.origin}: the token {token!r} has the id {highest}, and the model has only {self.vocabulary} embeddings. "
-                    "Use the tokenizer that belongs to the model, or take the token out of row and "
-                    "chat template."
+                    f"{tokens.row.origin}: the token {token!r} has the id {highest}, and the model "
+                    f"has only {self.vocabulary} embeddings. Use the tokenizer that belongs to the "
+                    "model, or take the token out of row and chat template."
                 )
 
     def _tokenize(self, row: Demonstration) -> TokenizedRow:

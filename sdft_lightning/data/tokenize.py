@@ -15,6 +15,7 @@ from sdft_lightning.chat_template import (
     try_all,
 )
 from sdft_lightning.data.control_tokens import ControlTokens
+from sdft_lightning.data.token_store import TokenizedRow, TokenStore, stored
 from sdft_lightning.errors import UserError, check_choice
 from sdft_lightning.prompts import (
     PromptStyle,
@@ -65,24 +66,10 @@ class Lengths:
                 )
 
 
-class TokenizedRow(NamedTuple):
-    """A row with its token ids.
-
-    Teacher prompt and demonstration are empty where there is no demonstration; the context is empty
-    where it is not trained on, and the only one that is not where it is.
-    """
-
-    row: Demonstration
-    prompt_ids: list[int]
-    teacher_prompt_ids: list[int]
-    demonstration_ids: list[int]
-    context_ids: Sequence[int] = ()
-
-
 class TokenizedRows(NamedTuple):
     """The rows that fit, how many did not, and what is to be said of the first of those."""
 
-    rows: list[TokenizedRow]
+    rows: Sequence[TokenizedRow]
     skipped: int
     truncated: int
     first_too_long: str = ""
@@ -245,7 +232,7 @@ def tokenize_rows(
         UserError: If a row does not fit and `too_long` is error, or cannot be made to fit.
     """
     lengths = tokenizer.lengths
-    kept: list[TokenizedRow] = []
+    kept = TokenStore()
     skipped = truncated = 0
     first = ""
     for tokens in _in_chunks(rows, tokenizer):
@@ -291,7 +278,7 @@ def check_model_takes(
     Raises:
         UserError: Names the longest row.
     """
-    counts = [_sequence(tokens, new_tokens) for tokens in rows]
+    counts = [_sequence(each, new_tokens) for each in stored(rows).lengths()]
     longest = max(counts, default=0)
     if longest <= limit:
         return None
@@ -313,21 +300,21 @@ def check_model_takes(
     raise UserError(message)
 
 
-def _sequence(tokens: TokenizedRow, new_tokens: int) -> int:
+def _sequence(lengths: tuple[int, int, int, int], new_tokens: int) -> int:
     """Tokens of the longest sequence that a row is part of."""
-    if tokens.context_ids:
-        return len(tokens.context_ids)
-    if not new_tokens:
-        return len(tokens.prompt_ids) + len(tokens.demonstration_ids)
-    return max(len(tokens.prompt_ids), len(tokens.teacher_prompt_ids)) + new_tokens
+    prompt, teacher_prompt, demonstration, context = lengths
+    if context:
+        return context
+    return max(prompt, teacher_prompt) + new_tokens if new_tokens else prompt + demonstration
 
 
 def length_report(name: str, tokenized: TokenizedRows) -> str:
     """One line on the lengths of a split, in tokens."""
     parts = [f"{name}: {len(tokenized.rows)} rows"]
     labels = ("prompt", "teacher prompt", "demonstration", "context")
-    for place, label in enumerate(labels, start=1):
-        counts = [len(row[place]) for row in tokenized.rows if row[place]]
+    by_kind = zip(*stored(tokenized.rows).lengths(), strict=True)
+    for label, lengths in zip(labels, by_kind, strict=True):
+        counts = [length for length in lengths if length]
         if counts:
             parts.append(f"{label} {statistics.median(counts):.0f} (longest {max(counts)})")
     parts.append(f"{tokenized.skipped} skipped, {tokenized.truncated} truncated as too long")

@@ -19,7 +19,7 @@ from sdft_lightning.data.loader import (
     ResumableLoader,
     WindowSampler,
 )
-from sdft_lightning.data.tokenize import TokenizedRow
+from sdft_lightning.data.token_store import TokenizedRow
 from sdft_lightning.errors import UserError
 from sdft_lightning.types import Demonstration
 

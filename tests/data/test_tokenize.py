@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from sdft_lightning.data.token_store import TokenizedRow
 from sdft_lightning.data.tokenize import (
     Lengths,
-    TokenizedRow,
     TokenizedRows,
     Tokenizer,
     length_report,

@@ -249,7 +249,7 @@ def target_text(tokenizer: Any, text: str, prompt: str, whole: str) -> str:
         end = str(tokenizer.eos_token)
     opened = opens_thought(prompt[-_HEADER_CHARACTERS:], markers)
     if opened is None:
-        blank = before[len(before.rstrip()) :]
+        blank = before[len(before.rstrip()) :] if said == text else ""
         return ("" if prompt.endswith(blank) else blank) + text + end
     newline = "\n" if prompt.endswith("\n") else ""
     if opened.closing not in text:

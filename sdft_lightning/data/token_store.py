@@ -1,4 +1,4 @@
-"""Tokenized rows in little memory: all token ids of a set in one array of 32-bit numbers."""
+"""Tokenized rows in little memory: all token ids of a set in one array."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class TokenStore(Sequence[TokenizedRow]):
 
     def __init__(self, rows: Iterable[TokenizedRow] = ()) -> None:
         self._rows: list[Demonstration] = []
-        self._ids = array("i")
+        self._ids = array("H")  # of 16 bits, as long as all ids are below 65,536
         self._ends = array("q", [0])  # of each kind of each row, in `_ids`
         for row in rows:
             self.append(row)
@@ -47,7 +47,12 @@ class TokenStore(Sequence[TokenizedRow]):
         """Keep one more row."""
         self._rows.append(tokens.row)
         for ids in tokens[1:]:
-            self._ids.extend(ids)
+            before = len(self._ids)
+            try:
+                self._ids.extend(ids)
+            except OverflowError:
+                self._ids = array("i", self._ids[:before])
+                self._ids.extend(ids)
             self._ends.append(len(self._ids))
 
     def __len__(self) -> int:

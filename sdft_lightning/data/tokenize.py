@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -30,6 +33,7 @@ from sdft_lightning.types import Demonstration, Message, RowNeeds
 
 # Rows that are rendered and tokenized at once.
 _CHUNK = 256
+_PARALLEL = "TOKENIZERS_PARALLELISM"
 
 TooLong = Literal["error", "skip", "truncate"]
 
@@ -75,12 +79,13 @@ class TokenizedRows(NamedTuple):
     first_too_long: str = ""
 
 
-class _Texts(NamedTuple):
-    """The rendered texts of a row; teacher prompt and target are empty where there is none."""
+class RenderedRow(NamedTuple):
+    """The texts of a row; empty where there is none."""
 
     prompt: str
     teacher: str
     target: str
+    context: str = ""
 
 
 class Tokenizer(NamedTuple):
@@ -112,13 +117,28 @@ class Tokenizer(NamedTuple):
             UserError: If the chat template fails on a row, or leaves a text of it out; or if a row
                 has control tokens in its text, where they are refused.
         """
+        return self.tokenized(rows, self.rendered(rows))
+
+    def rendered(self, rows: Sequence[Demonstration]) -> list[RenderedRow]:
+        """The texts of rows; waits for another process, so that a thread may do it ahead.
+
+        Raises:
+            UserError: See `many`.
+        """
         shown = self._without_control(rows)
         if self.needs.context:
+            return [RenderedRow("", "", "", row.context or "") for row in shown]
+        return self._render(shown)
+
+    def tokenized(
+        self, rows: Sequence[Demonstration], texts: Sequence[RenderedRow]
+    ) -> list[TokenizedRow]:
+        """Rows with the token ids of their texts."""
+        if self.needs.context:
             return [
-                TokenizedRow(row, [], [], [], self._encode_context(safe))
-                for row, safe in zip(rows, shown, strict=True)
+                TokenizedRow(row, [], [], [], self._encode_context(row, each.context))
+                for row, each in zip(rows, texts, strict=True)
             ]
-        texts = self._render(shown)
         prompts = self._encode_all([each.prompt for each in texts])
         teachers = self._encode_all([each.teacher for each in texts])
         targets = self._continued(texts, prompts)
@@ -138,7 +158,7 @@ class Tokenizer(NamedTuple):
             control.refuse(row)
         return rows
 
-    def _render(self, rows: Sequence[Demonstration]) -> list[_Texts]:
+    def _render(self, rows: Sequence[Demonstration]) -> list[RenderedRow]:
         """The texts of rows, each of which shows all that it is to show."""
         conversations: list[Conversation] = []
         for row in rows:
@@ -152,7 +172,7 @@ class Tokenizer(NamedTuple):
         for row in rows:
             prompt = self._shown(row, *next(asked), "student")
             if not row.demonstration:
-                found.append(_Texts(prompt, "", ""))
+                found.append(RenderedRow(prompt, "", ""))
                 continue
             conversation, answered = next(asked)
             if answered.text is None and (self.needs.target or not answered.refused):
@@ -163,7 +183,7 @@ class Tokenizer(NamedTuple):
                 teacher = self._shown(row, *next(asked), "teacher")
             text = demonstration_text(row)
             target = target_text(self.tokenizer, text, prompt, whole)
-            found.append(_Texts(prompt, teacher, target))
+            found.append(RenderedRow(prompt, teacher, target))
         return found
 
     def _shown(
@@ -182,7 +202,7 @@ class Tokenizer(NamedTuple):
         ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False).input_ids
         return ids
 
-    def _continued(self, texts: list[_Texts], prompts: list[list[int]]) -> list[list[int]]:
+    def _continued(self, texts: Sequence[RenderedRow], prompts: list[list[int]]) -> list[list[int]]:
         """Token ids of the targets, as they are where they follow their prompts."""
         wholes = self._encode_all([each.prompt + each.target for each in texts])
         return [
@@ -190,18 +210,18 @@ class Tokenizer(NamedTuple):
             for each, prompt, whole in zip(texts, prompts, wholes, strict=True)
         ]
 
-    def _encode_context(self, row: Demonstration) -> list[int]:
+    def _encode_context(self, row: Demonstration, context: str) -> list[int]:
         """The context as pre-training shows a document: between BOS and EOS, where there are such.
 
         Raises:
             UserError: If that leaves no token to predict.
         """
         first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        ids = [first, *self.encode(row.context or ""), last]
+        ids = [first, *self.encode(context), last]
         ids = [token for token in ids if token is not None]
         if len(ids) < 2:
             raise UserError(
-                f"{row.origin}: the context {row.context!r} is a single token, which leaves "
+                f"{row.origin}: the context {context!r} is a single token, which leaves "
                 "nothing to predict. Lengthen it or remove the row."
             )
         return ids
@@ -256,8 +276,27 @@ def tokenize_rows(
 
 
 def _in_chunks(rows: Sequence[Demonstration], tokenizer: Tokenizer) -> Iterator[TokenizedRow]:
-    for start in range(0, len(rows), _CHUNK):
-        yield from tokenizer.many(rows[start : start + _CHUNK])
+    """Tokenize rows; meanwhile the chat template renders the next ones, in its own process."""
+    chunks = [rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
+    with _on_all_cores(), ThreadPoolExecutor(1) as ahead:
+        texts = [ahead.submit(tokenizer.rendered, chunk) for chunk in chunks[:1]]
+        for number, chunk in enumerate(chunks, start=1):
+            if number < len(chunks):
+                texts.append(ahead.submit(tokenizer.rendered, chunks[number]))
+            yield from tokenizer.tokenized(chunk, texts.pop(0).result())
+
+
+@contextmanager
+def _on_all_cores() -> Iterator[None]:
+    """Let the tokenizer use all cores, which `quieten` forbids: processes are forked afterwards."""
+    if os.environ.get(_PARALLEL) != "false":
+        yield
+        return
+    os.environ[_PARALLEL] = "true"
+    try:
+        yield
+    finally:
+        os.environ[_PARALLEL] = "false"
 
 
 def check_model_takes(

@@ -34,11 +34,17 @@ def test_rows_come_back_as_they_were() -> None:
     assert list(TokenStore()) == []
 
 
-def test_ids_take_four_bytes_each() -> None:
-    ids = list(range(1000, 101_000))
+def test_an_id_beyond_16_bits_widens_the_others() -> None:
+    rows = [*ROWS, ROWS[0]._replace(prompt_ids=[5, 65_535, 65_536, 7]), ROWS[3]]
+    assert list(TokenStore(rows)) == rows
+
+
+@pytest.mark.parametrize(("first", "bytes_"), [(1000, 2), (100_000, 4)])
+def test_ids_take_two_bytes_each_or_four(first: int, bytes_: int) -> None:
+    ids = [first + place % 1000 for place in range(100_000)]
     tracemalloc.start()
     found = TokenStore([TokenizedRow(ROWS[0].row, ids, [], [])])
     size = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert found[0].prompt_ids == ids
-    assert size < 100_000 * 6
+    assert size < 100_000 * (bytes_ + 1)

@@ -269,6 +269,7 @@ class DemonstrationDataModule(L.LightningDataModule):
         elif planned.key.startswith("held_out"):
             option = f"data.{planned.key}.columns"
         rows = parse_rows(found, columns, planned.needs, check, option)
+        found = found._replace(rows=[], places=[])  # from here on they take memory for nothing
         if planned.grader is not None:
             markers = [] if self.grade_thoughts else known_thoughts(tokenizer.tokenizer)
             line = gold_report(planned.key, planned.grader, rows, self.judge, markers)
@@ -297,7 +298,7 @@ class DemonstrationDataModule(L.LightningDataModule):
 
     def training_rows(self) -> list[Demonstration]:
         """The training rows that fit, after `setup("fit")`."""
-        return [tokens.row for tokens in self._sets["train"].rows]
+        return self._sets["train"].rows.demonstrations
 
     def graded(self, command: str) -> dict[str, bool]:
         """The tasks whose answers a command grades, after `setup`.
@@ -330,8 +331,7 @@ class DemonstrationDataModule(L.LightningDataModule):
 
     def training_lengths(self) -> tuple[int, int, int, int]:
         """Longest prompt, teacher prompt and demonstration in tokens, and rows left out or cut."""
-        rows = self._sets["train"].rows
-        prompt, teacher, target = (max(len(row[place]) for row in rows) for place in (1, 2, 3))
+        prompt, teacher, target, _ = map(max, zip(*self._sets["train"].rows.lengths(), strict=True))
         return prompt, teacher, target, self._left_out["train"]
 
     def check_model_takes(self, new_tokens: int, eval_new_tokens: int) -> None:

@@ -13,6 +13,8 @@ from sdft_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
+_LONGEST_LITERAL = 2**20
+
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -71,7 +73,9 @@ def _messages(value: Any) -> list[dict[str, Any]] | None:
 
 def _parsed(text: str) -> Any:
     """The value that a text writes; None where it writes none."""
-    for parse in (json.loads, ast.literal_eval):
+    # A tree of Python's syntax takes some hundred times the memory of its text.
+    parsers = (json.loads, ast.literal_eval) if len(text) < _LONGEST_LITERAL else (json.loads,)
+    for parse in parsers:
         try:
             return parse(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from sdft_lightning.data.collate import collate
-from sdft_lightning.data.tokenize import TokenizedRow
+from sdft_lightning.data.token_store import TokenizedRow, stored
 from sdft_lightning.errors import UserError
 from sdft_lightning.foreign_text import shown
 from sdft_lightning.types import PromptBatch
@@ -34,7 +34,7 @@ class PromptDataset(Dataset[PromptBatch]):
     def __init__(
         self, rows: Sequence[TokenizedRow], pad_id: int, task: str, grader: str = ""
     ) -> None:
-        self.rows = rows
+        self.rows = stored(rows)
         self.pad_id = pad_id
         self.task = task
         self.grader = grader

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -15,6 +18,7 @@ from sdft_lightning.chat_template import (
     try_all,
 )
 from sdft_lightning.data.control_tokens import ControlTokens
+from sdft_lightning.data.token_store import TokenizedRow, TokenStore, stored
 from sdft_lightning.errors import UserError, check_choice
 from sdft_lightning.foreign_text import shown
 from sdft_lightning.prompts import (
@@ -30,6 +34,7 @@ from sdft_lightning.types import Demonstration, Message, RowNeeds
 
 # Rows that are rendered and tokenized at once.
 _CHUNK = 256
+_PARALLEL = "TOKENIZERS_PARALLELISM"
 
 TooLong = Literal["error", "skip", "truncate"]
 
@@ -66,35 +71,22 @@ class Lengths:
                 )
 
 
-class TokenizedRow(NamedTuple):
-    """A row with its token ids.
-
-    Teacher prompt and demonstration are empty where there is no demonstration; the context is empty
-    where it is not trained on, and the only one that is not where it is.
-    """
-
-    row: Demonstration
-    prompt_ids: list[int]
-    teacher_prompt_ids: list[int]
-    demonstration_ids: list[int]
-    context_ids: Sequence[int] = ()
-
-
 class TokenizedRows(NamedTuple):
     """The rows that fit, how many did not, and what is to be said of the first of those."""
 
-    rows: list[TokenizedRow]
+    rows: Sequence[TokenizedRow]
     skipped: int
     truncated: int
     first_too_long: str = ""
 
 
-class _Texts(NamedTuple):
-    """The rendered texts of a row; teacher prompt and target are empty where there is none."""
+class RenderedRow(NamedTuple):
+    """The texts of a row; empty where there is none."""
 
     prompt: str
     teacher: str
     target: str
+    context: str = ""
 
 
 class Tokenizer(NamedTuple):
@@ -129,7 +121,28 @@ class Tokenizer(NamedTuple):
                 has control tokens in its text, where they are refused; or if a token has no
                 embedding.
         """
-        found = self._tokenize(rows)
+        return self.tokenized(rows, self.rendered(rows))
+
+    def rendered(self, rows: Sequence[Demonstration]) -> list[RenderedRow]:
+        """The texts of rows; waits for another process, so that a thread may do it ahead.
+
+        Raises:
+            UserError: See `many`.
+        """
+        shown = self._without_control(rows)
+        if self.needs.context:
+            return [RenderedRow("", "", "", row.context or "") for row in shown]
+        return self._render(shown)
+
+    def tokenized(
+        self, rows: Sequence[Demonstration], texts: Sequence[RenderedRow]
+    ) -> list[TokenizedRow]:
+        """Rows with the token ids of their texts.
+
+        Raises:
+            UserError: If a token has no embedding.
+        """
+        found = self._tokenized(rows, texts)
         for tokens in found:
             self._check_ids(tokens)
         return found
@@ -145,14 +158,14 @@ class Tokenizer(NamedTuple):
                     "model, or take the token out of row and chat template."
                 )
 
-    def _tokenize(self, rows: Sequence[Demonstration]) -> list[TokenizedRow]:
-        shown = self._without_control(rows)
+    def _tokenized(
+        self, rows: Sequence[Demonstration], texts: Sequence[RenderedRow]
+    ) -> list[TokenizedRow]:
         if self.needs.context:
             return [
-                TokenizedRow(row, [], [], [], self._encode_context(safe))
-                for row, safe in zip(rows, shown, strict=True)
+                TokenizedRow(row, [], [], [], self._encode_context(row, each.context))
+                for row, each in zip(rows, texts, strict=True)
             ]
-        texts = self._render(shown)
         prompts = self._encode_all([each.prompt for each in texts])
         teachers = self._encode_all([each.teacher for each in texts])
         targets = self._continued(texts, prompts)
@@ -172,7 +185,7 @@ class Tokenizer(NamedTuple):
             control.refuse(row)
         return rows
 
-    def _render(self, rows: Sequence[Demonstration]) -> list[_Texts]:
+    def _render(self, rows: Sequence[Demonstration]) -> list[RenderedRow]:
         """The texts of rows, each of which shows all that it is to show."""
         conversations: list[Conversation] = []
         for row in rows:
@@ -186,7 +199,7 @@ class Tokenizer(NamedTuple):
         for row in rows:
             prompt = self._shown(row, *next(asked), "student")
             if not row.demonstration:
-                found.append(_Texts(prompt, "", ""))
+                found.append(RenderedRow(prompt, "", ""))
                 continue
             conversation, answered = next(asked)
             if answered.text is None and (self.needs.target or not answered.refused):
@@ -197,7 +210,7 @@ class Tokenizer(NamedTuple):
                 teacher = self._shown(row, *next(asked), "teacher")
             text = demonstration_text(row)
             target = target_text(self.tokenizer, text, prompt, whole)
-            found.append(_Texts(prompt, teacher, target))
+            found.append(RenderedRow(prompt, teacher, target))
         return found
 
     def _shown(
@@ -216,7 +229,7 @@ class Tokenizer(NamedTuple):
         ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False).input_ids
         return ids
 
-    def _continued(self, texts: list[_Texts], prompts: list[list[int]]) -> list[list[int]]:
+    def _continued(self, texts: Sequence[RenderedRow], prompts: list[list[int]]) -> list[list[int]]:
         """Token ids of the targets, as they are where they follow their prompts."""
         wholes = self._encode_all([each.prompt + each.target for each in texts])
         return [
@@ -224,18 +237,18 @@ class Tokenizer(NamedTuple):
             for each, prompt, whole in zip(texts, prompts, wholes, strict=True)
         ]
 
-    def _encode_context(self, row: Demonstration) -> list[int]:
+    def _encode_context(self, row: Demonstration, context: str) -> list[int]:
         """The context as pre-training shows a document: between BOS and EOS, where there are such.
 
         Raises:
             UserError: If that leaves no token to predict.
         """
         first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        ids = [first, *self.encode(row.context or ""), last]
+        ids = [first, *self.encode(context), last]
         ids = [token for token in ids if token is not None]
         if len(ids) < 2:
             raise UserError(
-                f"{row.origin}: the context {shown(row.context)} is a single token, which leaves "
+                f"{row.origin}: the context {shown(context)} is a single token, which leaves "
                 "nothing to predict. Lengthen it or remove the row."
             )
         return ids
@@ -266,7 +279,7 @@ def tokenize_rows(
         UserError: If a row does not fit and `too_long` is error, or cannot be made to fit.
     """
     lengths = tokenizer.lengths
-    kept: list[TokenizedRow] = []
+    kept = TokenStore()
     skipped = truncated = 0
     first = ""
     for tokens in _in_chunks(rows, tokenizer):
@@ -290,8 +303,27 @@ def tokenize_rows(
 
 
 def _in_chunks(rows: Sequence[Demonstration], tokenizer: Tokenizer) -> Iterator[TokenizedRow]:
-    for start in range(0, len(rows), _CHUNK):
-        yield from tokenizer.many(rows[start : start + _CHUNK])
+    """Tokenize rows; meanwhile the chat template renders the next ones, in its own process."""
+    chunks = [rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
+    with _on_all_cores(), ThreadPoolExecutor(1) as ahead:
+        texts = [ahead.submit(tokenizer.rendered, chunk) for chunk in chunks[:1]]
+        for number, chunk in enumerate(chunks, start=1):
+            if number < len(chunks):
+                texts.append(ahead.submit(tokenizer.rendered, chunks[number]))
+            yield from tokenizer.tokenized(chunk, texts.pop(0).result())
+
+
+@contextmanager
+def _on_all_cores() -> Iterator[None]:
+    """Let the tokenizer use all cores, which `quieten` forbids: processes are forked afterwards."""
+    if os.environ.get(_PARALLEL) != "false":
+        yield
+        return
+    os.environ[_PARALLEL] = "true"
+    try:
+        yield
+    finally:
+        os.environ[_PARALLEL] = "false"
 
 
 def check_model_takes(
@@ -312,7 +344,7 @@ def check_model_takes(
     Raises:
         UserError: Names the longest row.
     """
-    counts = [_sequence(tokens, new_tokens) for tokens in rows]
+    counts = [_sequence(each, new_tokens) for each in stored(rows).lengths()]
     longest = max(counts, default=0)
     if longest <= limit:
         return None
@@ -334,21 +366,21 @@ def check_model_takes(
     raise UserError(message)
 
 
-def _sequence(tokens: TokenizedRow, new_tokens: int) -> int:
+def _sequence(lengths: tuple[int, int, int, int], new_tokens: int) -> int:
     """Tokens of the longest sequence that a row is part of."""
-    if tokens.context_ids:
-        return len(tokens.context_ids)
-    if not new_tokens:
-        return len(tokens.prompt_ids) + len(tokens.demonstration_ids)
-    return max(len(tokens.prompt_ids), len(tokens.teacher_prompt_ids)) + new_tokens
+    prompt, teacher_prompt, demonstration, context = lengths
+    if context:
+        return context
+    return max(prompt, teacher_prompt) + new_tokens if new_tokens else prompt + demonstration
 
 
 def length_report(name: str, tokenized: TokenizedRows) -> str:
     """One line on the lengths of a split, in tokens."""
     parts = [f"{name}: {len(tokenized.rows)} rows"]
     labels = ("prompt", "teacher prompt", "demonstration", "context")
-    for place, label in enumerate(labels, start=1):
-        counts = [len(row[place]) for row in tokenized.rows if row[place]]
+    by_kind = zip(*stored(tokenized.rows).lengths(), strict=True)
+    for label, lengths in zip(labels, by_kind, strict=True):
+        counts = [length for length in lengths if length]
         if counts:
             parts.append(f"{label} {statistics.median(counts):.0f} (longest {max(counts)})")
     parts.append(f"{tokenized.skipped} skipped, {tokenized.truncated} truncated as too long")

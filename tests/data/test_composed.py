@@ -108,7 +108,7 @@ def test_parts_of_a_split_are_apart_together_whole_and_always_the_same() -> None
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"where": {"level": "L3"}}, r"data\.train\.where: .*no column 'level'.*details, domain"),
+        ({"where": {"level": "L3"}}, r"data\.train\.where: .*no column 'level'.*domain, details"),
         ({"where": {"details.level": "L9"}}, r"no row of a/b.* has \{'details.level': 'L9'\}"),
         ({"percent": [75, 0]}, r"data\.train\.percent: got \[75, 0\]"),
         ({"percent": [0, 101]}, r"data\.train\.percent"),

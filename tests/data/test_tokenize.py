@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from sdft_lightning.data.token_store import TokenizedRow
 from sdft_lightning.data.tokenize import (
     Lengths,
-    TokenizedRow,
     TokenizedRows,
     Tokenizer,
     length_report,
@@ -255,3 +256,17 @@ def test_lengths_of_what_a_method_never_shows_or_predicts_do_not_count(tokenizer
     assert found.teacher_prompt_ids == []
     taught = plain._replace(lengths=Lengths(100, 500, 20), needs=RowNeeds())
     assert len(tokenize_rows(rows, taught).rows) == 1
+
+
+def test_rows_of_many_chunks_come_in_order_and_the_first_fault_is_the_one_told(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    rows = [row()._replace(id=str(number), origin=f"f, row {number}") for number in range(700)]
+    found = tokenize(tokenizer, rows, WIDE).rows
+    assert [tokens.row.id for tokens in found] == [each.id for each in rows]
+    assert len({tuple(tokens.teacher_prompt_ids) for tokens in found}) == 1
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+    long = row()._replace(prompt=[{"role": "user", "content": "x" * 5000}], origin="f, row 300")
+    with pytest.raises(UserError, match="f, row 300: too long"):
+        tokenize(tokenizer, [*rows[:300], long, *rows[301:]], Lengths(500, 900, 500))

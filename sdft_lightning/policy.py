@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.forward_paths import find_paths
 from sdft_lightning.hidden import check_output_head
 from sdft_lightning.lora import LoRA, adapter_parameters, add_adapter_
 from sdft_lightning.quantization import Quantization, quantization_options
@@ -76,6 +77,7 @@ def load_policy(
     disable_dropout_(model)
     if lora is not None:
         add_adapter_(model, lora, seed)
+    find_paths(model)
     check_output_head(model)
     if gradient_checkpointing:
         if lora is not None:

@@ -8,12 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from sdft_lightning.attention_kernel import training_attention
+from sdft_lightning.cached_steps import without_cache
 from sdft_lightning.errors import UserError
 from sdft_lightning.eval_mode import eval_mode
+from sdft_lightning.forward_paths import paths_of
 from sdft_lightning.fused import ReadPrompts, completion_states, decoder_of, training_dtype
 from sdft_lightning.kv_cache import cache_argument
 from sdft_lightning.masking import position_ids
-from sdft_lightning.packing import PackedRows, attention_mask, own_sequence, pack_if_worth, unpack
+from sdft_lightning.packing import (
+    PackedRows,
+    attention_mask,
+    one_a_row,
+    own_sequence,
+    pack_if_worth,
+    unpack,
+)
 from sdft_lightning.prefix import (
     SplitPrompts,
     can_share,
@@ -121,6 +130,8 @@ def _plain_states(
     pack: bool,
 ) -> Tensor:
     """As `completion_hidden_states`, by the model itself."""
+    if not paths_of(model).pads_left:
+        return _unpadded_states(model, split, completion_ids, completion_mask, keep)
     if pack and takes_own_mask(model):
         rows = pack_if_worth(split, completion_ids, completion_mask)
         if rows is not None:
@@ -131,6 +142,16 @@ def _plain_states(
     hidden = hidden_states(model, input_ids, mask, split.prefix_ids)  # (B, R + T - 1, D)
     predicting = hidden[:, split.rest_ids.shape[1] - 1 :]  # (B, T, D)
     return predicting[keep]  # (N, D)
+
+
+def _unpadded_states(
+    model: Any, split: SplitPrompts, completion_ids: Tensor, completion_mask: Tensor, keep: Tensor
+) -> Tensor:
+    """As `_plain_states`, with rows from column 0, for models that do not read left padding."""
+    rows = one_a_row(split, completion_ids, completion_mask)
+    base = model.base_model
+    hidden = base(input_ids=rows.ids, **without_cache(base)).last_hidden_state  # (B, L, D)
+    return unpack(hidden, rows, keep)
 
 
 def _packed_hidden_states(model: Any, prefix_ids: Tensor, rows: PackedRows) -> Tensor:
@@ -196,10 +217,17 @@ def check_output_head(model: Any) -> None:
     """
     device = next(model.parameters()).device
     ids = torch.tensor([[0, 1, 2]], device=device)  # (1, 3)
-    mask = torch.ones_like(ids, dtype=torch.bool)  # (1, 3)
     with eval_mode(model):
-        own = model(input_ids=ids, attention_mask=mask.long()).logits.float()  # (1, 3, V)
-        ours = apply_head(output_head(model), hidden_states(model, ids, mask)).float()
+        own = model(input_ids=ids).logits.float()  # (1, 3, V)
+        states = model.base_model(input_ids=ids).last_hidden_state  # (1, 3, D)
+        head = output_head(model)
+        if states.shape[-1] != head.weight.shape[1]:
+            raise UserError(
+                f"model_name: {type(model).__name__} changes its hidden states before its output "
+                f"head (from {states.shape[-1]} to {head.weight.shape[1]} values), which the loss "
+                "does not know. Use another architecture."
+            )
+        ours = apply_head(head, states).float()
     difference = float((own - ours).abs().max() / own.abs().max().clamp(min=1e-6))
     if difference > _HEAD_TOLERANCE:
         raise UserError(

@@ -49,14 +49,35 @@ def pack_if_worth(
         completion_ids: `(B, T)`, padded on the right.
         completion_mask: `(B, T)`.
     """
-    prompts = split.rest_mask.sum(dim=1)  # (B,)
-    inputs = (completion_mask.sum(dim=1) - 1).clamp(min=0)  # (B,) all but the last
-    lengths = (prompts + inputs).tolist()
+    lengths = _lengths(split, completion_mask)
     padded = len(lengths) * (split.rest_ids.shape[1] + completion_ids.shape[1] - 1)
     bins = _fill_bins(lengths, max(max(lengths), min(WIDTH, sum(lengths))))
     width = max(sum(lengths[index] for index in group) for group in bins)
     if len(bins) * width > (1 - _WORTH) * padded:
         return None
+    return _lay_out(split, completion_ids, lengths, bins)
+
+
+def one_a_row(split: SplitPrompts, completion_ids: Tensor, completion_mask: Tensor) -> PackedRows:
+    """Lay each sequence out from column 0, padded behind its end.
+
+    Arguments as of `pack_if_worth`.
+    """
+    lengths = _lengths(split, completion_mask)
+    return _lay_out(split, completion_ids, lengths, [[index] for index in range(len(lengths))])
+
+
+def _lengths(split: SplitPrompts, completion_mask: Tensor) -> list[int]:
+    """Tokens of each sequence, without the last of its completion."""
+    inputs = (completion_mask.sum(dim=1) - 1).clamp(min=0)  # (B,)
+    lengths: list[int] = (split.rest_mask.sum(dim=1) + inputs).tolist()
+    return lengths
+
+
+def _lay_out(
+    split: SplitPrompts, completion_ids: Tensor, lengths: list[int], bins: list[list[int]]
+) -> PackedRows:
+    width = max(sum(lengths[index] for index in group) for group in bins)
     device = completion_ids.device
     shape = (len(bins), width)
     ids = torch.zeros(shape, dtype=torch.long, device=device)  # (G, L)
@@ -69,7 +90,7 @@ def pack_if_worth(
         for index in members:
             columns = slice(start, start + lengths[index])
             prompt = split.rest_ids[index][split.rest_mask[index]]  # (P_i,)
-            tokens = completion_ids[index, : int(inputs[index])]  # (T_i - 1,)
+            tokens = completion_ids[index, : lengths[index] - prompt.numel()]  # (T_i - 1,)
             ids[group, columns] = torch.cat([prompt, tokens])
             sequence[group, columns] = index
             positions[group, columns] = torch.arange(lengths[index], device=device)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.forward_paths import find_paths, name_decoder_
 from sdft_lightning.hidden import check_output_head
 from sdft_lightning.lora import LoRA, adapter_parameters, add_adapter_
 from sdft_lightning.quantization import Quantization, quantization_options
@@ -85,6 +86,7 @@ def load_policy(
     stops = load_stop_ids(model_name, tokenizer, revision)
     check_vocabulary(model, stops, model_name)
     turn_off_randomness_(model)
+    name_decoder_(model)  # before any copy is made
     if lora is not None:
         add_adapter_(model, lora, seed)
     if gradient_checkpointing:
@@ -171,8 +173,10 @@ def check_model(model: Any) -> None:
         model: A causal language model of transformers, not spread over processes.
 
     Raises:
-        UserError: If its logits are not those that the loss forms, or it is random in training.
+        UserError: If it is no causal model of token ids, its logits are not those that the loss
+            forms, or it is random in training.
     """
+    find_paths(model)
     check_output_head(model)
     check_no_randomness(model)
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sdft_lightning.forward_paths import paths_of, sees_all_before
 from sdft_lightning.kv_cache import cache_of
 from sdft_lightning.sharding import is_sharded
 
@@ -34,26 +35,21 @@ class SplitPrompts(NamedTuple):
 
 
 def can_share(model: Any) -> bool:
-    """Whether keys and values can be computed apart for this model.
+    """Whether what rows begin with can be computed apart for this model.
 
-    Not with gradient checkpointing (it does without a cache), with a sliding window (its cache
-    drops keys), or with attention kernels that want unbroken rows. Nor where parameters are spread
-    over processes: one whose prompts share nothing would make a pass less than the others, which
-    would wait for it for ever.
+    Where `forward_paths` found so. Not with gradient checkpointing (it does without a cache), with
+    a sliding window (its cache drops keys), or with attention kernels that want unbroken rows. Nor
+    where parameters are spread over processes: one whose prompts share nothing would make a pass
+    less than the others, which would wait for it for ever.
     """
     recomputes = model.training and _checkpoints_activations(model)
-    return takes_own_mask(model) and not recomputes and not is_sharded(model)
+    shares = sees_all_before(model) and paths_of(model).shares_prefix
+    return shares and not recomputes and not is_sharded(model)
 
 
 def takes_own_mask(model: Any) -> bool:
     """Whether the model's attention takes a mask of its user's own, the same one in all layers."""
-    config = model.config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return (
-        getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
-        and getattr(config, "sliding_window", None) is None
-        and kinds == {"full_attention"}
-    )
+    return sees_all_before(model) and paths_of(model).packs
 
 
 def _checkpoints_activations(model: Any) -> bool:

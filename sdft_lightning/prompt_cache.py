@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.forward_paths import paths_of
 from sdft_lightning.kv_cache import cache_argument, cache_of
 from sdft_lightning.masking import position_ids
 from sdft_lightning.prefix import can_share, encode_prefix, split_if_worth
@@ -18,11 +19,11 @@ class _Prompt(NamedTuple):
     """What one prompt leaves behind.
 
     Attributes:
-        states: `(layers, 2, H, L, d)` keys and values.
+        states: Keys `(H, L, d)` and values `(H, L, e)` of each layer.
         last_hidden: `(D,)` the state that predicts the first completion token.
     """
 
-    states: Tensor
+    states: list[tuple[Tensor, Tensor]]
     last_hidden: Tensor
 
 
@@ -51,10 +52,11 @@ class PromptCache:
         Raises:
             UserError: If the model's keys and values cannot be computed apart.
         """
-        if not can_share(model):
+        if not (can_share(model) and paths_of(model).keeps_prompts):
             raise UserError(
                 "teacher.cache_prompts: the keys and values of this model cannot be kept (sliding "
-                "window, or an attention kernel without masks). Set it to false."
+                "window, layers with states of another kind, or an attention kernel without "
+                "masks). Set it to false."
             )
         with without_slow_autocast(model):
             return self._states(
@@ -110,11 +112,7 @@ class PromptCache:
         layers = cache_of(output).layers
         for row, key in enumerate(keys):
             kept = whole[row]  # the prefix, a gap of padding, the rest
-            pairs = [
-                torch.stack([layer.keys[row][:, kept], layer.values[row][:, kept]])
-                for layer in layers
-            ]
-            states = torch.stack(pairs)  # (layers, 2, H, L, d)
+            states = [(layer.keys[row][:, kept], layer.values[row][:, kept]) for layer in layers]
             self._prompts[key] = _Prompt(states, output.last_hidden_state[row, -1].clone())
 
 
@@ -122,16 +120,22 @@ def _assemble(prompts: list[_Prompt]) -> tuple[Any, Tensor]:
     """One cache of all prompts, padded on the left, and its mask `(B, L)`."""
     from transformers import DynamicCache
 
-    layers, _, heads, _, size = prompts[0].states.shape
-    width = max(prompt.states.shape[3] for prompt in prompts)
-    shape = (layers, 2, len(prompts), heads, width, size)
-    states = prompts[0].states.new_zeros(shape)  # (layers, 2, B, H, L, d)
-    mask = torch.zeros(len(prompts), width, dtype=torch.bool, device=states.device)  # (B, L)
-    for row, prompt in enumerate(prompts):
-        length = prompt.states.shape[3]
-        states[:, :, row, :, width - length :] = prompt.states
+    lengths = [prompt.states[0][0].shape[1] for prompt in prompts]
+    width = max(lengths)
+    first = prompts[0].states[0][0]
+    mask = torch.zeros(len(prompts), width, dtype=torch.bool, device=first.device)  # (B, L)
+    for row, length in enumerate(lengths):
         mask[row, width - length :] = True
     cache = DynamicCache()
-    for layer in range(layers):
-        cache.update(states[layer, 0], states[layer, 1], layer)
+    for layer in range(len(prompts[0].states)):
+        keys, values = (
+            torch.stack(
+                [
+                    torch.nn.functional.pad(prompt.states[layer][part], (0, 0, width - length, 0))
+                    for prompt, length in zip(prompts, lengths, strict=True)
+                ]
+            )
+            for part in (0, 1)
+        )  # (B, H, L, d), (B, H, L, e)
+        cache.update(keys, values, layer)
     return cache, mask

@@ -9,10 +9,17 @@ from torch import Tensor
 
 from sdft_lightning.branches import branch_hidden_states
 from sdft_lightning.eval_mode import eval_mode
+from sdft_lightning.forward_paths import paths_of
 from sdft_lightning.hidden import apply_head, completion_hidden_states, output_head
 from sdft_lightning.kv_cache import cache_argument, cache_of
 from sdft_lightning.masking import position_ids
-from sdft_lightning.prefix import SHORTEST, can_share, encode_prefix, split_prompts
+from sdft_lightning.prefix import (
+    SHORTEST,
+    can_share,
+    encode_prefix,
+    split_prompts,
+    takes_own_mask,
+)
 from sdft_lightning.products import without_slow_autocast
 from sdft_lightning.types import ContinuationScore, OutputHead, ScoringBatch
 
@@ -38,10 +45,11 @@ def score_continuations(
     """
     keep = batch.continuation_mask  # (R, T)
     with eval_mode(model), without_slow_autocast(model):
-        if share and can_share(model):
-            short = keep.shape[1] <= _LONGEST_BRANCH
-            shared = branch_hidden_states if short else _shared_hidden_states
-            hidden = shared(model, batch)  # (N, D)
+        short = keep.shape[1] <= _LONGEST_BRANCH
+        if share and short and can_share(model) and takes_own_mask(model):
+            hidden = branch_hidden_states(model, batch)  # (N, D)
+        elif share and can_share(model) and paths_of(model).drops_rows:
+            hidden = _shared_hidden_states(model, batch)  # (N, D)
         else:
             hidden = completion_hidden_states(
                 model,

@@ -35,6 +35,8 @@ FLOORS: dict[str, float] = {
     "sharding": 0.5,
     "strategies": 0.5,
     "randomness": 0.5,
+    "cached_steps": 0.6,
+    "forward_paths": 0.75,
     "attention_kernel": 1,
     "divergence": 1,
     "kv_cache": 0,

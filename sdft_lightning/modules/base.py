@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from sdft_lightning.attention_kernel import autocast_if_needed_, plain_attention
 from sdft_lightning.errors import UserError
 from sdft_lightning.foreign_text import printable
+from sdft_lightning.forward_paths import NotComputed
 from sdft_lightning.hidden import output_head
 from sdft_lightning.lora import ALL_LINEAR, LoRA, frozen_matrices, keep_adapters_only_
 from sdft_lightning.modules.effective_update import EffectiveUpdate
@@ -233,7 +234,8 @@ class PolicyModule(EvaluatedModule):
             try:
                 check_model(self.student)
             except Exception as error:  # attention kernels refuse in their own words
-                if isinstance(error, UserError) or takes_float32(self.student):
+                told = isinstance(error, UserError) and not isinstance(error, NotComputed)
+                if told or takes_float32(self.student):
                     raise
                 raise UserError(
                     f"model.attn_implementation: {self.student.config._attn_implementation} cannot "

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.forward_paths import paths_of
 from sdft_lightning.fused import Decoder, DecodingSteps, ReadPrompts, read_prompts
-from sdft_lightning.kv_cache import cache_argument, cache_of
-from sdft_lightning.masking import position_ids
-from sdft_lightning.prefix import SplitPrompts, can_share, encode_prefix, split_if_worth
 from sdft_lightning.products import product_dtype
 from sdft_lightning.rollout.decode_mode import decode_mode
+from sdft_lightning.rollout.plain_steps import plain_steps, split_prompts_of
 from sdft_lightning.rollout.sampling import Sampling, choose_tokens
 from sdft_lightning.rollout.stop_texts import StopTexts
 from sdft_lightning.types import Rollout
@@ -121,7 +120,8 @@ def _check_finite(log_probs: Tensor) -> None:
 class _Decoder:
     """Keys and values of the rows that go on, and the next logits of each.
 
-    Finished rows stay in the batch until enough of them can be dropped at once.
+    Finished rows stay in the batch until enough of them can be dropped at once, or to the end where
+    the model's cache cannot drop any.
 
     Args:
         model: A causal language model of transformers.
@@ -146,51 +146,30 @@ class _Decoder:
         self.sampling = sampling
         self.fused = fused
         self.read = read
-        self.steps: DecodingSteps | None = None
-        self.mask = prompt_mask.bool()  # (B, L)
+        self.steps: Any = None
+        self.drops_rows = fused is not None or paths_of(model).drops_rows
+        self.mask = prompt_mask.bool()  # (B, P)
         rows = prompt_ids.shape[0] * sampling.completions_per_prompt
         self.going = torch.ones(rows, dtype=torch.bool)  # (A,)
-        self.cache: Any = None
 
     def prefill(self) -> Tensor:
         """Read the prompts once for all samples of each; logits `(B · n, V)`."""
         samples = self.sampling.completions_per_prompt
         if self.fused is not None:
             return self._fused_prefill(self.fused, samples)
-        split = self._split()
-        shared, ids = split.prefix_ids.numel(), split.rest_ids
-        if shared:
-            self.cache = encode_prefix(self.model, split.prefix_ids, ids.shape[0])
-            ones = split.rest_mask.new_ones(ids.shape[0], shared)  # (B, K)
-            self.mask = torch.cat([ones, split.rest_mask], dim=1)  # (B, K + R)
-        output = self.model(
-            input_ids=ids,
-            attention_mask=self.mask.long(),
-            position_ids=position_ids(self.mask)[:, shared:],
-            **cache_argument(self.model, self.cache),
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        self.cache = cache_of(output)
-        logits: Tensor = output.logits[:, -1]  # (B, V)
-        if samples > 1:
-            self.cache.batch_repeat_interleave(samples)
-            self.mask = self.mask.repeat_interleave(samples, dim=0)  # (R, L)
-            logits = logits.repeat_interleave(samples, dim=0)  # (R, V)
+        self.steps = plain_steps(self.model, self.prompt_ids, self.mask, samples)
+        logits: Tensor = self.steps.logits
         return logits
-
-    def _split(self) -> SplitPrompts:
-        if can_share(self.model):
-            return split_if_worth(self.prompt_ids, self.mask)
-        return SplitPrompts(self.prompt_ids[0, :0], self.prompt_ids, self.mask)
 
     def _fused_prefill(self, fused: Decoder, samples: int) -> Tensor:
         head = self.model.get_output_embeddings()
         read, self.read = self.read, None  # so that nothing is held longer than it is needed
         if read is None:
-            read = [read_prompts(fused, self._split(), product_dtype(head.weight.dtype))]
-        self.steps = DecodingSteps(fused, head, read, samples, self.sampling.max_new_tokens)
-        return self.steps.logits
+            split = split_prompts_of(self.model, self.prompt_ids, self.mask)
+            read = [read_prompts(fused, split, product_dtype(head.weight.dtype))]
+        steps = DecodingSteps(fused, head, read, samples, self.sampling.max_new_tokens)
+        self.steps = steps
+        return steps.logits
 
     def step(self, tokens: Tensor, going: Tensor) -> Tensor:
         """Append one token to each row that goes on.
@@ -204,39 +183,18 @@ class _Decoder:
         """
         slots = self.going.to(going.device).nonzero().squeeze(-1)[going]  # (A,) places in the batch
         size = self.going.numel()
-        if slots.numel() <= (1 - _COMPACT_AT) * size:
-            self._keep(slots)
+        if self.drops_rows and slots.numel() <= (1 - _COMPACT_AT) * size:
+            self.steps.select(slots)
             size = slots.numel()
             slots = torch.arange(size, device=slots.device)
         self.going = torch.zeros(size, dtype=torch.bool, device=slots.device)
         self.going[slots] = True
         inputs = torch.zeros(size, dtype=torch.long, device=slots.device)  # (S,)
         inputs[slots] = tokens
-        logits = self._plain_step(inputs) if self.steps is None else self.steps(inputs)  # (S, V)
+        logits: Tensor = self.steps(inputs)  # (S, V)
         return logits if slots.numel() == size else logits[slots]  # (A, V)
 
     def finish(self, completion_ids: Tensor, completion_mask: Tensor) -> None:
         """Leave with the prompts what steps have found, where it is wanted."""
-        if self.steps is not None:
+        if isinstance(self.steps, DecodingSteps):
             self.steps.finish(completion_ids, completion_mask)
-
-    def _keep(self, slots: Tensor) -> None:
-        if self.steps is not None:
-            self.steps.select(slots)
-            return
-        self.cache.batch_select_indices(slots)
-        self.mask = self.mask[slots]  # (A, L)
-
-    def _plain_step(self, inputs: Tensor) -> Tensor:
-        """Logits `(S, V)` of the model itself, `(S,)` appended."""
-        column = torch.ones_like(self.mask[:, :1])  # (S, 1)
-        self.mask = torch.cat([self.mask, column], dim=1)  # (S, L + 1)
-        output = self.model(
-            input_ids=inputs.unsqueeze(-1),
-            attention_mask=self.mask.long(),
-            position_ids=position_ids(self.mask)[:, -1:],
-            **cache_argument(self.model, self.cache),
-            use_cache=True,
-        )
-        logits: Tensor = output.logits[:, -1]  # (S, V)
-        return logits

@@ -1,0 +1,154 @@
+"""Decoding by transformers' own model, in the way that `forward_paths` found right for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdft_lightning.cached_steps import CachedSteps, without_cache
+from sdft_lightning.forward_paths import paths_of
+from sdft_lightning.hidden import apply_head, output_head
+from sdft_lightning.prefix import SplitPrompts, can_share, encode_prefix, split_if_worth
+
+
+def split_prompts_of(model: Any, ids: Tensor, mask: Tensor) -> SplitPrompts:
+    """Prompts less what all of them begin with, where the model can share it.
+
+    Args:
+        model: A causal language model of transformers.
+        ids: `(B, P)`, padded on the left.
+        mask: `(B, P)`.
+    """
+    if can_share(model):
+        return split_if_worth(ids, mask)
+    return SplitPrompts(ids[0, :0], ids, mask)
+
+
+def plain_steps(
+    model: Any, ids: Tensor, mask: Tensor, samples: int
+) -> CachedSteps | GroupedSteps | WholeRows:
+    """Read prompts, each once for all of its completions where the model's cache allows it.
+
+    Args:
+        model: A causal language model of transformers, in eval mode.
+        ids: `(B, P)`, padded on the left.
+        mask: `(B, P)`.
+        samples: Completions of each prompt (n).
+
+    Returns:
+        What holds the logits `(B · n, V)` and appends tokens to the B · n rows.
+    """
+    paths = paths_of(model)
+    if samples > 1 and not paths.repeats_rows:
+        ids, mask = (each.repeat_interleave(samples, dim=0) for each in (ids, mask))  # (B · n, P)
+    steps = _read(model, ids, mask)
+    if samples > 1 and paths.repeats_rows:
+        steps.repeat(samples)
+    return steps
+
+
+def _read(model: Any, ids: Tensor, mask: Tensor) -> CachedSteps | GroupedSteps | WholeRows:
+    decoding = paths_of(model).decoding
+    if decoding == "uncached":
+        return WholeRows(model, ids, mask)
+    if decoding == "grouped":
+        return GroupedSteps(model, ids, mask)
+    split = split_prompts_of(model, ids, mask)
+    shared, cache = split.prefix_ids.numel(), None
+    if shared:
+        cache = encode_prefix(model, split.prefix_ids, ids.shape[0])
+        ones = split.rest_mask.new_ones(ids.shape[0], shared)  # (B, K)
+        mask = torch.cat([ones, split.rest_mask], dim=1)  # (B, K + R)
+    return CachedSteps(model, decoding, split.rest_ids, mask, cache)
+
+
+class GroupedSteps:
+    """Prompts of one length side by side without padding, each length on a cache of its own.
+
+    Arguments and attributes as of `CachedSteps`.
+    """
+
+    def __init__(self, model: Any, ids: Tensor, mask: Tensor) -> None:
+        lengths = mask.sum(dim=1)  # (B,)
+        self.places: list[Tensor] = []  # of each group, the rows of the batch
+        self.groups: list[CachedSteps] = []
+        for length in lengths.unique().tolist():
+            rows = (lengths == length).nonzero().squeeze(-1)  # (G,)
+            part = ids[rows][mask[rows]].view(-1, length)  # (G, length)
+            self.places.append(rows)
+            self.groups.append(CachedSteps(model, "grouped", part, torch.ones_like(part).bool()))
+        self.logits = self._in_order([group.logits for group in self.groups])  # (B, V)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Append `(B,)` tokens; logits `(B, V)`."""
+        return self._in_order(
+            [group(tokens[rows]) for group, rows in zip(self.groups, self.places, strict=True)]
+        )
+
+    def repeat(self, times: int) -> None:
+        """Repeat each row, next to itself."""
+        for number, group in enumerate(self.groups):
+            group.repeat(times)
+            copies = torch.arange(times, device=group.mask.device)  # (n,)
+            self.places[number] = (self.places[number].unsqueeze(1) * times + copies).flatten()
+        self.logits = self._in_order([group.logits for group in self.groups])
+
+    def select(self, rows: Tensor) -> None:
+        """Keep some rows, named in ascending order."""
+        places, groups = [], []
+        for group, former in zip(self.groups, self.places, strict=True):
+            kept = torch.isin(former, rows).nonzero().squeeze(-1)  # (A_g,)
+            if not kept.numel():
+                continue
+            if kept.numel() < former.numel():
+                group.select(kept)
+            groups.append(group)
+            places.append(torch.searchsorted(rows, former[kept]))  # (A_g,)
+        self.places, self.groups = places, groups
+
+    def _in_order(self, values: list[Tensor]) -> Tensor:
+        """Values of the groups as rows of the batch."""
+        order = torch.cat(self.places)  # (B,)
+        return torch.cat(values)[order.argsort()]  # (B, V)
+
+
+class WholeRows:
+    """Rows that are computed from their first token at every step, for models without a cache.
+
+    Arguments and attributes as of `CachedSteps`.
+    """
+
+    def __init__(self, model: Any, ids: Tensor, mask: Tensor) -> None:
+        self.model = model
+        self.lengths = mask.sum(dim=1)  # (B,)
+        self.ids = ids.new_zeros(ids.shape[0], int(self.lengths.max()))  # (B, L)
+        for row, tokens in enumerate(ids):
+            self.ids[row, : int(self.lengths[row])] = tokens[mask[row]]
+        self.logits = self._compute()
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Append `(B,)` tokens; logits `(B, V)`."""
+        self.ids = torch.nn.functional.pad(self.ids, (0, 1))  # (B, L + 1)
+        self.ids[self._rows(), self.lengths] = tokens
+        self.lengths = self.lengths + 1
+        return self._compute()
+
+    def repeat(self, times: int) -> None:
+        """Repeat each row, next to itself."""
+        self.ids = self.ids.repeat_interleave(times, dim=0)  # (B · times, L)
+        self.lengths = self.lengths.repeat_interleave(times)  # (B · times,)
+        self.logits = self.logits.repeat_interleave(times, dim=0)  # (B · times, V)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep some rows."""
+        self.ids, self.lengths = self.ids[rows], self.lengths[rows]
+
+    def _rows(self) -> Tensor:
+        return torch.arange(self.ids.shape[0], device=self.ids.device)  # (B,)
+
+    def _compute(self) -> Tensor:
+        base = self.model.base_model
+        states = base(input_ids=self.ids, **without_cache(base)).last_hidden_state  # (B, L, D)
+        return apply_head(output_head(self.model), states[self._rows(), self.lengths - 1])

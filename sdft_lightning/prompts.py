@@ -314,18 +314,17 @@ def check_same_header(tokenizer: Any, row: Demonstration, style: PromptStyle) ->
         UserError: If the headers differ, so that student and teacher would predict different
             things at the first token.
     """
-    shown = [student_conversation(row, style), teacher_conversation(row, style)]
-    bare = [conversation._replace(generation_prompt=False) for conversation in shown]
-    texts = render_all(tokenizer, [*shown, *bare])
+    asked = [student_conversation(row, style), teacher_conversation(row, style)]
+    bare = [conversation._replace(generation_prompt=False) for conversation in asked]
+    texts = render_all(tokenizer, [*asked, *bare])
     student, teacher = (
         added_text(without, text) for text, without in zip(texts[:2], texts[2:], strict=True)
     )
     if student != teacher:
         raise UserError(
             f"prompts: the student's prompt ends in {shown(student)}, the teacher's in "
-            f"{shown(teacher)}. "
-            "Both must open the answer alike: give both roles the same template arguments "
-            "(e.g. enable_thinking)."
+            f"{shown(teacher)}. Both must open the answer alike: give both roles the same template "
+            "arguments (e.g. enable_thinking)."
         )
     return student
 

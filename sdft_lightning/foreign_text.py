@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import threading
 from urllib.parse import quote
 
 MOST_SHOWN = 300  # characters of a foreign text in a message
@@ -17,7 +16,6 @@ _LEAST_KEY = 3  # of a key that was read on purpose
 _USER_IN_URL = re.compile(r"(?<=://)[^\s/?#\"'<>]+@")
 
 _keys: set[str] = set()
-_lock = threading.Lock()
 
 
 def key_from(variable: str) -> str | None:
@@ -31,8 +29,7 @@ def key_from(variable: str) -> str | None:
     """
     key = os.environ.get(variable, "").strip()
     if len(key) >= _LEAST_KEY:
-        with _lock:
-            _keys.add(key)
+        _keys.add(key)
     return key or None
 
 
@@ -89,8 +86,7 @@ def _cut(line: str, most: int | None) -> str:
 
 def _secrets() -> list[str]:
     """All known secrets, longest first: a short one may be the beginning of another."""
-    with _lock:
-        found = set(_keys)
+    found = set(_keys)
     for name, value in os.environ.items():
         if len(value) >= _LEAST_SECRET and _SECRET_VARIABLE.search(name):
             found.add(value.strip())

@@ -17,6 +17,7 @@ import builtins
 import contextlib
 import ctypes
 import errno
+import functools
 import json
 import os
 import resource
@@ -222,7 +223,7 @@ def serve(source: bytes, requests: int, replies: int) -> None:
     answer(lambda: exec(compile(source, "<program>", "exec"), names))
     with os.fdopen(requests, "rb") as lines:
         for line in lines:
-            answer(lambda line=line: call(*json.loads(line)))
+            answer(functools.partial(call, *json.loads(line)))
 
 
 def receive(replies: BinaryIO) -> Any:
@@ -235,7 +236,7 @@ def receive(replies: BinaryIO) -> Any:
         return unpack(answer["value"])
     kind, text = map(str, answer["error"])
     known = getattr(builtins, kind, None)
-    error = RuntimeError(f"{kind}: {text}")
+    error: Exception = RuntimeError(f"{kind}: {text}")
     # Not StopIteration, which would end a loop of the tests.
     if isinstance(known, type) and issubclass(known, Exception) and known is not StopIteration:
         with contextlib.suppress(TypeError):  # some take no text

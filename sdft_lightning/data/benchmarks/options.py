@@ -59,6 +59,8 @@ class Benchmarks:
             (LM_HARNESS_CACHE_PATH). Its key knows the task's name only: not for files that change.
         allow_code_execution: Run code that the model wrote, in our sandbox, for the task files
             that use it (configs/benchmarks/humaneval.yaml).
+        allow_task_code: Import and run Python code that task YAMLs of your own name (`!function`,
+            metrics of `evaluate`), outside any sandbox. Only for files that you have read.
     """
 
     tasks: list[str | BenchmarkTask] = field(default_factory=list)
@@ -69,6 +71,7 @@ class Benchmarks:
     data_dir: str | None = None
     cache_requests: bool = False
     allow_code_execution: bool = False
+    allow_task_code: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""

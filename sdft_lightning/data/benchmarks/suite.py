@@ -22,8 +22,9 @@ from sdft_lightning.data.benchmarks.harness_model import (
 )
 from sdft_lightning.data.benchmarks.options import Benchmarks
 from sdft_lightning.data.benchmarks.quiet_harness import quiet_harness
+from sdft_lightning.data.benchmarks.sandboxed_templates import sandboxed_templates
 from sdft_lightning.data.benchmarks.seeded_grading import seeded_grading
-from sdft_lightning.data.benchmarks.tasks import FEWSHOT_SEED, LoadedTask, load_tasks
+from sdft_lightning.data.benchmarks.tasks import FEWSHOT_SEED, LoadedTask, explained, load_tasks
 from sdft_lightning.errors import UserError
 from sdft_lightning.foreign_text import printable
 from sdft_lightning.tokenization import load_max_length, load_tokenizer
@@ -152,7 +153,7 @@ class BenchmarkSuite:
         for leaf in task.leaves.values():
             leaf.set_fewshot_seed(seed=FEWSHOT_SEED)  # the same examples as when it was asked
         settings = task.settings
-        with quiet_harness(), seeded_grading():
+        with quiet_harness(), seeded_grading(), sandboxed_templates():
             results: Any = evaluate(
                 lm=player,
                 task_dict=task.loaded,
@@ -184,7 +185,7 @@ def _collect(leaf: Any, task: LoadedTask, collector: RequestCollector, options: 
             f"data.benchmarks.tasks: {task.settings.name}: apply_chat_template is set, and the "
             "model's tokenizer has no chat template. Leave it out."
         )
-    with quiet_harness():
+    with quiet_harness(), sandboxed_templates(), explained(leaf.config.task, leaf.DATASET_PATH):
         leaf.build_all_requests(
             limit=get_sample_size(leaf, options.limit_of(task.settings)),
             cache_requests=options.cache_requests,

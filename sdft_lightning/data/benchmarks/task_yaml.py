@@ -8,6 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sdft_lightning.data.benchmarks.task_code import (
+    check_functions,
+    check_settings,
+    runs_answers,
+)
 from sdft_lightning.data.sources import EXAMPLE_PREFIX, example_path
 from sdft_lightning.errors import UserError
 from sdft_lightning.foreign_text import printable
@@ -38,14 +43,19 @@ def harness_yaml(task: str) -> Path | None:
 
 
 def read_task_yaml(
-    path: Path, data_dir: str | None = None, check: Callable[[dict[str, Any]], None] | None = None
+    path: Path,
+    data_dir: str | None = None,
+    check: Callable[[dict[str, Any]], None] | None = None,
+    allow_code: bool = False,
 ) -> dict[str, Any]:
     """The settings of a task YAML, with `same_as` and local files resolved.
 
     Args:
         path: The file.
         data_dir: Where relative data files are; the YAML's folder without it.
-        check: Refuses settings; called before code of the task in `same_as` is imported.
+        check: Refuses settings; called before code of the file, or of the task in `same_as`, is
+            imported; functions are names then.
+        allow_code: Whether the file may name Python code of its own, which is then imported.
 
     Returns:
         What the harness's `ConfigurableTask` takes.
@@ -60,15 +70,25 @@ def read_task_yaml(
         raise UserError(f"data.benchmarks.tasks: there is no file {path}.")
     check_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path))
     try:
-        config: dict[str, Any] = load_yaml(path)
+        check_functions(path, allow_code)
+        # A later `unsafe_code: false` makes nothing safe.
+        runs = {"unsafe_code": runs_answers(path)}
+        if check is not None:
+            check({**load_yaml(path, resolve_func=False), **runs})
+        config: dict[str, Any] = {**load_yaml(path), **runs}
+    except UserError:
+        raise
     except Exception as error:  # its functions are imported, and code may raise anything
         raise UserError(
             f"data.benchmarks.tasks: {path} cannot be read: {_told(error)}. Correct it."
         ) from error
     _check_single(config, path)
     base = config.pop("same_as", None)
+    own = config
     if base is not None:
-        config = {**_origin(base, config, path, check), **config}
+        origin = _origin(base, config, path, check)
+        config = {**origin, **own, "unsafe_code": _either("unsafe_code", origin, own)}
+    check_settings(path, own, config, allow_code)
     if not isinstance(config.get("task"), str):
         raise UserError(f"{path}: it names no task. Add `task: <name>`.")
     for key in ("tag", "group", "task_list"):
@@ -110,7 +130,8 @@ def _origin(
         )
     try:
         if check is not None:
-            check({**load_yaml(origin, resolve_func=False), **config})
+            theirs = load_yaml(origin, resolve_func=False)
+            check({**theirs, **config, "unsafe_code": _either("unsafe_code", theirs, config)})
         found: dict[str, Any] = load_yaml(origin)
     except UserError:
         raise
@@ -121,6 +142,10 @@ def _origin(
             "the file, as configs/benchmarks/humaneval.yaml does."
         ) from error
     return found
+
+
+def _either(key: str, first: dict[str, Any], second: dict[str, Any]) -> bool:
+    return bool(first.get(key) or second.get(key))
 
 
 def _told(error: Exception) -> str:

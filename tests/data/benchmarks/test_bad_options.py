@@ -126,8 +126,9 @@ def test_code_of_a_task_file_that_cannot_be_imported_is_told_with_its_file(
     task_file.with_name("broken_code.py").write_text("1 / 0\n")
     with task_file.open("a") as file:
         file.write("process_docs: !function broken_code.docs\n")
+    options = Benchmarks([str(task_file)], allow_task_code=True)
     with pytest.raises(UserError, match=r"choice\.yaml cannot be read: ZeroDivisionError"):
-        BenchmarkSuite(Benchmarks([str(task_file)]), str(model_folder))
+        BenchmarkSuite(options, str(model_folder))
 
 
 def test_unlike_metrics_are_averaged_only_on_demand(

@@ -17,7 +17,7 @@ ITEM = {
         "def check(candidate):\n"
         "    assert candidate(1) == 'word 4711'\n"
         "    assert candidate(2) != candidate(1)\n"
-        "    assert len(candidate(3)) == 9 and not candidate(3) == 'x'\n"
+        "    assert len(candidate(3)) == 9\n"
     ),
     "entry_point": "f",
 }
@@ -80,11 +80,11 @@ CHEATS = {
     "the launcher's secret": (
         "    pass\nimport os, sys\nframe = sys._getframe()\n"
         "while frame:\n"
-        "    names = frame.f_locals\n"
-        "    for fd in range(3, 64):\n"
-        "        for text in (b'P', b'P' + (names.get('token') or b''), b'SP'):\n"
-        "            try: os.write(fd, text)\n"
+        "    for secret in [each for each in frame.f_locals.values() if type(each) is bytes]:\n"
+        "        for fd in range(3, 64):\n"
+        "            try: os.write(fd, b'P' + secret)\n"
         "            except OSError: pass\n"
+        "        os._exit(0)\n"
         "    frame = frame.f_back\nos._exit(0)\n"
     ),
     "what the tests expect, from memory": (

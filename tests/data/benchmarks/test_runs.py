@@ -105,7 +105,7 @@ def test_two_processes_measure_what_one_does(
         {"name": str(task_folder / f"{name}.yaml"), "metric": metric}
         for name, metric in wanted.items()
     ]
-    options = {"tasks": tasks, "batch_size": batch_size, "mean": "any"}
+    options = {"tasks": tasks, "batch_size": batch_size, "mean": "any", "allow_task_code": True}
 
     def measure(devices: int) -> dict[str, float]:
         command = [

@@ -191,8 +191,8 @@ def data_module(values: dict[str, Any], model_folder: Path) -> Any:
 
     parser = jsonargparse.ArgumentParser()
     parser.add_class_arguments(DemonstrationDataModule, "data")
-    parsed = parser.instantiate_classes(parser.parse_object({"data": values}))["data"]
-    data = DemonstrationDataModule(**{**parsed, "model_name": str(model_folder)})
+    parsed = parser.parse_object({"data": {**values, "model_name": str(model_folder)}})
+    data = parser.instantiate_classes(parsed).data
     data.prepare_data()
     return data
 

@@ -75,6 +75,12 @@ class TokenStore(Sequence[TokenizedRow]):
         )
         return TokenizedRow(row, prompt, teacher, target, context)
 
+    def __eq__(self, other: object) -> bool:
+        """Whether another list holds the same rows."""
+        return list(self) == list(other) if isinstance(other, Sequence) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment] # it grows
+
     @property
     def demonstrations(self) -> list[Demonstration]:
         """The rows without their ids."""

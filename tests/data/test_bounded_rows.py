@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from sdft_lightning.data import DemonstrationDataModule
-from sdft_lightning.data.bounded_rows import MAX_ROW_BYTES, memory_of
+from sdft_lightning.data.bounded_rows import MAX_ROW_BYTES, Rows, memory_of
+from sdft_lightning.data.json_messages import messages_from_json
 from sdft_lightning.data.sources import HubSource, read_rows
 from sdft_lightning.errors import UserError
 
@@ -270,3 +271,15 @@ def test_more_loader_processes_than_could_help_are_refused(
         DemonstrationDataModule(num_workers=count)
     monkeypatch.setattr("os.cpu_count", lambda: 64)
     assert DemonstrationDataModule(num_workers=33).num_workers == 33
+
+
+def test_a_long_text_that_looks_like_a_list_is_not_parsed_as_python(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(text: str) -> None:
+        raise AssertionError("its syntax tree would take gigabytes")
+
+    monkeypatch.setattr("ast.literal_eval", refuse)
+    text = "[" + "'role', " * 200_000 + "]"
+    (row,) = messages_from_json(Rows("f", [{"prompt": text}], ["row 1"]), ["prompt"]).rows
+    assert row["prompt"] == text

@@ -17,7 +17,7 @@ from sdft_lightning.data.benchmarks.quiet_harness import quiet_harness
 from sdft_lightning.data.benchmarks.sandboxed_templates import sandboxed_templates
 from sdft_lightning.data.benchmarks.sentence_data import check_sentence_data
 from sdft_lightning.data.benchmarks.task_yaml import read_task_yaml, task_manager
-from sdft_lightning.data.benchmarks.told import task_line
+from sdft_lightning.data.benchmarks.told import no_documents, source_of, task_line
 from sdft_lightning.errors import UserError
 from sdft_lightning.foreign_text import printable
 from sdft_lightning.sandbox import run_program
@@ -116,7 +116,7 @@ def _load(settings: BenchmarkTask, options: Benchmarks) -> LoadedTask:
             )
             name = config["task"]
             _check_code(name, config, options)
-            with explained(settings.name, config.get("dataset_path")):
+            with explained(settings.name, source_of(config)):
                 from lm_eval.api.task import ConfigurableTask
 
                 task: Any = ConfigurableTask(config=config)
@@ -131,7 +131,7 @@ def _load(settings: BenchmarkTask, options: Benchmarks) -> LoadedTask:
                 " Allowed are its tasks, groups and tags (`lm-eval ls tasks` lists them), or the "
                 "path of a task YAML."
             )
-        source = (entry.cfg or {}).get("dataset_path")
+        source = source_of(entry.cfg or {})
         _check_code(settings.name, entry.cfg or {}, options)
         with explained(settings.name, source):
             loaded: Any = manager.load([settings.name])
@@ -139,7 +139,7 @@ def _load(settings: BenchmarkTask, options: Benchmarks) -> LoadedTask:
 
 
 @contextmanager
-def explained(name: str, source: object) -> Iterator[None]:
+def explained(name: str, source: str) -> Iterator[None]:
     """Say what is missing where a data set cannot be had."""
     from datasets.exceptions import DatasetsError
 
@@ -147,6 +147,8 @@ def explained(name: str, source: object) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except (IndexError, StopIteration) as error:  # the first document is looked at
+        raise no_documents(name, source, None) from error
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"data.benchmarks.tasks: the settings of {name} are wrong "

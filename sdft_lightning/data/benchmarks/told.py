@@ -25,11 +25,7 @@ def task_line(name: str, leaves: dict[str, Any], limit: float | None) -> str:
         count = len(_documents(leaf))
         unfiltered = _unfiltered(leaf)
         if count == 0:
-            why = f"its process_docs leaves none of {unfiltered}" if unfiltered else "it is empty"
-            raise UserError(
-                f"data.benchmarks.tasks: {leaf_name} has no documents: {_source(leaf)}: {why}. "
-                "Give a file with at least one, or leave the task out."
-            )
+            raise no_documents(leaf_name, source_of(vars(leaf.config)), unfiltered)
         size = get_sample_size(leaf, limit)
         asked += count if size is None else min(size, count)
         total += count
@@ -38,7 +34,7 @@ def task_line(name: str, leaves: dict[str, Any], limit: float | None) -> str:
     if len(leaves) > 1:
         line += f" in {len(leaves)} tasks ({_some(sorted(leaves))})"
     else:
-        line += f" from {_source(next(iter(leaves.values())))}"
+        line += f" from {source_of(vars(next(iter(leaves.values())).config))}"
     return line + (f"; {filtered} more are left out by process_docs" if filtered else "")
 
 
@@ -62,24 +58,34 @@ def _unfiltered(leaf: Any) -> int | None:
         return None
 
 
-def _source(leaf: Any) -> str:
-    """The files or the data set, with its split."""
-    options = leaf.config
-    files = (getattr(options, "dataset_kwargs", None) or {}).get("data_files")
-    split = _split(leaf)
-    if isinstance(files, dict):
-        files = files.get(split, list(files.values()))
-    if files:
-        return ", ".join(files) if isinstance(files, list) else str(files)
-    name = " ".join(
-        part
-        for part in (
-            getattr(options, "dataset_path", None),
-            getattr(options, "dataset_name", None),
-        )
-        if part
+def no_documents(name: str, source: str, unfiltered: int | None) -> UserError:
+    """What to tell of a task that asks about nothing.
+
+    Args:
+        name: The task.
+        source: See `source_of`.
+        unfiltered: How many documents its own filter has seen; None where that is not known.
+    """
+    why = "it is empty, or its process_docs leaves none of it"
+    if unfiltered is not None:
+        why = f"its process_docs leaves none of {unfiltered}" if unfiltered else "it is empty"
+    return UserError(
+        f"data.benchmarks.tasks: {name} has no documents: {source}: {why}. Give a file with at "
+        "least one, or leave the task out."
     )
-    return f"{name or 'its data set'}, split {split}" if split else name or "its data set"
+
+
+def source_of(config: dict[str, Any]) -> str:
+    """The files of a task's settings, or its data set and split."""
+    files = (config.get("dataset_kwargs") or {}).get("data_files")
+    split = config.get("test_split") or config.get("validation_split")
+    if isinstance(files, dict):
+        files = files.get(split) or list(files.values())
+    if files:
+        return ", ".join(map(str, files)) if isinstance(files, list) else str(files)
+    parts = [config.get("dataset_path"), config.get("dataset_name")]
+    name = " ".join(str(part) for part in parts if part) or "its data set"
+    return f"{name}, split {split}" if split else name
 
 
 def _some(names: list[str]) -> str:

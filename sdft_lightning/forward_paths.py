@@ -9,7 +9,9 @@ padding and without a cache, and is used only where both agree.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -76,7 +78,7 @@ class ForwardPaths(NamedTuple):
 
 
 # Of a model that is spread over processes nothing is found out, as all would have to take part; nor
-# of one whose weights have diverged, or that a hook keeps from being computed without gradients.
+# of one whose weights have diverged, or that cannot be computed from these tokens.
 _UNKNOWN = ForwardPaths(shares_prefix=False, keeps_prompts=False)
 
 
@@ -149,13 +151,14 @@ def _find_paths(model: Any) -> ForwardPaths:
     devices = [device] if device.type == "cuda" else []
     with (
         eval_mode(model),
+        _without_hooks(model),
         torch.random.fork_rng(devices),  # some models draw even in eval mode
         torch.autocast(device.type, enabled=False),
     ):
         if "lsh" in (getattr(model.config, "attn_layers", None) or ()):
             raise UserError(
-                f"model_name: {type(model).__name__} attends to tokens that it draws at random (LSH "
-                "attention), so no two passes over a long row agree. Use another architecture."
+                f"model_name: {type(model).__name__} attends to tokens that it draws at random "
+                "(LSH attention), so two passes over a long row differ. Use another architecture."
             )
         probe = _Probe(model, device)
         if not probe.is_finite():
@@ -181,6 +184,25 @@ def _find_paths(model: Any) -> ForwardPaths:
             keeps_prompts=shares and probe.plain_cache,
             packs=left and probe.is_right(probe.side_by_side),
         )
+
+
+@contextmanager
+def _without_hooks(model: Any) -> Iterator[None]:
+    """Call nothing that others have hooked to a model: the probe is none of their passes."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks")
+    former = [
+        (part, kind, getattr(part, kind))
+        for part in model.modules()
+        for kind in kinds
+        if getattr(part, kind)
+    ]
+    for part, kind, _ in former:
+        setattr(part, kind, OrderedDict())
+    try:
+        yield
+    finally:
+        for part, kind, hooks in former:
+            setattr(part, kind, hooks)
 
 
 def _not_causal(model: Any, probe: _Probe) -> str:

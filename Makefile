@@ -9,7 +9,7 @@ VERMIN := .venv/bin/vermin -q -t=3.11- --no-tips --violations --eval-annotations
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model test test-vllm soak demo perf lint clean
+.PHONY: help setup model test test-vllm soak models demo perf lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,12 @@ soak: $(STAMP) ## kill and resume runs and plans; 100,000 broken rows (10 minute
 	$(PYTHON_BIN) scripts/soak.py
 	$(PYTHON_BIN) scripts/fuzz_rows.py
 	SDFT_SOAK=1 $(PYTHON_BIN) -m pytest -q tests/continual/test_kill.py
+
+models: $(STAMP) ## compare every architecture of transformers with plain passes, write docs/models.md (4 minutes)
+	rm -rf .models && mkdir .models
+	SDFT_MODELS=$(CURDIR)/.models $(PYTHON_BIN) -m pytest -q -n 2 tests/models
+	$(PYTHON_BIN) tests/models/models_page.py .models
+	rm -rf .models
 
 demo: model ## teach the embedded model facts on the CPU (16 to 24 minutes)
 	$(PYTHON_BIN) -m sdft_lightning.demo

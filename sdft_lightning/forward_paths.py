@@ -9,7 +9,9 @@ padding and without a cache, and is used only where both agree.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -77,7 +79,7 @@ class ForwardPaths(NamedTuple):
 
 
 # Of a model that is spread over processes nothing is found out, as all would have to take part; nor
-# of one whose weights have diverged, or that a hook keeps from being computed without gradients.
+# of one whose weights have diverged, or that cannot be computed from these tokens.
 _UNKNOWN = ForwardPaths(shares_prefix=False, keeps_prompts=False)
 
 
@@ -151,6 +153,7 @@ def _find_paths(model: Any) -> ForwardPaths:
     autocast = not takes_float32(model) and torch.is_autocast_enabled(device.type)
     with (
         eval_mode(model),
+        _without_hooks(model),
         torch.random.fork_rng(devices),  # some models draw even in eval mode
         # Some attention kernels take half precision only, that of the run.
         torch.autocast(device.type, enabled=autocast),
@@ -158,7 +161,7 @@ def _find_paths(model: Any) -> ForwardPaths:
         if "lsh" in (getattr(model.config, "attn_layers", None) or ()):
             raise UserError(
                 f"model_name: {type(model).__name__} attends to tokens that it draws at random "
-                "(LSH attention), so no two passes over a long row agree. Use another architecture."
+                "(LSH attention), so two passes over a long row differ. Use another architecture."
             )
         probe = _Probe(model, device)
         if not probe.is_finite():
@@ -184,6 +187,25 @@ def _find_paths(model: Any) -> ForwardPaths:
             keeps_prompts=shares and probe.plain_cache,
             packs=left and probe.is_right(probe.side_by_side),
         )
+
+
+@contextmanager
+def _without_hooks(model: Any) -> Iterator[None]:
+    """Call nothing that others have hooked to a model: the probe is none of their passes."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks")
+    former = [
+        (part, kind, getattr(part, kind))
+        for part in model.modules()
+        for kind in kinds
+        if getattr(part, kind)
+    ]
+    for part, kind, _ in former:
+        setattr(part, kind, OrderedDict())
+    try:
+        yield
+    finally:
+        for part, kind, hooks in former:
+            setattr(part, kind, hooks)
 
 
 def _not_causal(model: Any, probe: _Probe) -> str:

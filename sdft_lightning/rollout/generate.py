@@ -73,6 +73,7 @@ def generate_rollout(
     Raises:
         UserError: If the model's logits are no numbers.
     """
+    paths_of(model)  # found out before anything of the model is changed for decoding
     samples = sampling.completions_per_prompt
     rows = prompt_ids.shape[0] * samples
     shape = (rows, sampling.max_new_tokens)

@@ -223,10 +223,22 @@ def check_scoring(model: Any, batch: Batch) -> None:
         assert error <= allowed, f"scoring: off by {error:.2g} nats"
 
 
-def check_adapters(folder: Path, batch: Batch) -> str:
+def linear_names(model: Any) -> list[str]:
+    """Ends of the names of the linear layers that peft adapts in any architecture."""
+    head = model.get_output_embeddings()
+    names = {
+        name.rpartition(".")[2]
+        for name, part in model.named_modules()
+        if type(part) is torch.nn.Linear and part is not head
+    }
+    # Linear layers whose weights the scans of Mamba read past any adapter; peft refuses them.
+    return sorted(names - {"out_proj"} if "mamba" in model.config.model_type else names)
+
+
+def check_adapters(folder: Path, batch: Batch, targets: list[str]) -> str:
     """The same with adapters that have moved; why there can be none, or nothing."""
     try:
-        model = load_policy(str(folder), lora=LoRA(r=2)).model
+        model = load_policy(str(folder), lora=LoRA(r=2, target_modules=targets)).model
     except UserError as error:
         return str(error)
     generator = torch.Generator().manual_seed(1)
@@ -278,7 +290,9 @@ def sweep(name: str, tokenizer: Any, folder: Path) -> Verdict:
         check_rollouts(model, batch.prompts)
         check_scoring(model, batch)
         verdict.keeps_prompts = check_kept_prompts(model, batch)
-        verdict.adapters = check_adapters(folder, batch).replace(str(folder), "…")
+        verdict.adapters = check_adapters(folder, batch, linear_names(model)).replace(
+            str(folder), "…"
+        )
         paths = paths_of(model)
         verdict.decoding, verdict.drops_rows = paths.decoding, paths.drops_rows
         model.eval()

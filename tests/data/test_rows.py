@@ -237,3 +237,83 @@ def test_questions_need_no_column_but_their_own() -> None:
     named = Rows("q.jsonl", [{"prompt": "Q?", "id": "mine"}], ["line 1"])
     (row,) = parse_rows(named, columns_of_questions(named, whole), RowNeeds(demonstration=False))
     assert row.id == "mine"
+
+
+JSON_PROMPT = '[{"role": "user", "content": "When does the ferry leave?"}]'
+JSON_ANSWER = '[{"role": "assistant", "content": "At 7:40."}]'
+JSON_TALK = (
+    '[{"role": "system", "content": "Answer briefly."}, '
+    '{"role": "user", "content": "Who runs the desk?"}]'
+)
+
+
+def test_messages_as_json_text_are_read_as_messages_and_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    looks_like_it = "[1] and [2] are footnotes. What is [1]?"
+    with caplog.at_level("WARNING"):
+        first, second, third = parse(
+            {"prompt": JSON_PROMPT, "demonstration": JSON_ANSWER},
+            {"prompt": JSON_TALK, "demonstration": "Marta."},
+            {"prompt": looks_like_it, "demonstration": "A footnote."},
+        )
+    assert first.prompt == [{"role": "user", "content": "When does the ferry leave?"}]
+    assert first.demonstration == [{"role": "assistant", "content": "At 7:40."}]
+    assert [message["role"] for message in second.prompt] == ["system", "user"]
+    assert second.demonstration == [{"role": "assistant", "content": "Marta."}]
+    assert third.prompt == [{"role": "user", "content": looks_like_it}]
+    prompts, demonstrations = (record.message for record in caplog.records)
+    assert (
+        "column 'prompt' holds chat messages as text in 2 of 3 rows (the first: line 1)" in prompts
+    )
+    assert "column 'demonstration' holds chat messages as text in 1 of 3 rows" in demonstrations
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"role": "user", "content": "Q?"}',
+        "  \n" + '[{"role": "user", "content": "Q?"}]' + "\n",
+        "[{'role': 'user', 'content': 'Q?'}]",
+        ['{"role": "user", "content": "Q?"}'],
+        '[{"role": "user", "content": "Q?", "name": null}]',
+    ],
+)
+def test_messages_as_text_have_many_forms(text: Any) -> None:
+    (found,) = parse({"prompt": text, "demonstration": "A."})
+    assert found.prompt == [ASK]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"name": "role", "content": "x"}]',
+        '[{"role": "admin", "content": "x"}]',
+        '[{"role": "user", "content": "x"}] is a list. What is its role?',
+        '{"role": "user"}',
+        '["role", "content"]',
+        "[]",
+        "{role}",
+        "[role" * 5000,
+        '[{"role": "user", "content": "x"}, 3]',
+    ],
+)
+def test_text_that_only_looks_like_messages_stays_a_text(
+    text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (found,) = parse({"prompt": text, "demonstration": text})
+    assert found.prompt == [{"role": "user", "content": text}]
+    assert not caplog.records
+
+
+def test_messages_as_json_text_are_checked_as_messages_are() -> None:
+    with pytest.raises(UserError, match=r"line 1: the conversation.*ends with the role assistant"):
+        parse({"prompt": f"[{JSON_PROMPT[1:-1]}, {JSON_ANSWER[1:-1]}]", "demonstration": "A."})
+    with pytest.raises(UserError, match=r"line 1: a message.*type int"):
+        parse({"prompt": '[{"role": "user", "content": 3}]', "demonstration": "A."})
+    with pytest.raises(UserError, match=r"line 1: the messages.*lone surrogate"):
+        parse({"prompt": '[{"role": "user", "content": "\\ud83d"}]', "demonstration": "A."})
+    (whole,) = parse(
+        {"prompt": JSON_PROMPT, "demonstration": f"[{JSON_PROMPT[1:-1]}, {JSON_ANSWER[1:-1]}]"}
+    )
+    assert whole.demonstration == [{"role": "assistant", "content": "At 7:40."}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,77 @@ def test_answers_are_the_harness_s_and_end_at_the_stop_text(
         assert by_key[request_key("generate_until", sample["arguments"][0])] == expected
         assert stop not in expected
     assert any(len(r.text or "") < len(text) for r, text in zip(responses, texts, strict=True))
+
+
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+DROPS_SYSTEM = (
+    "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [(NO_SYSTEM, "refuses a system turn"), (DROPS_SYSTEM, "leaves out 'Be brief.")],
+    ids=["refuses", "drops"],
+)
+def test_template_without_a_system_turn_asks_as_the_harness_does_and_tells(
+    template: str,
+    told: str,
+    task_folder: Path,
+    model_folder: Path,
+    model: Any,
+    make_tokenizer: Callable[..., Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    tokenizer = make_tokenizer(template)
+    tokenizer.save_pretrained(folder)
+    with caplog.at_level("WARNING"):
+        suite = build(
+            task_folder,
+            folder,
+            "choice",
+            "generation",
+            apply_chat_template=True,
+            system_instruction="Be brief.",
+        )
+    assert sum(told in record.message for record in caplog.records) == 1
+    ours = suite.metrics(respond(suite, model, tokenizer))
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3, max_length=512)
+    for task in suite.tasks:
+        for leaf in task.leaves.values():
+            leaf.set_fewshot_seed(seed=FEWSHOT_SEED)
+        expected = evaluate(
+            lm=theirs,
+            task_dict=task.loaded,
+            apply_chat_template=True,
+            system_instruction="Be brief.",
+            bootstrap_iters=0,
+        )
+        ((name, metrics),) = expected["results"].items()
+        for key, value in metrics.items():
+            if key.endswith(",none") and not key.startswith("sample") and "stderr" not in key:
+                assert ours[f"{name}/{key.removesuffix(',none')}"].value == pytest.approx(value)
+
+
+def test_template_that_fails_in_a_benchmark_is_a_sentence(
+    task_folder: Path, model_folder: Path, make_tokenizer: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    make_tokenizer("{{ 1 / 0 }}").save_pretrained(folder)
+    with pytest.raises(UserError, match=r"data\.benchmarks\.tasks: .*ZeroDivisionError"):
+        build(task_folder, folder, "choice", apply_chat_template=True)
 
 
 def test_a_second_validation_gets_the_same_examples(

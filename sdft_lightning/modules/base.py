@@ -17,6 +17,7 @@ from sdft_lightning.hidden import output_head
 from sdft_lightning.lora import LoRA, keep_adapters_only_
 from sdft_lightning.modules.effective_update import EffectiveUpdate
 from sdft_lightning.modules.evaluated import EvaluatedModule
+from sdft_lightning.modules.finite_weights import check_checkpoint
 from sdft_lightning.modules.identity import check_same_model, model_identity
 from sdft_lightning.modules.last_checkpoint import LastCheckpoint
 from sdft_lightning.modules.precision import clipping_without_scale, warn_of_slow_precision
@@ -305,7 +306,12 @@ class PolicyModule(EvaluatedModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write down which model this is, and what it could do before training."""
+        """Write down which model this is, and what it could do before training.
+
+        Raises:
+            UserError: If a weight is no number: no such checkpoint is written.
+        """
+        check_checkpoint(self, checkpoint)
         checkpoint[CAPABILITY_KEY] = self.capability.state()
         checkpoint[IDENTITY_KEY] = model_identity(self.student, self.model_name, type(self))
 

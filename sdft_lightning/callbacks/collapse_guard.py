@@ -14,7 +14,11 @@ from torch import Tensor
 
 from sdft_lightning.callbacks import collapse_signs as signs
 from sdft_lightning.callbacks.collapse_signs import CollapseLimits
-from sdft_lightning.callbacks.kept_checkpoint import best_checkpoint, keep_checkpoint
+from sdft_lightning.callbacks.kept_checkpoint import (
+    best_checkpoint,
+    keep_checkpoint,
+    kept_checkpoint,
+)
 from sdft_lightning.callbacks.run_files import append_lines, run_folder, unused_path
 from sdft_lightning.errors import UserError
 from sdft_lightning.sharding import local
@@ -58,7 +62,8 @@ class CollapseGuard(L.Callback):
         self._losses: list[Tensor] = []
         self._first: dict[str, float] = {}
         self._in_a_row: dict[str, int] = {}
-        self._kept = ""
+        self._kept: Path | None = None
+        self._kept_name = ""  # of a resumed run, until its folder is known
         self.stopped = ""  # the reason, once the run is being stopped
 
     def step_names(self, module: Any, trainer: Any) -> list[str]:
@@ -67,18 +72,21 @@ class CollapseGuard(L.Callback):
         return [f"guard/{sign}" for sign in signs.known_signs(logged & set(signs.WATCHED))]
 
     def state_dict(self) -> dict[str, Any]:
-        """What the judgement of later steps depends on."""
-        return {"first": self._first, "in_a_row": self._in_a_row, "kept": self._kept}
+        """What the judgement of later steps depends on; of the kept checkpoint its name only."""
+        kept = "" if self._kept is None else self._kept.name
+        return {"first": self._first, "in_a_row": self._in_a_row, "kept": kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from it."""
-        self._first, self._kept = dict(state_dict["first"]), state_dict["kept"]
+        self._first, self._kept_name = dict(state_dict["first"]), Path(state_dict["kept"]).name
         self._in_a_row = dict(state_dict["in_a_row"])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Nothing is judged before the next optimizer step, also in a resumed run."""
         self._judged_at = trainer.global_step
         self._losses = []
+        if self._kept_name:
+            self._kept, self._kept_name = kept_checkpoint(trainer, self._kept_name), ""
         ungraded = getattr(pl_module, "teacher_accuracy_in_fit", None) is False
         if ungraded and self.limits.teacher_lead is not None and trainer.is_global_zero:
             log.warning(
@@ -142,10 +150,10 @@ class CollapseGuard(L.Callback):
         """Keep the best checkpoint while signs show; its second name goes when they pass."""
         if suspicious and not self._kept and trainer.is_global_zero:
             best = best_checkpoint(trainer)
-            self._kept = "" if best is None else str(keep_checkpoint(best))
+            self._kept = None if best is None else keep_checkpoint(best)
         elif not suspicious and self._kept:
-            Path(self._kept).unlink(missing_ok=True)
-            self._kept = ""
+            self._kept.unlink(missing_ok=True)
+            self._kept = None
 
     def _act(self, trainer: Any, sign: str, reason: str) -> None:
         stop = self.action == "stop"
@@ -153,7 +161,7 @@ class CollapseGuard(L.Callback):
         self.stopped = reason if stop else self.stopped
         if not trainer.is_global_zero:
             return
-        step, kept = trainer.global_step, self._kept or None
+        step, kept = trainer.global_step, None if self._kept is None else str(self._kept)
         record = {"stage": "guard", "step": step, "action": self.action, "sign": sign}
         record |= {"reason": reason, "best_checkpoint": kept}
         append_lines(run_folder(trainer) / "metrics.jsonl", [record])

@@ -10,6 +10,7 @@ import lightning as L
 from sdft_lightning.callbacks.run_files import run_folder, unused_path
 from sdft_lightning.errors import UserError, check_at_least, check_choice
 from sdft_lightning.lora import is_adapted, merged_copy, save_adapter
+from sdft_lightning.modules.finite_weights import check_export
 from sdft_lightning.randomness import base_config
 from sdft_lightning.sharding import is_sharded, whole_state_dict
 from sdft_lightning.tokenization import resolve_model
@@ -89,10 +90,11 @@ def export_model(
         weights: The student's whole weights by name, where it is spread over processes.
 
     Raises:
-        UserError: If the student has no such format.
+        UserError: If the student has no such format, or a weight is no number.
     """
     check_format(module, format)
     student = module.student
+    check_export(student.named_parameters() if weights is None else weights.items(), folder)
     with whole_folder(folder) as unfinished:
         if format == "adapter":
             save_adapter(student, unfinished, resolve_model(module.model_name), module.revision)

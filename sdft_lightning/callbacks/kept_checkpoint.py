@@ -7,14 +7,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+from sdft_lightning.modules.finite_weights import has_finite_weights
+from sdft_lightning.modules.whole_windows import is_below
 
 
 def best_checkpoint(trainer: Any) -> Path | None:
     """The checkpoint with the best monitored metric; without one, the newest; None before any.
 
-    One whose weights are not all finite is passed over.
+    One whose weights are not all finite is passed over, and so is one of another run, which a
+    resumed run may name.
 
     Args:
         trainer: Of a fit.
@@ -22,20 +25,25 @@ def best_checkpoint(trainer: Any) -> Path | None:
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint):
             for path in (callback.best_model_path, callback.last_model_path):
-                if path and Path(path).is_file() and has_finite_weights(Path(path)):
+                own = bool(path) and is_below(path, callback.dirpath)
+                if own and Path(path).is_file() and has_finite_weights(Path(path)):
                     return Path(path)
     return None
 
 
-def has_finite_weights(path: Path) -> bool:
-    """Whether all weights in a checkpoint are finite; they are read one after the other.
+def kept_checkpoint(trainer: Any, name: str) -> Path | None:
+    """The file of a name that `keep_checkpoint` gave in one of a run's checkpoint folders, or None.
 
     Args:
-        path: A checkpoint in one file.
+        trainer: Of a fit.
+        name: From a checkpoint, so whatever somebody wrote there.
     """
-    checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    weights = checkpoint["state_dict"].values()
-    return all(bool(torch.isfinite(w).all()) for w in weights if w.is_floating_point())
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
+            for path in Path(callback.dirpath).rglob("kept-*"):
+                if path.name == name and is_below(path, callback.dirpath):
+                    return path
+    return None
 
 
 def keep_checkpoint(path: Path) -> Path:

@@ -21,6 +21,7 @@ from sdft_lightning.hidden import output_head
 from sdft_lightning.lora import ALL_LINEAR, LoRA, frozen_matrices, keep_adapters_only_
 from sdft_lightning.modules.effective_update import EffectiveUpdate
 from sdft_lightning.modules.evaluated import EvaluatedModule
+from sdft_lightning.modules.finite_weights import check_finite_checkpoint
 from sdft_lightning.modules.identity import (
     IDENTITY_KEY,
     check_same_groups,
@@ -425,7 +426,12 @@ class PolicyModule(EvaluatedModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write down which model this is, and what it could do before training."""
+        """Write down which model this is, and what it could do before training.
+
+        Raises:
+            UserError: If a weight is no number: no such checkpoint is written.
+        """
+        check_finite_checkpoint(self, checkpoint)
         checkpoint[CAPABILITY_KEY] = self.capability.state()
         identity = model_identity(self.student, self.model_name, type(self))
         checkpoint[IDENTITY_KEY] = {

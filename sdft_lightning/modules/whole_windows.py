@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -46,6 +47,12 @@ class WindowCheckpoint(ModelCheckpoint):
             super().on_train_batch_end(trainer, *args, **kwargs)
             self._validated_next = None
 
+    def _should_remove_checkpoint(self, trainer: L.Trainer, previous: Any, current: str) -> bool:
+        # The older file's name may come from the checkpoint that was resumed from. Lightning takes
+        # `checkpoints/../…` for a file in checkpoints, and removes what is on another host unseen.
+        own = is_below(previous, self.dirpath)
+        return own and super()._should_remove_checkpoint(trainer, previous, current)
+
     def _monitor_candidates(self, trainer: L.Trainer) -> dict[str, Tensor]:
         candidates: dict[str, Tensor] = super()._monitor_candidates(trainer)
         if self._validated_next and not str(self.monitor).startswith("train/"):
@@ -55,6 +62,21 @@ class WindowCheckpoint(ModelCheckpoint):
     def _should_save_on_train_epoch_end(self, trainer: L.Trainer) -> bool:
         # Asked on an epoch's last batch: whether not to wait for a validation.
         return self._validated_next is False or super()._should_save_on_train_epoch_end(trainer)
+
+
+def is_below(path: str | Path, folder: str | Path | None) -> bool:
+    """Whether a file is in a folder or below it, wherever `..` and links lead.
+
+    Args:
+        path: Local, or with a protocol (s3://…).
+        folder: Likewise; None takes any file.
+    """
+    if folder is None:
+        return True
+    if "://" in str(path) or "://" in str(folder):
+        inside = str(path).startswith(str(folder).rstrip("/") + "/")
+        return inside and ".." not in str(path).split("/")
+    return Path(folder).resolve() in Path(path).resolve().parents
 
 
 def _is_validated_next(trainer: Any) -> bool:

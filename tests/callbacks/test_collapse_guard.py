@@ -123,13 +123,14 @@ def test_a_gradient_that_is_no_number_stops_before_its_checkpoint_becomes_the_ke
 ) -> None:
     saver = ModelCheckpoint(tmp_path / "checkpoints", "step-{step}", every_n_train_steps=1)
     callbacks = [saver, CollapseGuard(steps=50), BreakGradient()]
-    fit_module(max_steps=6, max_epochs=-1, enable_checkpointing=True, callbacks=callbacks)
+    with pytest.raises(UserError, match=r"step 3: .* no checkpoint is written"):
+        fit_module(max_steps=6, max_epochs=-1, enable_checkpointing=True, callbacks=callbacks)
     stopped = json.loads((tmp_path / "stopped.json").read_text())
     assert (stopped["sign"], stopped["step"]) == ("weights", 3)
     kept = Path(stopped["best_checkpoint"])
     assert kept.name == "kept-step-step=2.ckpt"
     assert has_finite_weights(kept)
-    assert not has_finite_weights(kept.with_name("step-step=3.ckpt"))
+    assert not kept.with_name("step-step=3.ckpt").exists()
 
 
 def test_a_better_checkpoint_whose_weights_are_no_numbers_is_passed_over(tmp_path: Path) -> None:
@@ -140,6 +141,59 @@ def test_a_better_checkpoint_whose_weights_are_no_numbers_is_passed_over(tmp_pat
         setattr(saver, f"{name}_model_path", str(tmp_path / name))
     trainer = SimpleNamespace(checkpoint_callbacks=[saver])
     assert best_checkpoint(trainer) == tmp_path / "last"
+
+
+def states_of(path: Path, kept: str, tmp_path: Path) -> Any:
+    """A guard that was resumed with this name, in a run whose checkpoints are at `path`."""
+    guard = CollapseGuard()
+    guard.load_state_dict({"first": HEALTHY, "in_a_row": {}, "kept": kept})
+    trainer = SimpleNamespace(
+        global_step=1,
+        checkpoint_callbacks=[ModelCheckpoint(path)],
+        is_global_zero=False,
+    )
+    guard.on_train_start(trainer, SimpleNamespace())  # type: ignore[arg-type]
+    return guard, trainer
+
+
+@pytest.mark.parametrize(
+    "state", ["{outside}", "../{name}", "{name}", "/{name}", "kept-*", "link/{name}", "..", ""]
+)
+def test_state_of_a_strangers_checkpoint_deletes_nothing_outside_the_runs_checkpoints(
+    state: str, tmp_path: Path
+) -> None:
+    folder, outside = tmp_path / "run" / "checkpoints", tmp_path / "run" / "kept-a.ckpt"
+    folder.mkdir(parents=True)
+    outside.write_text("somebody's")
+    (folder / "link").symlink_to(tmp_path / "run")
+    kept = state.format(outside=outside, name=outside.name)
+    guard, trainer = states_of(folder, kept, tmp_path)
+    guard._keep_or_release(trainer, suspicious=False)
+    assert outside.read_text() == "somebody's"
+
+
+def test_kept_checkpoint_of_a_resumed_run_is_found_by_its_name_and_released(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    first = CollapseGuard()
+    first._kept = folder / "kept-step-3.ckpt"
+    first._kept.write_text("a")
+    (folder / "step-3.ckpt").write_text("a")
+    state = first.state_dict()["kept"]
+    assert state == "kept-step-3.ckpt"
+    # Older checkpoints hold a whole path, and the run may have been moved since.
+    for known in (state, f"/elsewhere/checkpoints/{state}"):
+        guard, trainer = states_of(folder, known, tmp_path)
+        assert guard._kept == first._kept
+    guard._keep_or_release(trainer, suspicious=False)
+    assert [path.name for path in folder.iterdir()] == ["step-3.ckpt"]
+
+
+def test_best_checkpoint_of_another_run_is_not_given_a_second_name(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path / "run" / "checkpoints")
+    torch.save({"state_dict": {"w": torch.ones(2)}}, tmp_path / "other.ckpt")
+    saver.best_model_path = str(tmp_path / "other.ckpt")
+    assert best_checkpoint(SimpleNamespace(checkpoint_callbacks=[saver])) is None
 
 
 def test_every_micro_batchs_loss_counts_and_the_head_is_not_asked_for(

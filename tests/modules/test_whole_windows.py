@@ -229,6 +229,27 @@ def test_state_of_the_checkpoint_is_found_under_lightnings_name() -> None:
     assert WindowCheckpoint().state_key == ModelCheckpoint().state_key
 
 
+@pytest.mark.parametrize(
+    ("path", "removed"),
+    [
+        ("checkpoints/step-1.ckpt", True),
+        ("checkpoints/below/step-1.ckpt", True),
+        ("checkpoints/../config.yaml", False),
+        ("checkpoints/..", False),
+        ("config.yaml", False),
+        ("s3://bucket/step-1.ckpt", False),
+    ],
+)
+def test_nothing_outside_the_runs_checkpoints_is_removed_whatever_a_state_names(
+    path: str, removed: bool, tmp_path: Path
+) -> None:
+    saver = WindowCheckpoint(tmp_path / "checkpoints")
+    trainer: Any = SimpleNamespace(ckpt_path=None)
+    named = path if "://" in path else str(tmp_path / path)
+    current = str(tmp_path / "checkpoints" / "step-2.ckpt")
+    assert saver._should_remove_checkpoint(trainer, named, current) is removed
+
+
 def test_fit_without_windows_ends_where_it_is_told(fit_module: Callable[..., Any]) -> None:
     class Stop(L.Callback):
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:

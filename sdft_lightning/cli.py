@@ -43,8 +43,9 @@ from sdft_lightning.run_folder import (
     check_run_folder,
     command_folder,
     is_deepspeed_folder,
-    load_checkpoint,
+    load_whole_checkpoint,
     named_folder,
+    one_writer,
     requeued_checkpoint,
     resolve_checkpoint,
 )
@@ -68,6 +69,10 @@ _DESCRIPTIONS = {
 
 class SDFTCLI(LightningCLI):
     """LightningCLI with one folder a run, and the model's name given once."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with contextlib.ExitStack() as self._held:
+            super().__init__(*args, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -118,14 +123,19 @@ class SDFTCLI(LightningCLI):
         config = self.config[command]
         check_trainer_options(config["trainer"])
         self.run_folder = named_folder(config["run"]["root"], config["run"]["name"])
+        self._keep_to_one_writer(command)
         if "ckpt_path" in config:  # preflight has none
             config["ckpt_path"] = resolve_checkpoint(config["ckpt_path"], self.run_folder)
         if command == "fit":
             config["ckpt_path"] = config["ckpt_path"] or requeued_checkpoint(self.run_folder)
             check_run_folder(self.run_folder, config["ckpt_path"])
         self.folder = command_folder(self.run_folder, command)
+
+    def _keep_to_one_writer(self, command: str) -> None:
         if command != "export":
-            check_can_make(self.folder)
+            check_can_make(self.run_folder)
+        with contextlib.suppress(OSError):  # a folder to read from only: an export goes elsewhere
+            self._held.enter_context(one_writer(self.run_folder))
 
     def before_fit(self) -> None:
         """Check all data and the checkpoint before Lightning writes its first file."""
@@ -171,7 +181,7 @@ class SDFTCLI(LightningCLI):
             self._tell_weights(path)
         # DeepSpeed's folders are read, and checked, when its strategy has started.
         if path is not None and not is_deepspeed_folder(path):
-            checkpoint = load_checkpoint(path)
+            checkpoint = load_whole_checkpoint(path)
             self.model.plan_models(self.trainer, command, self.datamodule)
             self.model.check_checkpoint(checkpoint, trains=command == "fit")
             self.model.configure_model()

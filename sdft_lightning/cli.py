@@ -11,7 +11,6 @@ from typing import Any
 
 from jsonargparse import ArgumentError
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -50,6 +49,7 @@ from sdft_lightning.run_folder import (
     resolve_checkpoint,
 )
 from sdft_lightning.run_trainer import RunTrainer
+from sdft_lightning.setup_errors import setup_error
 from sdft_lightning.trainer_options import check_trainer_options
 from sdft_lightning.whole_files import check_can_make, no_room
 
@@ -72,7 +72,24 @@ class SDFTCLI(LightningCLI):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with contextlib.ExitStack() as self._held:
-            super().__init__(*args, **kwargs)
+            try:
+                super().__init__(*args, **kwargs)
+            except Exception as error:
+                found = None if self._has_begun() else setup_error(error, self._options())
+                if found is None:
+                    raise
+                raise found from error
+
+    def _has_begun(self) -> bool:
+        """Whether anything was measured or trained."""
+        callbacks = self.trainer.callbacks if hasattr(self, "trainer") else []
+        return any(isinstance(each, SaveRunConfig) and each.begun for each in callbacks)
+
+    def _options(self) -> dict[str, Any]:
+        """The command's options, as far as they were read."""
+        config = getattr(self, "config", None) or {}
+        found: dict[str, Any] = config.get(config.get("subcommand")) or {}
+        return found
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -206,17 +223,7 @@ class SDFTCLI(LightningCLI):
         options = self._get(self.config_init, "trainer")
         if options["max_epochs"] is None and options["max_steps"] == -1:
             kwargs["max_epochs"] = 1  # as in the paper; Lightning would take 1000
-        try:
-            trainer = super().instantiate_trainer(**kwargs)
-        except MisconfigurationException as error:
-            given = ", ".join(
-                f"{name} {options.get(name)!r}"
-                for name in ("accelerator", "devices", "num_nodes", "strategy", "precision")
-            )
-            raise UserError(
-                f"trainer: Lightning refuses these options: {error} Given were {given}. Correct "
-                "them; `auto` takes the accelerator and the devices that this machine has."
-            ) from error
+        trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the user named no other
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
         return trainer

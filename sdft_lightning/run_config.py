@@ -24,6 +24,7 @@ class SaveRunConfig(SaveConfigCallback):
     wrote, so that the mended command may have the same name.
     """
 
+    begun = False  # whether anything was measured or trained
     _new_folder: Path | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -47,6 +48,22 @@ class SaveRunConfig(SaveConfigCallback):
             path = folder / f"config-{number}.yaml"
         self.parser.save(self.config, path, overwrite=False, multifile=self.multifile)
         self.already_saved = True
+
+    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        """Set-up is over."""
+        self.begun = True
+
+    def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        """As `on_train_batch_start`."""
+        self.begun = True
+
+    def on_test_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        """As `on_train_batch_start`."""
+        self.begun = True
+
+    def on_predict_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        """As `on_train_batch_start`."""
+        self.begun = True
 
     def on_train_batch_end(
         self,

@@ -11,7 +11,6 @@ from typing import Any
 
 from jsonargparse import ArgumentError
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -45,12 +44,14 @@ from sdft_lightning.run_folder import (
     check_run_folder,
     command_folder,
     is_deepspeed_folder,
-    load_checkpoint,
+    load_whole_checkpoint,
     named_folder,
+    one_writer,
     requeued_checkpoint,
     resolve_checkpoint,
 )
 from sdft_lightning.run_trainer import RunTrainer
+from sdft_lightning.setup_errors import setup_error
 from sdft_lightning.trainer_options import check_trainer_options
 from sdft_lightning.whole_files import check_can_make, no_room
 from sdft_lightning.yaml_text import bound_config_files
@@ -71,6 +72,27 @@ _DESCRIPTIONS = {
 
 class SDFTCLI(LightningCLI):
     """LightningCLI with one folder a run, and the model's name given once."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with contextlib.ExitStack() as self._held:
+            try:
+                super().__init__(*args, **kwargs)
+            except Exception as error:
+                found = None if self._has_begun() else setup_error(error, self._options())
+                if found is None:
+                    raise
+                raise found from error
+
+    def _has_begun(self) -> bool:
+        """Whether anything was measured or trained."""
+        callbacks = self.trainer.callbacks if hasattr(self, "trainer") else []
+        return any(isinstance(each, SaveRunConfig) and each.begun for each in callbacks)
+
+    def _options(self) -> dict[str, Any]:
+        """The command's options, as far as they were read."""
+        config = getattr(self, "config", None) or {}
+        found: dict[str, Any] = config.get(config.get("subcommand")) or {}
+        return found
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -122,14 +144,19 @@ class SDFTCLI(LightningCLI):
         config = self.config[command]
         check_trainer_options(config["trainer"])
         self.run_folder = named_folder(config["run"]["root"], config["run"]["name"])
+        self._keep_to_one_writer(command)
         if "ckpt_path" in config:  # preflight has none
             config["ckpt_path"] = resolve_checkpoint(config["ckpt_path"], self.run_folder)
         if command == "fit":
             config["ckpt_path"] = config["ckpt_path"] or requeued_checkpoint(self.run_folder)
             check_run_folder(self.run_folder, config["ckpt_path"])
         self.folder = command_folder(self.run_folder, command)
+
+    def _keep_to_one_writer(self, command: str) -> None:
         if command != "export":
-            check_can_make(self.folder)
+            check_can_make(self.run_folder)
+        with contextlib.suppress(OSError):  # a folder to read from only: an export goes elsewhere
+            self._held.enter_context(one_writer(self.run_folder))
 
     def before_fit(self) -> None:
         """Check all data and the checkpoint before Lightning writes its first file."""
@@ -175,7 +202,7 @@ class SDFTCLI(LightningCLI):
             self._tell_weights(path)
         # DeepSpeed's folders are read, and checked, when its strategy has started.
         if path is not None and not is_deepspeed_folder(path):
-            checkpoint = load_checkpoint(path)
+            checkpoint = load_whole_checkpoint(path)
             self.model.plan_models(self.trainer, command, self.datamodule)
             self.model.check_checkpoint(checkpoint, trains=command == "fit")
             self.model.configure_model()
@@ -200,17 +227,7 @@ class SDFTCLI(LightningCLI):
         options = self._get(self.config_init, "trainer")
         if options["max_epochs"] is None and options["max_steps"] == -1:
             kwargs["max_epochs"] = 1  # as in the paper; Lightning would take 1000
-        try:
-            trainer = super().instantiate_trainer(**kwargs)
-        except MisconfigurationException as error:
-            given = ", ".join(
-                f"{name} {options.get(name)!r}"
-                for name in ("accelerator", "devices", "num_nodes", "strategy", "precision")
-            )
-            raise UserError(
-                f"trainer: Lightning refuses these options: {error} Given were {given}. Correct "
-                "them; `auto` takes the accelerator and the devices that this machine has."
-            ) from error
+        trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the user named no other
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
         return trainer

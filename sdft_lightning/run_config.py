@@ -10,7 +10,7 @@ import lightning as L
 from lightning.pytorch.cli import SaveConfigCallback
 
 from sdft_lightning.callbacks.run_files import run_folder
-from sdft_lightning.run_folder import begun_elsewhere, is_requeued
+from sdft_lightning.run_folder import LOCK, begun_elsewhere, is_requeued
 
 _EVENTS = "events.out.tfevents"
 # What Lightning and this callback write before anything is measured or trained.
@@ -24,6 +24,7 @@ class SaveRunConfig(SaveConfigCallback):
     wrote, so that the mended command may have the same name.
     """
 
+    begun = False  # whether anything was measured or trained
     _new_folder: Path | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -48,6 +49,22 @@ class SaveRunConfig(SaveConfigCallback):
         self.parser.save(self.config, path, overwrite=False, multifile=self.multifile)
         self.already_saved = True
 
+    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        """Set-up is over."""
+        self.begun = True
+
+    def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        """As `on_train_batch_start`."""
+        self.begun = True
+
+    def on_test_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        """As `on_train_batch_start`."""
+        self.begun = True
+
+    def on_predict_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        """As `on_train_batch_start`."""
+        self.begun = True
+
     def on_train_batch_end(
         self,
         trainer: L.Trainer,
@@ -64,17 +81,22 @@ class SaveRunConfig(SaveConfigCallback):
     ) -> None:
         """Leave no folder behind that holds nothing but a start."""
         folder = self._new_folder
-        if folder is None or not all(_is_of_the_start(path) for path in folder.iterdir()):
+        if folder is None:
+            return
+        written = [path for path in folder.iterdir() if path.name != LOCK]
+        if not all(_is_of_the_start(path) for path in written):
             return
         with contextlib.suppress(OSError):  # the error that ended the command is what counts
-            for path in folder.iterdir():
+            for path in written:
                 path.unlink()
-            folder.rmdir()
+            folder.rmdir()  # where no lock is held
 
 
 def _is_new(folder: Path) -> bool:
     """Whether there is nothing but what this process's logger has opened."""
-    return not folder.exists() or all(path.name.startswith(_EVENTS) for path in folder.iterdir())
+    return not folder.exists() or all(
+        path.name.startswith((_EVENTS, LOCK)) for path in folder.iterdir()
+    )
 
 
 def _is_of_the_start(path: Path) -> bool:

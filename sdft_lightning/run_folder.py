@@ -5,38 +5,85 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.whole_files import held_lock
 
 log = logging.getLogger(__name__)
+
+_LONGEST = 200  # bytes of a folder's name; file systems take 255
 
 _OF_A_CHECKPOINT = {"state_dict", "global_step", "epoch", "loops", "pytorch-lightning_version"}
 
 
-def named_folder(root: str, name: str) -> Path:
+LOCK = ".lock"  # while a command writes into the folder
+
+
+def named_folder(
+    root: str, name: str, option: str = "run.name", root_option: str = "run.root"
+) -> Path:
     """The folder of a run.
 
     Args:
         root: Folder of all runs.
         name: Of the run; with slashes for folders below.
+        option: What gives the name.
+        root_option: What gives the root.
 
     Returns:
         A path below `root`.
 
     Raises:
-        UserError: If the name would lead to `root` itself or out of it.
+        UserError: If the name would lead to `root` itself or out of it, or no file system takes it.
     """
     parts = Path(name).parts
-    if not parts or Path(name).is_absolute() or ".." in parts:
+    odd = not name.isprintable() or any(len(part.encode()) > _LONGEST for part in parts)
+    if not parts or Path(name).is_absolute() or ".." in parts or odd:
         raise UserError(
-            f"run.name: got {name!r}, which names no folder below run.root ({root}). Allowed is a "
-            "name such as first, or sweep/first; give another root with --run.root."
+            f"{option}: got {name[:300]!r}, which names no folder below {root_option} ({root}). "
+            "Allowed is a name such as first, or sweep/first; give another root with "
+            f"--{root_option}."
         )
     return Path(root) / name
+
+
+@contextmanager
+def one_writer(folder: Path) -> Iterator[None]:
+    """Keep the folder of a run to one command, until it ends in whatever way.
+
+    Args:
+        folder: The run's folder; made, and removed if nothing is in it.
+
+    Raises:
+        UserError: If another process writes into it.
+        OSError: If it cannot be made.
+    """
+    if rank_zero_only.rank != 0:  # a process of the command whose process zero holds the lock
+        yield
+        return
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        with held_lock(
+            folder / LOCK,
+            lambda holder: (
+                f"run.name: the folder {folder} is being written into by process {holder}. Wait "
+                "for it or end it, or choose another name with --run.name (a checkpoint of this "
+                "run can be measured there, with the path of its file as --ckpt_path)."
+            ),
+            remove=True,
+        ):
+            yield
+    finally:
+        for each in (folder, *missing):
+            with suppress(OSError):
+                each.rmdir()
 
 
 def resolve_checkpoint(ckpt_path: str | None, folder: Path) -> str | None:
@@ -141,13 +188,24 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             "Export in the run itself, with the callback ExportModel."
         )
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        missing = _OF_A_CHECKPOINT - content.keys()
+        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found = dict(content)
     except Exception as error:  # whatever a file that is none makes torch do
         raise UserError(
             f"ckpt_path: {path} cannot be read as a checkpoint ({type(error).__name__}); it may "
             "have been cut short. Name an older one of the run's checkpoints/ folder."
         ) from error
+    return found
+
+
+def load_whole_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint, as `load_checkpoint`, that has all parts that Lightning needs.
+
+    Raises:
+        UserError: Also if a part is missing.
+    """
+    content = load_checkpoint(path)
+    missing = _OF_A_CHECKPOINT - content.keys()
     if missing:
         raise UserError(
             f"ckpt_path: {path} is no checkpoint of a run: it has no {', '.join(sorted(missing))}. "
@@ -171,7 +229,9 @@ def check_run_folder(folder: Path, ckpt_path: str | None) -> None:
     Raises:
         UserError: If the folder holds a run and `ckpt_path` is not one of its checkpoints.
     """
-    if not folder.is_dir() or all(_is_command_folder(path) for path in folder.iterdir()):
+    if not folder.is_dir() or all(
+        _is_command_folder(path) or path.name == LOCK for path in folder.iterdir()
+    ):
         return
     if ckpt_path is None and not _checkpoints(folder):
         if is_requeued():

@@ -12,7 +12,7 @@ from sdft_lightning.errors import UserError
 from sdft_lightning.json_text import json_text
 from sdft_lightning.modules import PolicyModule
 from sdft_lightning.preflight import Limits, judge, run_preflight
-from sdft_lightning.run_folder import load_checkpoint
+from sdft_lightning.run_folder import load_whole_checkpoint
 from sdft_lightning.tokenization import load_max_length
 
 
@@ -56,7 +56,7 @@ class RunTrainer(L.Trainer):
                 "--output_dir."
             )
         check_format(model, format)
-        checkpoint = load_checkpoint(path)
+        checkpoint = load_whole_checkpoint(path)
         model.loads_teacher = False
         model.check_checkpoint(checkpoint, trains=False)
         model.configure_model()

@@ -1,20 +1,25 @@
-"""Files and folders that appear whole or not at all, whatever stops the process writing them."""
+"""Files and folders that appear whole or not at all, and that one process at a time writes."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import glob
 import os
 import shutil
+import socket
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from sdft_lightning.errors import UserError
 
+_LOCK_ATTEMPTS = 20
+_LOCK_PAUSE = 0.5  # seconds
 _MEANINGS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "your disk quota is used up",
@@ -44,11 +49,11 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _clear(path)
-        with temporary.open("wb") as file:
+        with os.fdopen(_opened_and_held(temporary, os.O_TRUNC), "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)
         sync_folder(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -74,13 +79,16 @@ def whole_folder(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _clear(path)
-        temporary.mkdir()
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as content:
-                    os.fsync(content.fileno())
-        os.rename(temporary, path)
+        number = _made_and_held(temporary)
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    with file.open("rb") as content:
+                        os.fsync(content.fileno())
+            os.rename(temporary, path)
+        finally:
+            os.close(number)
         sync_folder(path.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -89,12 +97,105 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def _clear(path: Path) -> None:
-    """Remove what a killed process has left unfinished of the same file or folder."""
+    """Remove what killed processes have left unfinished of the same file or folder.
+
+    What a living process is writing it holds a lock on; that is not touched.
+    """
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        if left.is_dir():
-            shutil.rmtree(left)
-        else:
-            left.unlink()
+        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+            number = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                if not _locked(number):
+                    continue
+                if left.is_dir():
+                    shutil.rmtree(left)
+                else:
+                    left.unlink()
+            finally:
+                os.close(number)
+
+
+@contextmanager
+def held_lock(path: Path, refusal: Callable[[str], str], remove: bool = False) -> Iterator[int]:
+    """Hold a lock for as long as this process, and processes that inherit the file, are there.
+
+    Args:
+        path: The lock's file; made, with its folders.
+        refusal: From the process that holds it to the sentence of the error.
+        remove: Remove the file in the end.
+
+    Yields:
+        The file's number, for children to inherit.
+
+    Raises:
+        UserError: If another process holds it.
+        OSError: If the file cannot be made.
+    """
+    number = _wait_for(path)
+    if number is None:
+        raise UserError(refusal(_holder(path)))
+    try:
+        os.ftruncate(number, 0)
+        os.write(number, f"{os.getpid()} on {socket.gethostname()}".encode())
+        yield number
+    finally:
+        if remove:
+            path.unlink(missing_ok=True)
+        os.close(number)
+
+
+def _holder(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")[:100] or "unknown"
+    except OSError:
+        return "unknown"
+
+
+def _wait_for(path: Path) -> int | None:
+    """Try for a while: workers of a killed process let go some seconds after it."""
+    for attempt in range(_LOCK_ATTEMPTS):
+        if attempt:
+            time.sleep(_LOCK_PAUSE)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        number = _held(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), path)
+        if number is not None:
+            return number
+    return None
+
+
+def _opened_and_held(path: Path, flags: int) -> int:
+    while True:
+        number = _held(os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666), path)
+        if number is not None:
+            return number
+
+
+def _made_and_held(folder: Path) -> int:
+    while True:
+        folder.mkdir(exist_ok=True)
+        number = _held(os.open(folder, os.O_RDONLY), folder)
+        if number is not None:
+            return number
+
+
+def _held(number: int, path: Path) -> int | None:
+    """Lock an open file; None, and it is closed, where another holds it or has removed it."""
+    with contextlib.suppress(FileNotFoundError):
+        if _locked(number) is not False and os.path.samestat(os.fstat(number), path.stat()):
+            return number
+    os.close(number)
+    return None
+
+
+def _locked(number: int) -> bool | None:
+    """Lock an open file: whether nobody else had; None where the file system has no locks."""
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 def sync_folder(folder: Path) -> None:
@@ -148,11 +249,12 @@ def _refused(error: OSError, path: object) -> UserError:
     )
 
 
-def check_can_make(folder: Path) -> None:
+def check_can_make(folder: Path, option: str = "run.root") -> None:
     """Try, before any work, whether a folder can be made and written into; nothing stays.
 
     Args:
         folder: It need not exist.
+        option: What names the folder that it is in.
 
     Raises:
         UserError: If it cannot.
@@ -165,8 +267,8 @@ def check_can_make(folder: Path) -> None:
     except OSError as error:
         reason = _MEANINGS.get(error.errno or 0, error.strerror)
         raise UserError(
-            f"run.root: {folder} cannot be made or written into: {reason}, in {place}. Give "
-            "another folder with --run.root."
+            f"{option}: {folder} cannot be made or written into: {reason}, in {place}. Give "
+            f"another folder with --{option}."
         ) from error
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +23,10 @@ from sdft_lightning.continual.records import (
 )
 from sdft_lightning.continual.stage_callbacks import FIT_RESULT
 from sdft_lightning.continual.units import Shard, Unit, chains_of, plan_folder, share_of
-from sdft_lightning.continual.whole import append_record, held_lock, repair_records, write_whole
+from sdft_lightning.continual.whole import append_record, repair_records, write_whole
 from sdft_lightning.errors import UserError
 from sdft_lightning.foreign_text import harmless
+from sdft_lightning.whole_files import held_lock
 
 # The locks that a command's process keeps -> how it is carried out.
 MakeCommand = Callable[[tuple[int, ...]], Command]
@@ -72,17 +74,27 @@ def work_through(work: Work) -> int:
     """
     failed = 0
     locks = work.folder / "locks"
-    with held_lock(locks / f"{work.results.stem}.lock", str(work.results)) as results_lock:
+    with _held(locks / f"{work.results.stem}.lock", str(work.results)) as results_lock:
         repair_records(work.results)
         # The base model is evaluated once in a plan: by the first share.
         chains: list[list[Unit | None]] = [[None]] if work.shard.number == 1 else []
         chains += [[*chain] for chain in share_of(chains_of(work.plan), work.shard)]
         for chain in chains:
             name = BASE if chain[0] is None else f"{chain[0].method}-seed{chain[0].seed}"
-            with held_lock(locks / f"{name}.lock", f"the chain {name}") as chain_lock:
+            with _held(locks / f"{name}.lock", f"the chain {name}") as chain_lock:
                 command = work.make_command((results_lock, chain_lock))
                 failed += not _finish_chain(work, chain, command)
     return failed
+
+
+def _held(path: Path, what: str) -> AbstractContextManager[int]:
+    return held_lock(
+        path,
+        lambda holder: (
+            f"name: another process works on {what} (process {holder} holds {path}). Wait for it "
+            "or end it; to work beside it, give each process its own --shard."
+        ),
+    )
 
 
 def _finish_chain(work: Work, chain: list[Unit | None], command: Command) -> bool:

@@ -15,6 +15,7 @@ from sdft_lightning.continual.whole import write_whole
 from sdft_lightning.data.sources import EXAMPLE_PREFIX, example_path
 from sdft_lightning.errors import UserError
 from sdft_lightning.foreign_text import shown
+from sdft_lightning.whole_files import check_can_make, held_lock
 
 # What changes no result: where it runs, how often it can resume, and which seeds there are.
 _NO_MATTER = ("name", "root", "seeds", "resume_every", "keep_checkpoints", "processes")
@@ -45,6 +46,22 @@ def claim_folder(folder: Path, canonical: Mapping[str, Any], write: bool = True)
     Raises:
         UserError: If the folder is another plan's, or holds something else.
     """
+    if not write:
+        _claim(folder, canonical, write)
+        return
+    check_can_make(folder, "root")
+    with held_lock(
+        folder / ".plan.json.lock",
+        lambda holder: (
+            f"name: process {holder} is making the folder {folder} its plan's. Wait a moment and "
+            "give the command again."
+        ),
+        remove=True,
+    ):
+        _claim(folder, canonical, write)
+
+
+def _claim(folder: Path, canonical: Mapping[str, Any], write: bool) -> None:
     path = folder / "plan.json"
     if path.is_file():
         there = json.loads(path.read_text(encoding="utf-8"))["plan"]
@@ -56,7 +73,7 @@ def claim_folder(folder: Path, canonical: Mapping[str, Any], write: bool = True)
                 "values back."
             )
         return
-    # Another share may be writing its plan.json this very moment.
+    # Another share may be writing its plan.json this very moment; its lock has that name, too.
     if folder.is_dir() and any(not file.name.startswith(".plan.json") for file in folder.iterdir()):
         raise UserError(
             f"name: the folder {folder} holds something that is no plan's. Give the plan another "

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from sdft_lightning.continual.plan import ContinualPlan, Method, Stage
 from sdft_lightning.errors import UserError
+from sdft_lightning.run_folder import named_folder
 
 
 class Unit(NamedTuple):
@@ -87,8 +88,12 @@ def parse_shard(text: str | None) -> Shard:
 
 
 def plan_folder(plan: ContinualPlan) -> Path:
-    """Where everything of a plan is written."""
-    return Path(plan.root) / plan.name
+    """Where everything of a plan is written.
+
+    Raises:
+        UserError: If its name would lead out of its root.
+    """
+    return named_folder(plan.root, plan.name, "name", "root")
 
 
 def chains_of(plan: ContinualPlan) -> list[list[Unit]]:

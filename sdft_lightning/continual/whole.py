@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.json_text import json_text
-
-_LOCK_ATTEMPTS = 20
-_LOCK_PAUSE = 0.5  # seconds
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -68,43 +61,3 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             ) from error
         records.append(record)
     return records
-
-
-@contextmanager
-def held_lock(path: Path, what: str) -> Iterator[int]:
-    """Hold a lock for as long as this process, and processes that inherit the file, are there.
-
-    Args:
-        path: The lock's file.
-        what: What it protects, for the message.
-
-    Yields:
-        The file's number, for children to inherit.
-
-    Raises:
-        UserError: If another process holds it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        if not _locked(number):
-            raise UserError(
-                f"name: another process works on {what} (it holds {path}). Wait for it or end it; "
-                "to work beside it, give each process its own --shard."
-            )
-        yield number
-    finally:
-        os.close(number)
-
-
-def _locked(number: int) -> bool:
-    """Try for a while: workers of a killed process let go some seconds after it."""
-    for attempt in range(_LOCK_ATTEMPTS):
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if attempt < _LOCK_ATTEMPTS - 1:
-                time.sleep(_LOCK_PAUSE)
-        else:
-            return True
-    return False

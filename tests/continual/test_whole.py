@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from sdft_lightning import whole_files
 from sdft_lightning.callbacks.run_files import append_lines
-from sdft_lightning.continual import whole
-from sdft_lightning.continual.whole import append_record, held_lock, read_records, repair_records
+from sdft_lightning.continual.drive import _held
+from sdft_lightning.continual.whole import append_record, read_records, repair_records
 from sdft_lightning.errors import UserError
 
 
@@ -62,8 +63,8 @@ def test_a_torn_log_line_goes_before_the_next_ones(tmp_path: Path) -> None:
 HOLDER = """
 import subprocess, sys, time
 from pathlib import Path
-from sdft_lightning.continual.whole import held_lock
-with held_lock(Path(sys.argv[1]), "it") as number:
+from sdft_lightning.whole_files import held_lock
+with held_lock(Path(sys.argv[1]), str) as number:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"],
                              pass_fds=(number,))
     print(child.pid, flush=True)
@@ -74,7 +75,7 @@ with held_lock(Path(sys.argv[1]), "it") as number:
 def test_lock_outlives_a_killed_process_as_long_as_its_child_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(whole, "_LOCK_PAUSE", 0.01)
+    monkeypatch.setattr(whole_files, "_LOCK_PAUSE", 0.01)
     path = tmp_path / "locks" / "a.lock"
     repository = Path(__file__).resolve().parents[2]
     process = subprocess.Popen(
@@ -88,12 +89,12 @@ def test_lock_outlives_a_killed_process_as_long_as_its_child_runs(
     process.kill()
     process.wait()
     try:
-        with pytest.raises(UserError, match="another process works on the chain"):
-            with held_lock(path, "the chain"):
+        with pytest.raises(UserError, match=f"another process works on the chain .*{process.pid}"):
+            with _held(path, "the chain"):
                 pass
     finally:
         os.kill(child, 9)
-    monkeypatch.setattr(whole, "_LOCK_PAUSE", 0.5)
+    monkeypatch.setattr(whole_files, "_LOCK_PAUSE", 0.5)
     start = time.monotonic()
-    with held_lock(path, "the chain"):
+    with _held(path, "the chain"):
         assert time.monotonic() - start < 10

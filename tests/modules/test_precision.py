@@ -85,7 +85,7 @@ def test_bf16_true_rounds_the_students_weights_and_not_its_rotary_frequencies(
 
 def test_after_a_cast_both_roles_see_the_same_far_positions(model_folder: Path) -> None:
     module = SDFTModule(str(model_folder), weights_dtype="bfloat16")
-    module.load_models()
+    module.configure_model()
     module.to(torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, 260, (1, 2000), generator=generator)  # (1, P)

@@ -7,6 +7,7 @@ import io
 import logging
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError
@@ -27,6 +28,7 @@ from sdft_lightning.callbacks import (
     WindowCheckpoint,
 )
 from sdft_lightning.checkpoint_io import WholeCheckpointIO
+from sdft_lightning.config_files import check_config_files
 from sdft_lightning.continual import run_continual
 from sdft_lightning.data import DemonstrationDataModule
 from sdft_lightning.data.benchmarks import Benchmarks
@@ -142,7 +144,9 @@ class SDFTCLI(LightningCLI):
         """Refuse a folder in use and a missing checkpoint before anything is loaded."""
         command = self.config["subcommand"]
         config = self.config[command]
-        check_trainer_options(config["trainer"])
+        check_trainer_options(config["trainer"], command)
+        if config["checkpoint"]["dirpath"] is not None:
+            check_can_make(Path(config["checkpoint"]["dirpath"]), "checkpoint.dirpath")
         self.run_folder = named_folder(config["run"]["root"], config["run"]["name"])
         self._keep_to_one_writer(command)
         if "ckpt_path" in config:  # preflight has none
@@ -236,7 +240,8 @@ class SDFTCLI(LightningCLI):
         # What is always on would contradict the options that turn it off.
         if config.get("enable_checkpointing") is False:
             callbacks = [each for each in callbacks if not isinstance(each, Checkpoint)]
-        if config.get("enable_progress_bar") is False:
+        own_bar = any(isinstance(each, ProgressBar) for each in config.get("callbacks") or [])
+        if own_bar or config.get("enable_progress_bar") is False:
             ours = self.trainer_defaults["callbacks"]
             kept = [each for each in ours if not isinstance(each, ProgressBar)]
             self.trainer_defaults = {**self.trainer_defaults, "callbacks": kept}
@@ -265,6 +270,7 @@ def main(args: ArgsType = None) -> None:
     words = list(given) if isinstance(given, list) else []
     command = words[0] if words else None
     try:
+        check_config_files(words)
         # Two commands without a model and a trainer, which LightningCLI would build.
         if command == "continual":
             run_continual(words[1:], main, run_problem)
@@ -306,7 +312,11 @@ def _run_command(args: ArgsType) -> None:
             "description": "Self-distillation fine-tuning: a new skill, old ones kept. Besides the "
             "commands below there are `continual` (methods x stages x seeds from one YAML) and "
             "`report` (tables, plots and a page of its results).",
-            **{name: {"description": text} for name, text in _DESCRIPTIONS.items()},
+            "exit_on_error": False,  # which prints a page of options before the error
+            **{
+                name: {"description": text, "exit_on_error": False}
+                for name, text in _DESCRIPTIONS.items()
+            },
         },
         seed_everything_default=42,
         auto_configure_optimizers=False,

@@ -6,25 +6,44 @@ import inspect
 import re
 import sysconfig
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sdft_lightning.errors import UserError
 
-_THEIRS = (
-    "lightning",
-    "lightning_fabric",
-    "lightning_utilities",
-    "jsonargparse",
-    "docstring_parser",
-)
+_THEIRS = ("lightning", "lightning_fabric", "lightning_utilities", "jsonargparse")
 _OURS = "sdft_lightning"
 _MACHINE = ("accelerator", "devices", "num_nodes", "strategy", "precision")
 _LONGEST = 400
+_SHOWN = 80  # characters of a value
+_CLASSES = {
+    "loggers": "trainer.logger",
+    "callbacks": "trainer.callbacks",
+    "plugins": "trainer.plugins",
+    "strategies": "trainer.strategy",
+    "profilers": "trainer.profiler",
+}
+# What jsonargparse tells of its own types; patterns over a text in one line, and what they become.
+_NOISE = (
+    (r'Parser key "[^"]+":', ""),
+    (r"Does not validate against any of the Union subtypes", ""),
+    (r"Subtypes: .*?Errors:", ""),
+    (r"- Expected a <class 'NoneType'>", ""),
+    (r"Given value type: <class '[^']*'>", ""),
+    (r"- Expected a path but .*? either not accessible or invalid", ""),
+    (r"Subclass types expect one of:.*?(?=Given value|$)", ""),
+    (r"Problem with given class_path 'sdft_lightning\.[^']*':", ""),
+    (r"NestedArg\(key='[^']*', val='([^']*)'\)", r"\1"),
+    (r"Type collections\.abc\.Callable\[.*?\] expects a function or a callable class:", ""),
+    (r"typing\.Literal\[(.*?)\]", r"one of \1"),
+    (r"Expected a one of", "Expected one of"),
+    (r"<class '([^']*)'>", r"\1"),
+)
 
 
 def setup_error(error: Exception, config: Mapping[str, Any]) -> UserError | None:
@@ -35,24 +54,61 @@ def setup_error(error: Exception, config: Mapping[str, Any]) -> UserError | None
         config: The command's options, as far as they were read.
 
     Returns:
-        A sentence that names the options that were given; None for errors of this package's own code
-        and of the user's, which are faults to be seen with their traceback.
+        A sentence that names the options that were given; None for errors of this package's own
+        code and of the user's, which are faults to be seen with their traceback.
     """
-    if isinstance(error, UserError) or not _is_theirs(error):
+    if any(isinstance(each, UserError) for each in _chain(error)) or not _is_theirs(error):
         return None
-    text = " ".join(str(error).split()) or type(error).__name__
-    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+    option, text = _plain(str(error) or type(error).__name__)
+    if option or isinstance(error, ArgumentError):
+        return UserError(f"{option}{': ' if option else ''}{text.rstrip('.')}.")
     given = _given(config)
-    mentioned = [name for name in given if re.search(rf"\b{name.partition('.')[2]}\b", text)]
-    shown = mentioned or list(given)
+    mentioned = [name for name, value in given.items() if _mentions(text, name, value)]
+    shown = mentioned or [name for name in given if name.startswith("trainer.")]
     listed = ", ".join(f"{name.removeprefix('trainer.')} {given[name]}" for name in shown)
     remedy = f"Correct {' or '.join(f'--{name}' for name in mentioned) or 'them'}"
     if any(name.removeprefix("trainer.") in _MACHINE for name in shown):
         remedy += "; `auto` takes the accelerator and the devices that this machine has"
     return UserError(
-        f"trainer: Lightning refuses these options: {text.rstrip('.')}. Given were "
+        f"trainer: Lightning refuses these options: {text.rstrip('.!')}. Given were "
         f"{listed or 'none'}. {remedy}."
     )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+def _plain(text: str) -> tuple[str, str]:
+    """The option that jsonargparse names, if any, and what is wrong, without its inner workings."""
+    text = " ".join(text.split())
+    options: list[str] = []
+    for name in re.findall(r'Parser key "([^"]+)"', text):
+        if not options or options[-1] != name:
+            options.append(name)
+    for pattern, instead in _NOISE:
+        text = re.sub(pattern, instead, text)
+    before, _, after = text.partition("Given value: ")
+    parts = [" ".join(part.split()) for part in re.split(r"(?:^|\s)- ", before)]
+    parts = [part for part in dict.fromkeys(parts) if part.strip(" :;")]
+    for kind, option in _CLASSES.items():
+        if not options and f"class_path 'lightning.pytorch.{kind}" in text:
+            options.append(option)
+    if any(part.startswith("Problem with") for part in parts):  # not that it is nothing else
+        parts = [part for part in parts if not part.startswith("Expected a ")]
+    value = after.partition(" - ")[0].strip()
+    got = f" (got {value})" if value and len(value) <= _SHOWN and "Got value" not in before else ""
+    text = ("; ".join(parts) or " ".join(before.split())).rstrip(". ") + got
+    return ".".join(options), text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+
+
+def _mentions(text: str, name: str, value: str) -> bool:
+    """Whether a message is about an option, by its name or by a word that was given for it."""
+    words = [name.partition(".")[2]] + ([value.strip("'")] if len(value) > 4 else [])
+    return any(re.search(rf"\b{re.escape(word)}\b", text) for word in words)
 
 
 def _given(config: Mapping[str, Any]) -> dict[str, str]:

@@ -2,23 +2,65 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from sdft_lightning.errors import UserError, check_at_least
 from sdft_lightning.strategies import check_strategy
 
+# Callbacks of Lightning that cannot work here, and what to do instead.
+_CALLBACKS = {
+    "LearningRateFinder": "the rate is --model.optimizer.init_args.lr; try a few in short runs",
+    "BatchSizeFinder": "set --data.batch_size; `preflight` measures the memory of a step",
+    "Timer": "set --trainer.max_time=DD:HH:MM:SS, which waits for the end of an optimizer step",
+    "GradientAccumulationScheduler": "set --trainer.accumulate_grad_batches: prompts are sampled "
+    "for whole windows of one size",
+    "StochasticWeightAveraging": "the teacher is the average (--model.teacher=EMATeacher)",
+    "WeightAveraging": "the teacher is the average (--model.teacher=EMATeacher)",
+    "EMAWeightAveraging": "the teacher is the average (--model.teacher=EMATeacher)",
+    "ModelPruning": "prune the exported model",
+    "BackboneFinetuning": "train adapters (--model.lora.r=8) to leave the model's weights alone",
+}
+# One of these is set where a process is one of several machines'.
+_CLUSTER = (
+    "MASTER_ADDR",
+    "NODE_RANK",
+    "GROUP_RANK",
+    "SLURM_NTASKS",
+    "JSM_NAMESPACE_SIZE",
+    "LSB_DJOB_HOSTFILE",
+    "OMPI_COMM_WORLD_SIZE",
+    "XRT_TPU_CONFIG",
+    "KUBERNETES_PORT",
+)
+_BATCHES = {
+    "fit": "limit_train_batches",
+    "validate": "limit_val_batches",
+    "test": "limit_test_batches",
+    "predict": "limit_predict_batches",
+}
 
-def check_trainer_options(options: Mapping[str, Any]) -> None:
+
+def check_trainer_options(options: Mapping[str, Any], command: str = "fit") -> None:
     """Refuse what would end in another library's traceback, or in a run that is none.
 
     Args:
         options: `trainer` of the config.
+        command: What is to be done.
 
     Raises:
         UserError: Names the option.
     """
     check_strategy(options.get("strategy"))
+    _check_callbacks(options.get("callbacks"))
+    _check_numbers(options, command)
+    _check_nodes(options.get("num_nodes") or 1)
+    if options.get("default_root_dir") is not None:
+        raise UserError(
+            f"trainer.default_root_dir: got {options['default_root_dir']}; a run writes into its "
+            "own folder. Use --run.root and --run.name."
+        )
     clip = options.get("gradient_clip_val") or 0.0
     if clip < 0:  # torch would turn every gradient around
         raise UserError(
@@ -33,4 +75,47 @@ def check_trainer_options(options: Mapping[str, Any]) -> None:
             f"trainer.overfit_batches: got {overfit}, allowed is 0: training batches come in an "
             "order that a resumed run continues. To train on few rows set "
             "--trainer.limit_train_batches, or give data.train and data.validation a small file."
+        )
+
+
+def _check_callbacks(callbacks: Any) -> None:
+    for each in callbacks if isinstance(callbacks, list) else [callbacks]:
+        path = str(each.get("class_path") or "") if hasattr(each, "get") else ""
+        name = path.rpartition(".")[2]
+        if path.startswith("lightning.") and name in _CALLBACKS:
+            raise UserError(
+                f"trainer.callbacks: {name} does not work here; {_CALLBACKS[name]}. Leave it out."
+            )
+
+
+def _check_numbers(options: Mapping[str, Any], command: str) -> None:
+    for name, least in (
+        ("check_val_every_n_epoch", 1),
+        ("log_every_n_steps", 0),
+        ("num_sanity_val_steps", -1),
+    ):
+        value = options.get(name)
+        if value is not None:
+            check_at_least(f"trainer.{name}", value, least)
+    interval = options.get("val_check_interval")
+    if interval is not None and not isinstance(interval, str) and interval == 0:
+        raise UserError(
+            "trainer.val_check_interval: got 0, allowed are a number of micro-batches from 1, or a "
+            "part of an epoch. For no validation set --trainer.limit_val_batches=0."
+        )
+    limit = _BATCHES.get(command, "")
+    if options.get(limit) == 0:
+        raise UserError(
+            f"trainer.{limit}: got 0, so `{command}` would have nothing to do. Give a number of "
+            "batches from 1, or a part above 0."
+        )
+
+
+def _check_nodes(nodes: int) -> None:
+    """Refuse to wait for other machines that nobody has started."""
+    if nodes > 1 and not any(name in os.environ for name in _CLUSTER):
+        raise UserError(
+            f"trainer.num_nodes: got {nodes}, and this process was started for one machine: it "
+            "would wait for the others. Start it on each with torchrun or srun, or with "
+            "MASTER_ADDR and NODE_RANK set."
         )

@@ -70,6 +70,7 @@ FLOORS: dict[str, float] = {
     "run_folder": 4.5,
     "continual": 5,
     "report": 5.25,
+    "config_files": 5,
     "setup_errors": 5,
     "trainer_options": 5,
     "run_config": 5.25,

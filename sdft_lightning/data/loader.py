@@ -96,9 +96,11 @@ class WindowSampler(DistributedSampler[Any]):
         self.start = 0
         self.count = size // (batch_size * world_size)
         if self.count == 0:
+            most = size // world_size
+            remedy = f"--data.batch_size to at most {most}" if most else "a lower --trainer.devices"
             raise UserError(
                 f"data.batch_size: {batch_size} rows x {world_size} processes are more than the "
-                f"{size} training rows. Set --data.batch_size to at most {size // world_size}."
+                f"{size} training rows. Set {remedy}."
             )
 
     def set_epoch(self, epoch: int) -> None:

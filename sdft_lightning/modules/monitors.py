@@ -6,8 +6,10 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 from difflib import SequenceMatcher
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sdft_lightning.errors import UserError
@@ -43,6 +45,9 @@ def check_monitors(module: Any, trainer: Any, data: Any) -> None:
     Raises:
         UserError: Says which names there are, the nearest first.
     """
+    for callback in trainer.callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            _check_filename(callback)
     watched = [each for callback in trainer.callbacks for each in _watched(callback)]
     if not watched:
         return
@@ -102,7 +107,7 @@ def validation_names(module: Any, data: Any, callbacks: Iterable[Any]) -> list[s
 
 
 def _watched(callback: Any) -> Iterator[_Watch]:
-    kind = "checkpoint" if type(callback) is WindowCheckpoint else type(callback).__name__
+    kind = _kind(callback)
     is_checkpoint = isinstance(callback, ModelCheckpoint)
     monitor = getattr(callback, "monitor", None)
     if isinstance(monitor, str):
@@ -110,6 +115,26 @@ def _watched(callback: Any) -> Iterator[_Watch]:
     if is_checkpoint:  # what it does not know, Lightning writes as 0
         for name in re.findall(r"\{([^:}]+)", callback.filename or ""):
             yield _Watch(f"{kind}.filename", name, (*_ALWAYS, str(monitor)))
+
+
+def _check_filename(callback: ModelCheckpoint) -> None:
+    """Refuse a file name that cannot be written, or leads out of the folder of checkpoints."""
+    filename = callback.filename or ""
+    names = re.findall(r"\{([^:}]+)", filename)
+    problem = "a name below the folder of checkpoints" if ".." in Path(filename).parts else ""
+    try:
+        callback.format_checkpoint_name({name: torch.tensor(1) for name in (*names, *_ALWAYS)})
+    except (ValueError, KeyError, IndexError) as error:
+        problem = f"a format that Python takes ({error})"
+    if problem or Path(filename).is_absolute():
+        raise UserError(
+            f"{_kind(callback)}.filename: got {filename!r}; it must be "
+            f"{problem or 'a name below the folder of checkpoints'}, e.g. step-{{step}}."
+        )
+
+
+def _kind(callback: Any) -> str:
+    return "checkpoint" if type(callback) is WindowCheckpoint else type(callback).__name__
 
 
 def _never_validated(trainer: Any) -> str:
@@ -142,7 +167,7 @@ def _warn_of_mode(callback: Any) -> None:
     """Tell of a monitor that keeps, or waits for, the worst."""
     monitor = str(getattr(callback, "monitor", ""))
     if monitor.endswith(_LARGER_IS_BETTER) and getattr(callback, "mode", "") == "min":
-        kind = "checkpoint" if type(callback) is WindowCheckpoint else type(callback).__name__
+        kind = _kind(callback)
         log.warning(
             f"{kind}.mode: min takes the lowest {monitor} for the best. Set {kind}.mode to max."
         )

@@ -7,7 +7,8 @@ from typing import Literal
 
 from sdft_lightning.errors import UserError, check_choice
 
-Mean = Literal["alike", "any", "off"]
+# YAML takes `off` for false, which therefore stands for it.
+Mean = Literal["alike", "any", "off", False]
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class Benchmarks:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
+        if self.mean is False:
+            object.__setattr__(self, "mean", "off")  # frozen for others
         check_choice("data.benchmarks.mean", self.mean, ("alike", "any", "off"))
         for name in ("batch_size", "every_n_validations"):
             if getattr(self, name) < 1:

@@ -1,0 +1,80 @@
+"""Files of options are looked at before jsonargparse reads them: broken, doubled, too large."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import yaml
+
+from sdft_lightning.errors import UserError
+
+_MOST_NODES = 1_000_000  # of a file, aliases written out
+
+
+def check_config_files(words: Sequence[str]) -> None:
+    """Refuse files of options that cannot be read, or of which a part would be lost in silence.
+
+    Args:
+        words: The command line.
+
+    Raises:
+        UserError: Names the file and the line.
+    """
+    for path in _config_files(words):
+        try:
+            root = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+        except yaml.MarkedYAMLError as error:
+            line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
+            raise UserError(
+                f"config: {path}{line} is no YAML: {error.problem or error.context}. Options are "
+                "written as name: value, indented with blanks."
+            ) from error
+        except (yaml.YAMLError, UnicodeError, RecursionError, OSError) as error:
+            raise UserError(
+                f"config: {path} cannot be read as YAML ({type(error).__name__}). Name a text file "
+                "of options."
+            ) from error
+        if not isinstance(root, yaml.MappingNode):
+            raise UserError(
+                f"config: {path} holds no options. Write them as name: value, e.g. trainer: "
+                "{max_steps: 100}."
+            )
+        _size(root, path, {})
+
+
+def _config_files(words: Sequence[str]) -> Iterator[Path]:
+    for place, word in enumerate(words):
+        name, equals, given = word.partition("=")
+        if name not in ("--config", "-c"):
+            continue
+        text = given if equals else next(iter(words[place + 1 : place + 2]), "")
+        if len(text) < 4096 and "\n" not in text and Path(text).is_file():
+            yield Path(text)
+
+
+def _size(node: yaml.Node, path: Path, known: dict[int, int]) -> int:
+    """Nodes below and with this one, aliases written out; refuses what stands twice."""
+    if id(node) in known:
+        return known[id(node)]
+    known[id(node)] = size = 1
+    if isinstance(node, yaml.SequenceNode):
+        size += sum(_size(each, path, known) for each in node.value)
+    elif isinstance(node, yaml.MappingNode):
+        keys: set[str] = set()
+        for key, value in node.value:
+            name = str(key.value)
+            if name in keys:
+                raise UserError(
+                    f"config: {path}, line {key.start_mark.line + 1}: {name} stands twice, and one "
+                    "of them would be lost. Remove one."
+                )
+            keys.add(name)
+            size += _size(value, path, known) + 1
+    if size > _MOST_NODES:
+        raise UserError(
+            f"config: {path} has more than {_MOST_NODES} values once its aliases are written out. "
+            "Write it without them."
+        )
+    known[id(node)] = size
+    return size

@@ -87,7 +87,7 @@ class SDFTCLI(LightningCLI):
 
     def _has_begun(self) -> bool:
         """Whether anything was measured or trained."""
-        callbacks = self.trainer.callbacks if hasattr(self, "trainer") else []
+        callbacks: list[Any] = getattr(getattr(self, "trainer", None), "callbacks", [])
         return any(isinstance(each, SaveRunConfig) and each.begun for each in callbacks)
 
     def _options(self) -> dict[str, Any]:

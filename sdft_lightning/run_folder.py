@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.whole_files import held_lock
@@ -65,7 +65,9 @@ def one_writer(folder: Path) -> Iterator[None]:
         UserError: If another process writes into it.
         OSError: If it cannot be made.
     """
-    if rank_zero_only.rank != 0:  # a process of the command whose process zero holds the lock
+    if (
+        getattr(rank_zero_only, "rank", 0) != 0
+    ):  # a process of the command whose process zero holds the lock
         yield
         return
     missing = [each for each in (folder, *folder.parents) if not each.exists()]

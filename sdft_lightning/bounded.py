@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sdft_lightning.chunked import TokenLoss, cast_side, gradient_form, weighted_loss
+from sdft_lightning.chunked import TokenLoss, by_device, cast_side, gradient_form, weighted_loss
 from sdft_lightning.token_losses import cross_entropy
 from sdft_lightning.types import OutputHead, TokenStatistics
 
-# Logits of one chunk and role, in elements: 16 MB in float32, of which about twenty are alive.
-CHUNK_ELEMENTS = 2**22
+# Logits of one chunk and role, in elements: 16 MB in float32, of which about twenty are alive; on a
+# GPU 128 MB, 220 tokens of 152,000 logits, since each chunk reads both heads.
+CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}
 # Where the gradient is written down two are alive, in the dtype of the products, and a chunk may be
 # larger: each reads both heads and adds to a gradient of their size, which decides where it has few
 # tokens.
-_KNOWN_CHUNK_ELEMENTS, _ENOUGH_TOKENS = 2**25, 512
+_KNOWN_CHUNK_ELEMENTS, _ENOUGH_TOKENS = {"cpu": 2**25, "cuda": 2**26}, 512
 
 
 def bounded_divergence(
@@ -43,8 +44,8 @@ def bounded_divergence(
         token_weights: `(N,)` weight of each token in the loss, see `masking.sequence_weights`.
         divergence: What is summed: a `Divergence`, or another loss of both roles.
         temperature: Both logits are divided by it.
-        chunk_elements: Logits that exist at once, per role; None: 2**22, and up to 2**25 for large
-            vocabularies where the gradient is written down (`closed_form`).
+        chunk_elements: Logits that exist at once, per role; None: 2**22 on a CPU and 2**25 on
+            a GPU, more for large vocabularies where the gradient is written down (`closed_form`).
 
     Returns:
         The scalar loss in float32, differentiable in the student's hidden states and head, and
@@ -96,7 +97,8 @@ def _chunk_tokens(
 ) -> int:
     if elements is not None:
         return max(1, elements // vocabulary)
-    tokens = max(1, CHUNK_ELEMENTS // vocabulary)
+    device = head.weight.device.type
+    tokens = max(1, by_device(CHUNK_ELEMENTS, device) // vocabulary)
     if gradient_form(token_loss, head.softcap) is None:
         return tokens
-    return max(tokens, min(_ENOUGH_TOKENS, _KNOWN_CHUNK_ELEMENTS // vocabulary))
+    return max(tokens, min(_ENOUGH_TOKENS, by_device(_KNOWN_CHUNK_ELEMENTS, device) // vocabulary))

@@ -7,15 +7,23 @@ from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.forward_paths import find_paths
+from sdft_lightning.forward_paths import find_paths, name_decoder_
 from sdft_lightning.hidden import check_output_head
 from sdft_lightning.lora import LoRA, adapter_parameters, add_adapter_
 from sdft_lightning.quantization import Quantization, quantization_options
-from sdft_lightning.tokenization import EMBEDDED, load_tokenizer, resolve_model, stop_ids
+from sdft_lightning.randomness import check_no_randomness, turn_off_randomness_
+from sdft_lightning.tokenization import (
+    check_attention,
+    check_causal,
+    load_config,
+    load_tokenizer,
+    resolve_model,
+    stop_ids,
+    unloadable,
+)
 
 WeightsDtype = Literal["float32", "bfloat16"]
 
@@ -24,7 +32,7 @@ class Policy(NamedTuple):
     """A model with what belongs to it.
 
     Attributes:
-        model: A causal language model of transformers, dropout off, in train mode.
+        model: A causal language model of transformers, without randomness, in train mode.
         tokenizer: Its tokenizer.
         stop_ids: Ids of which any ends a completion.
     """
@@ -43,6 +51,7 @@ def load_policy(
     lora: LoRA | None = None,
     quantization: Quantization | None = None,
     seed: int = 42,
+    check: bool = True,
 ) -> Policy:
     """Load a policy; safetensors only, and never code from the Hub.
 
@@ -56,6 +65,7 @@ def load_policy(
         lora: Train adapters only, and freeze the model.
         quantization: Keep the frozen linear layers in 4 bits; with `lora`, on a CUDA device.
         seed: Adapters are drawn with it.
+        check: Call `check_model` at once; whoever knows the precision of the run does so later.
 
     Returns:
         The policy.
@@ -73,12 +83,11 @@ def load_policy(
         options["attn_implementation"] = attn_implementation
     model = _load_model(model_name, revision, weights_dtype, options)
     tokenizer = load_tokenizer(model_name, revision)
-    check_vocabulary(model, tokenizer, model_name)
-    disable_dropout_(model)
+    check_vocabulary(model, stop_ids(tokenizer, model.generation_config), model_name)
+    turn_off_randomness_(model)
+    name_decoder_(model)  # before any copy is made
     if lora is not None:
         add_adapter_(model, lora, seed)
-    find_paths(model)
-    check_output_head(model)
     if gradient_checkpointing:
         if lora is not None:
             # Else reentrant checkpoints see no input with gradient below the first adapter.
@@ -88,6 +97,8 @@ def load_policy(
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)()
     model.train()
+    if check:
+        check_model(model)
     return Policy(model, tokenizer, stop_ids(tokenizer, model.generation_config))
 
 
@@ -99,6 +110,10 @@ def _load_model(
 ) -> Any:
     from transformers import AutoModelForCausalLM
 
+    check_attention(options.get("attn_implementation"), "model.attn_implementation")
+    config = load_config(model_name, revision)
+    check_causal(model_name, revision)
+    check_attention(getattr(config, "_attn_implementation", None), f"model_name: {model_name}")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             resolve_model(model_name),
@@ -107,15 +122,19 @@ def _load_model(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             **options,
         )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise UserError(
-            f"model_name: no model could be loaded from {model_name}: {error} Allowed are "
-            f"`{EMBEDDED}`, a folder written by save_pretrained with safetensors, or a Hub id "
-            "that this machine can reach."
-        ) from error
+    except Exception as error:  # transformers fails in many ways on folders that are not whole
+        raise unloadable("model", model_name, error) from error
     model, report = loaded
+    if report["mismatched_keys"]:
+        name, saved, wanted = sorted(report["mismatched_keys"], key=str)[0]
+        raise UserError(
+            f"model_name: {len(report['mismatched_keys'])} tensors in the weights of {model_name} "
+            f"have other sizes than its config.json says, e.g. {name}: {tuple(saved)} instead of "
+            f"{tuple(wanted)}. Use weights and config of the same model."
+        )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(
@@ -125,34 +144,40 @@ def _load_model(
     return model
 
 
-def check_vocabulary(model: Any, tokenizer: Any, model_name: str) -> None:
-    """Refuse a tokenizer with more tokens than the model has embeddings.
+def check_vocabulary(model: Any, ends: list[int], model_name: str) -> None:
+    """Refuse a model that cannot sample a stop token; other ids are checked where they occur.
+
+    Args:
+        model: A causal language model of transformers.
+        ends: The stop ids.
+        model_name: As the user gave it.
 
     Raises:
-        UserError: If ids would be out of range.
+        UserError: If all of them are out of range.
     """
     rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    if min(ends) >= rows:
         raise UserError(
-            f"model_name: the tokenizer of {model_name} has {len(tokenizer)} tokens, the model "
+            f"model_name: answers of {model_name} end with token ids {ends}, and the model has "
             f"only {rows} embeddings. Use the tokenizer that belongs to the model."
         )
 
 
-def disable_dropout_(model: nn.Module) -> None:
-    """Turn all dropout off: in modules, and in the rates that attention reads at run time."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name in ("attention_dropout", "dropout", "activation_dropout", "dropout_p"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-    config = getattr(model, "config", None)
-    for name in list(vars(config) if config is not None else {}):
-        if name.endswith(("dropout", "pdrop", "dropout_prob")) and isinstance(
-            getattr(config, name), float
-        ):
-            setattr(config, name, 0.0)
+def check_model(model: Any) -> None:
+    """Find out by computing a few tokens whether a model can be trained here.
+
+    Call it on the device and in the precision of the run: some attention kernels take no others.
+
+    Args:
+        model: A causal language model of transformers, not spread over processes.
+
+    Raises:
+        UserError: If it is no causal model of token ids, its logits are not those that the loss
+            forms, or it is random in training.
+    """
+    find_paths(model)
+    check_output_head(model)
+    check_no_randomness(model)
 
 
 @contextmanager

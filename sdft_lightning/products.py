@@ -13,6 +13,15 @@ from typing import Any
 
 import torch
 
+# Of transformers' implementations of attention these take float32; of others it is tried.
+_TAKE_FLOAT32 = (None, "eager", "sdpa", "flex_attention")
+
+
+def takes_float32(model: Any) -> bool:
+    """Whether a model's attention is known to compute in float32; flash_attention_2 does not."""
+    config = getattr(model, "config", None)
+    return getattr(config, "_attn_implementation", None) in _TAKE_FLOAT32
+
 
 def multiplies_bfloat16() -> bool:
     """Whether torch multiplies bfloat16 on this processor no slower than float32 (oneDNN)."""
@@ -37,7 +46,8 @@ def product_dtype(dtype: torch.dtype, device: str = "cpu") -> torch.dtype:
 def without_slow_autocast(model: Any) -> Iterator[None]:
     """Products of a float32 model in float32 where those of autocast would be slower.
 
-    A model with weights of several dtypes keeps autocast, which may be what brings them together.
+    A model with weights of several dtypes keeps autocast, which may be what brings them together,
+    and so does one whose attention may take half precision only.
 
     Args:
         model: Any, on one device.
@@ -47,7 +57,8 @@ def without_slow_autocast(model: Any) -> Iterator[None]:
         yield
         return
     dtype = torch.get_autocast_dtype(device)
-    if product_dtype(dtype, device) == dtype or any(
+    keeps = product_dtype(dtype, device) == dtype or not takes_float32(model)
+    if keeps or any(
         each.dtype != torch.float32 for each in model.parameters() if each.is_floating_point()
     ):
         yield

@@ -94,6 +94,7 @@ class RunTrainer(L.Trainer):
         model.trainer = self
         model.to(self.strategy.root_device)
         max_length = load_max_length(model.model_name, model.tokenizer, model.revision)
+        model.check_models()
         with self.precision_plugin.forward_context():
             report = run_preflight(
                 model, datamodule, rows, datamodule.seed, max_length, self.accumulate_grad_batches

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,13 @@ from sdft_lightning.errors import UserError
 EMBEDDED = "embedded"
 # Tokenizers without a limit name an astronomical one.
 _NO_LIMIT = 1 << 40
+_LONGEST_REASON = 300
+# What a folder without config.json is, by a file in it.
+_OTHER_FOLDERS = {
+    "adapter_config.json": "an adapter of peft, not a whole model. Merge it into its base first "
+    "(ours: `sdft export --format=merged`) and name the merged folder.",
+    "model_index.json": "a pipeline of diffusers. Name a causal language model of transformers.",
+}
 
 
 def resolve_model(model_name: str) -> str:
@@ -30,6 +38,9 @@ def resolve_model(model_name: str) -> str:
     path = Path(model_name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
+            for name, what in _OTHER_FOLDERS.items():
+                if (path / name).is_file():
+                    raise UserError(f"model_name: the folder {path} is {what}")
             raise UserError(
                 f"model_name: the folder {path} has no config.json. Name a folder written by "
                 "save_pretrained (for a checkpoint of ours, run `sdft export` first)."
@@ -42,6 +53,120 @@ def resolve_model(model_name: str) -> str:
             "written by save_pretrained, or a Hub id like Qwen/Qwen2.5-7B-Instruct."
         )
     return model_name
+
+
+def unloadable(what: str, model_name: str, error: BaseException) -> UserError:
+    """What to say where transformers cannot load a part of a model, in whatever words it fails.
+
+    Args:
+        what: The part: model, config or tokenizer.
+        model_name: As the user gave it.
+        error: What transformers raised.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, KeyError | AttributeError | TypeError | IndexError):
+        text = f"{type(error).__name__}: {text}"  # the text alone says nothing
+    text = text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} …"
+    return UserError(
+        f"model_name: no {what} could be loaded from {model_name}: {text} Allowed are "
+        f"`{EMBEDDED}`, a folder written by save_pretrained with safetensors, or a Hub id that "
+        "this machine can reach."
+    )
+
+
+def check_folder(model_name: str) -> None:
+    """Refuse a folder whose JSON files say what cannot be used, before anything is loaded from it.
+
+    Args:
+        model_name: See `resolve_model`; a Hub id is left to transformers.
+
+    Raises:
+        UserError: If a file is no JSON object, or the model has no known type, needs code of its
+            own, names an attention kernel on the Hub, or has odd stop ids.
+    """
+    folder = Path(resolve_model(model_name))
+    if not folder.is_dir():
+        return
+    config = _json_object(folder / "config.json")
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or not kind:
+        raise UserError(
+            f"model_name: {folder / 'config.json'} names no model_type (got {kind!r}), by which "
+            "transformers knows a model, e.g. llama. Name a folder written by save_pretrained."
+        )
+    _check_known(config, kind, folder)
+    check_attention(config, f"{folder / 'config.json'}")
+    files = {"config.json": config}
+    if (folder / "generation_config.json").is_file():
+        files["generation_config.json"] = _json_object(folder / "generation_config.json")
+    for name, found in files.items():
+        if found.get("eos_token_id") is not None:
+            _check_stop_ids(found["eos_token_id"], folder / name)
+
+
+def check_attention(config: dict[str, Any] | str | None, where: str) -> None:
+    """Refuse an attention implementation that names a repository on the Hub, whose code would run.
+
+    Args:
+        config: A config's values, with those inside it, or the implementation itself.
+        where: What the user finds it by.
+
+    Raises:
+        UserError: If it has a slash in it.
+    """
+    if isinstance(config, dict):
+        for name, value in config.items():
+            if str(name).strip("_").startswith("attn_implementation"):
+                for each in value.values() if isinstance(value, dict) else [value]:
+                    check_attention(each, f"{where}, {name}")
+            elif isinstance(value, dict):
+                check_attention(value, where)
+    elif isinstance(config, str) and "/" in config:
+        raise UserError(
+            f"{where}: the attention implementation {config!r} names a repository on the Hub, "
+            "whose code would run here. Allowed are those of transformers, e.g. sdpa, eager or "
+            "flash_attention_2."
+        )
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"model_name: {path} is no JSON file ({error}). Copy the folder anew, whole."
+        ) from error
+    if not isinstance(found, dict):
+        raise UserError(
+            f"model_name: {path} holds a {type(found).__name__}, allowed is a JSON object. Copy "
+            "the folder anew, whole."
+        )
+    return found
+
+
+def _check_known(config: dict[str, Any], kind: str, folder: Path) -> None:
+    from transformers import CONFIG_MAPPING
+
+    if kind in CONFIG_MAPPING:
+        return
+    if "auto_map" in config:
+        raise UserError(
+            f"model_name: {folder} is a model of its own code (auto_map in config.json), which is "
+            "never run here. Use a model that transformers itself knows."
+        )
+    raise UserError(
+        f"model_name: {folder} has the model_type {kind!r}, which this version of transformers "
+        "does not know. Correct config.json, or install a newer transformers."
+    )
+
+
+def _check_stop_ids(found: Any, path: Path) -> None:
+    for each in found if isinstance(found, list) else [found]:
+        if not isinstance(each, int) or isinstance(each, bool) or each < 0:
+            raise UserError(
+                f"model_name: {path}: eos_token_id is {found!r}; allowed are a token id from 0 or "
+                "a list of them. Correct the file."
+            )
 
 
 def load_tokenizer(model_name: str, revision: str | None = None) -> Any:
@@ -61,16 +186,18 @@ def load_tokenizer(model_name: str, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     source = resolve_model(model_name)
+    check_folder(model_name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=revision, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers fails in many ways on files that are not whole
+        raise unloadable("tokenizer", model_name, error) from error
+    if not callable(tokenizer) or not len(tokenizer):
         raise UserError(
-            f"model_name: no tokenizer could be loaded from {model_name}: {error} "
-            f"Allowed are `{EMBEDDED}`, a folder written by save_pretrained, or a Hub id that "
-            "this machine can reach."
-        ) from error
+            f"model_name: the tokenizer of {model_name} has no tokens. Copy tokenizer.json and "
+            "tokenizer_config.json of the model into its folder."
+        )
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model_name: the tokenizer of {model_name} has no end-of-sequence token, with which "
@@ -78,7 +205,22 @@ def load_tokenizer(model_name: str, revision: str | None = None) -> Any:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    rows = vocabulary_size(model_name, revision)
+    if tokenizer.pad_token_id >= rows:  # masks never depend on it, but embeddings are looked up
+        inside = tokenizer.eos_token_id < rows
+        tokenizer.pad_token_id = tokenizer.eos_token_id if inside else 0
     return tokenizer
+
+
+def vocabulary_size(model_name: str, revision: str | None = None) -> int:
+    """Token ids that a model has embeddings for, by its config; tokenizers may have more tokens.
+
+    Args:
+        model_name: See `resolve_model`.
+        revision: Branch, tag or commit on the Hub.
+    """
+    size = getattr(load_config(model_name, revision), "vocab_size", None)
+    return _NO_LIMIT if size is None else int(size)
 
 
 def stop_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
@@ -101,11 +243,14 @@ def load_stop_ids(model_name: str, tokenizer: Any, revision: str | None = None) 
     """The stop ids of a model by name, without loading its weights; see `stop_ids`."""
     from transformers import GenerationConfig
 
+    check_folder(model_name)
     try:
         options: dict[str, Any] = {} if revision is None else {"revision": revision}
         generation = GenerationConfig.from_pretrained(resolve_model(model_name), **options)
     except OSError:  # many models have no generation_config.json
         generation = None
+    except Exception as error:
+        raise unloadable("generation_config.json", model_name, error) from error
     return stop_ids(tokenizer, generation)
 
 
@@ -115,19 +260,42 @@ def load_config(model_name: str, revision: str | None = None) -> Any:
     Raises:
         UserError: If there is no such model, or the Hub cannot be reached.
     """
+    config = _whole_config(model_name, revision)
+    return getattr(config, "text_config", None) or config
+
+
+def _whole_config(model_name: str, revision: str | None) -> Any:
     from transformers import AutoConfig
 
+    check_folder(model_name)
     try:
         config = AutoConfig.from_pretrained(
             resolve_model(model_name), revision=revision, trust_remote_code=False
         )
-    except OSError as error:
+    except Exception as error:  # transformers fails in many ways on configs that are not whole
+        raise unloadable("config", model_name, error) from error
+    return config
+
+
+def check_causal(model_name: str, revision: str | None = None) -> None:
+    """Refuse an encoder, a sequence-to-sequence model and the like.
+
+    Args:
+        model_name: See `resolve_model`.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        UserError: If transformers has no causal language model for its config.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    whole = _whole_config(model_name, revision)
+    if type(whole) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
-            f"model_name: no config could be loaded from {model_name}: {error} Allowed are "
-            f"`{EMBEDDED}`, a folder written by save_pretrained, or a Hub id that this machine can "
-            "reach."
-        ) from error
-    return getattr(config, "text_config", None) or config
+            f"model_name: {model_name} is of the type {whole.model_type}, which is no causal "
+            "language model (encoders and sequence-to-sequence models are not trained here). Name "
+            "one that writes text, such as Qwen/Qwen2.5-7B-Instruct."
+        )
 
 
 def load_max_length(model_name: str, tokenizer: Any, revision: str | None = None) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdft_lightning import chunked
-from sdft_lightning.bounded import bounded_cross_entropy, bounded_divergence
+from sdft_lightning.bounded import _chunk_tokens, bounded_cross_entropy, bounded_divergence
 from sdft_lightning.closed_form import closed_form
 from sdft_lightning.divergence import Divergence
 from sdft_lightning.token_losses import cross_entropy, probability_weighted
@@ -39,10 +39,16 @@ def drawn(random: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
 
 
 def both_ways(
-    monkeypatch: pytest.MonkeyPatch, loss: Any, dtype: torch.dtype, scale: float, t: float
+    monkeypatch: pytest.MonkeyPatch,
+    loss: Any,
+    dtype: torch.dtype,
+    scale: float,
+    t: float,
+    pieces: int = 2,
 ) -> list[list[Tensor]]:
     found = []
-    monkeypatch.setattr(chunked, "_ELEMENTS_IN_CACHE", 2 * V)  # chunks of 3 are walked over in two
+    # Chunks of 3 are walked over in two pieces.
+    monkeypatch.setattr(chunked, "PIECE_ELEMENTS", {"cpu": pieces * V, "cuda": 0})
     for autograd in (False, True):
         if autograd:
             monkeypatch.setattr(chunked, "closed_form", lambda _: None)
@@ -81,3 +87,24 @@ def test_value_statistics_and_gradients_are_those_of_autograd(
         assert torch.isfinite(got).all()
         torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
     assert any(gradient.abs().max() > 0.01 for gradient in mine[-3:])
+
+
+@pytest.mark.parametrize("loss", [Divergence(), cross_entropy], ids=["forward_kl", "cross_entropy"])
+def test_pieces_of_one_token_and_of_a_whole_chunk_give_the_same(
+    monkeypatch: pytest.MonkeyPatch, loss: Any
+) -> None:
+    one, whole = (
+        both_ways(monkeypatch, loss, torch.float32, 0.5, 0.7, pieces)[0] for pieces in (1, 100)
+    )
+    for got, wanted in zip(one, whole, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_a_gpu_walks_over_hundreds_of_tokens_of_a_large_vocabulary_at_once() -> None:
+    vocabulary = 152_064
+    assert chunked.by_device(chunked.PIECE_ELEMENTS, "cpu") == 2**18
+    for device in ("cuda", "mps"):
+        assert 300 < chunked.by_device(chunked.PIECE_ELEMENTS, device) // vocabulary < 1000
+    head = OutputHead(torch.empty(vocabulary, 1, device="meta"), None, 1.0, None)
+    for loss, least in ((Divergence(), 300), (Divergence("reverse_kl"), 200)):
+        assert least < _chunk_tokens(None, vocabulary, loss, head) <= 512

@@ -30,6 +30,7 @@ FLOORS: dict[str, float] = {
     "mismatch": 0.5,
     "sharding": 0.5,
     "strategies": 0.5,
+    "randomness": 0.5,
     "cached_steps": 0.6,
     "forward_paths": 0.75,
     "attention_kernel": 1,

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.hidden import completion_hidden_states
-from sdft_lightning.policy import check_vocabulary, disable_dropout_, load_policy
+from sdft_lightning.policy import check_vocabulary, load_policy
 
 
 @pytest.fixture
@@ -56,20 +55,6 @@ def test_dropout_of_the_config_is_off_in_train_mode(folder: Path) -> None:
     assert model.config.attention_dropout == 0.0
     ids = torch.tensor([[5, 6, 7, 8]])
     assert torch.equal(model(ids).logits, model(ids).logits)
-
-
-def test_dropout_in_modules_and_in_rates_read_at_run_time_is_off() -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)
-    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.5
-    model = GPT2LMHeadModel(config).train()
-    ids = torch.tensor([[5, 6, 7, 8]])
-    assert not torch.equal(model(ids).logits, model(ids).logits)
-    disable_dropout_(model)
-    assert torch.equal(model(ids).logits, model(ids).logits)
-    assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {0.0}
-    assert model.config.attn_pdrop == model.config.resid_pdrop == model.config.embd_pdrop == 0.0
 
 
 def test_stop_ids_hold_the_tokenizers_and_all_of_the_generation_config(
@@ -145,13 +130,13 @@ def test_a_folder_without_tokenizer_is_refused(folder: Path) -> None:
         load_policy(str(folder))
 
 
-def test_a_tokenizer_bigger_than_the_embeddings_is_refused(
+def test_a_tokenizer_bigger_than_the_embeddings_is_taken_while_its_stop_token_is_inside(
     folder: Path, make_model: Callable[..., Any], tokenizer: Any
 ) -> None:
-    make_model(vocab_size=256).save_pretrained(folder)
-    with pytest.raises(UserError, match=r"model_name.*261 tokens.*256 embeddings"):
-        load_policy(str(folder))
-    check_vocabulary(make_model(vocab_size=len(tokenizer)), tokenizer, "tiny")
+    make_model(vocab_size=len(tokenizer) - 1).save_pretrained(folder)
+    assert load_policy(str(folder)).tokenizer.pad_token_id < len(tokenizer) - 1
+    with pytest.raises(UserError, match=r"model_name: answers.*\[2\].*only 2 embeddings"):
+        check_vocabulary(make_model(vocab_size=2, pad_token_id=0), [2], "tiny")
 
 
 def test_a_model_whose_logits_are_not_known_is_refused_at_loading(

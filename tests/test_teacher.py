@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.policy import disable_dropout_
+from sdft_lightning.randomness import turn_off_randomness_
 from sdft_lightning.teacher import EMATeacher, FrozenTeacher, LiveTeacher, Teacher, ema_
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
@@ -197,7 +197,7 @@ def test_casting_the_parent_leaves_the_teacher_float32_and_exact(model: Any) -> 
 def test_train_mode_of_the_parent_does_not_reach_the_teacher(dropout_off: bool) -> None:
     student = gpt2(dropout=0.5)
     if dropout_off:
-        disable_dropout_(student)
+        turn_off_randomness_(student)
     teacher = taught(EMATeacher(), student)
     parent = Parent(student, teacher).eval()
     quiet = states(teacher)

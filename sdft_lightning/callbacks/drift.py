@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from torch import Tensor
 
+from sdft_lightning.attention_kernel import autocast_if_needed_
 from sdft_lightning.bounded import bounded_divergence
 from sdft_lightning.divergence import Divergence
 from sdft_lightning.errors import UserError
 from sdft_lightning.hidden import completion_hidden_states, output_head
 from sdft_lightning.lora import base_copy
 from sdft_lightning.masking import sequence_weights
-from sdft_lightning.policy import load_policy
+from sdft_lightning.policy import check_model, load_policy
+from sdft_lightning.products import takes_float32
 from sdft_lightning.types import OutputHead, Rollout
 
 
@@ -82,14 +85,16 @@ class DriftMonitor(L.Callback):
         answers = self._answers[key]
         mask = answers.rollout.completion_mask  # (B, T)
         student = module.whole_student
-        hidden = completion_hidden_states(
-            student,
-            batch.prompt_ids,
-            batch.prompt_mask,
-            answers.rollout.completion_ids,
-            mask,
-            mask,
-        )  # (N, D)
+        plain = takes_float32(student)
+        with nullcontext() if plain else trainer.precision_plugin.forward_context():
+            hidden = completion_hidden_states(
+                student,
+                batch.prompt_ids,
+                batch.prompt_mask,
+                answers.rollout.completion_ids,
+                mask,
+                mask,
+            )  # (N, D)
         assert self._head is not None
         mean, _ = bounded_divergence(
             answers.hidden,
@@ -149,13 +154,22 @@ class DriftMonitor(L.Callback):
         return _BaseAnswers(rollout, hidden)
 
     def _base_model(self, module: Any) -> Any:
-        if self.model_name is None and module.lora is not None:
-            return base_copy(module.student).eval()
+        own = self.model_name is None and module.lora is not None
+        base = base_copy(module.student) if own else self._load(module)
+        base.to(module.device).eval()
+        autocast_if_needed_(base)
+        if not own:
+            with module.trainer.precision_plugin.forward_context():
+                check_model(base)
+        return base
+
+    def _load(self, module: Any) -> Any:
         named = self.model_name is not None
         policy = load_policy(
             self.model_name or module.model_name,
             self.revision if named else module.revision,
             module.weights_dtype,
             module.attn_implementation,
+            check=False,
         )
-        return policy.model.to(module.device).eval().requires_grad_(False)
+        return policy.model.requires_grad_(False)

@@ -10,6 +10,7 @@ import lightning as L
 from sdft_lightning.callbacks.run_files import run_folder, unused_path
 from sdft_lightning.errors import UserError, check_at_least, check_choice
 from sdft_lightning.lora import is_adapted, merged_copy, save_adapter
+from sdft_lightning.randomness import base_config
 from sdft_lightning.sharding import is_sharded, whole_state_dict
 from sdft_lightning.tokenization import resolve_model
 from sdft_lightning.whole_files import whole_folder
@@ -97,7 +98,8 @@ def export_model(
             save_adapter(student, unfinished, resolve_model(module.model_name), module.revision)
         else:
             model = merged_copy(student) if is_adapted(student) else student
-            model.save_pretrained(unfinished, state_dict=weights)
+            with base_config(model):
+                model.save_pretrained(unfinished, state_dict=weights)
         module.tokenizer.save_pretrained(unfinished)
 
 

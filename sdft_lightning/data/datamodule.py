@@ -42,6 +42,7 @@ from sdft_lightning.tokenization import (
     load_max_length,
     load_stop_ids,
     load_tokenizer,
+    vocabulary_size,
 )
 from sdft_lightning.types import Demonstration, PromptBatch, RowNeeds
 
@@ -157,7 +158,13 @@ class DemonstrationDataModule(L.LightningDataModule):
         raw = load_tokenizer(self.model_name, self.revision)
         self._pad_id = raw.pad_token_id
         stops = load_stop_ids(self.model_name, raw, self.revision)
-        self._tokenizer = tokenizer = Tokenizer(raw, self.prompts, self.lengths, stops)
+        self._tokenizer = tokenizer = Tokenizer(
+            raw,
+            self.prompts,
+            self.lengths,
+            stops,
+            vocabulary=vocabulary_size(self.model_name, self.revision),
+        )
         for planned in sets:
             self._sets[planned.key] = self._load(planned, tokenizer)
             if planned.key != "train":

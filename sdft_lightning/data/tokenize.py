@@ -79,6 +79,7 @@ class Tokenizer(NamedTuple):
         stop_ids: Ids of which any ends a completion.
         needs: What the method does with a row; where it is about contexts (CPT), rows are these as
             plain text, not questions.
+        vocabulary: Token ids that the model has embeddings for; None does not check them.
     """
 
     tokenizer: Any
@@ -86,9 +87,30 @@ class Tokenizer(NamedTuple):
     lengths: Lengths
     stop_ids: list[int]
     needs: RowNeeds = RowNeeds(target=True)
+    vocabulary: int | None = None
 
     def __call__(self, row: Demonstration) -> TokenizedRow:
-        """Render and tokenize a row as it is, whatever its lengths."""
+        """Render and tokenize a row as it is, whatever its lengths.
+
+        Raises:
+            UserError: If a token has no embedding.
+        """
+        tokens = self._tokenize(row)
+        self._check_ids(tokens)
+        return tokens
+
+    def _check_ids(self, tokens: TokenizedRow) -> None:
+        for ids in tokens[1:]:
+            highest = max(ids, default=0)
+            if self.vocabulary is not None and highest >= self.vocabulary:
+                token = self.tokenizer.convert_ids_to_tokens(highest)
+                raise UserError(
+                    f"{tokens.row.origin}: the token {token!r} has the id {highest}, and the model "
+                    f"has only {self.vocabulary} embeddings. Use the tokenizer that belongs to the "
+                    "model, or take the token out of row and chat template."
+                )
+
+    def _tokenize(self, row: Demonstration) -> TokenizedRow:
         if self.needs.context:
             return TokenizedRow(row, [], [], [], self._encode_context(row))
         prompt_ids = self.encode(render_student(self.tokenizer, row, self.style))

@@ -1,11 +1,14 @@
 """Low-rank adapters (LoRA) through peft: what is trained, what is shared, what is saved."""
 
 from sdft_lightning.lora.adapters import (
+    ALL_LINEAR,
     LoRA,
+    adapted_weight,
     adapter_identity,
     adapter_layers,
     adapter_parameters,
     add_adapter_,
+    frozen_matrices,
     is_adapted,
     trained_parameters,
 )
@@ -20,13 +23,16 @@ from sdft_lightning.lora.copies import (
 from sdft_lightning.lora.saving import save_adapter
 
 __all__ = [
+    "ALL_LINEAR",
     "LoRA",
+    "adapted_weight",
     "adapter_identity",
     "adapter_layers",
     "adapter_parameters",
     "add_adapter_",
     "base_copy",
     "effective_weights",
+    "frozen_matrices",
     "is_adapted",
     "keep_adapters_only_",
     "merged_copy",

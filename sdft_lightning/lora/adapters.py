@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -35,8 +36,8 @@ class LoRA:
     Args:
         r: Rank of the adapters.
         alpha: The scale s is alpha / r.
-        target_modules: all-linear adapts every linear layer but the output head; or the ends of
-            the layers' names, such as [q_proj, v_proj].
+        target_modules: all-linear adapts every linear layer but the output head, fused experts
+            among them; or the ends of the layers' names, such as [q_proj, v_proj].
         rslora: The scale is alpha / √r instead (rank-stabilised, arXiv 2312.03732).
         init: How A is drawn, kaiming (uniform) or gaussian (standard deviation 1 / r); B is zero,
             so that training starts at the base model.
@@ -70,16 +71,19 @@ def add_adapter_(model: Any, lora: LoRA, seed: int) -> None:
         seed: A is drawn with it, so all ranks have the same, whatever was drawn before.
 
     Raises:
-        UserError: If peft is missing, or a target is no linear layer inside the model.
+        UserError: If peft is missing, a target is no linear layer inside the model, or none is.
     """
     peft = _peft()
     _check_targets(model, lora)
     model.base_fingerprint = fingerprint(model)  # before the layers get other names
+    experts = _fused_experts(model) if lora.target_modules == ALL_LINEAR else []
     config = peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=0.0,
         target_modules=lora.target_modules,
+        target_parameters=experts or None,
+        exclude_modules=sorted(_linear(model, plain=False)) or None,
         use_rslora=lora.rslora,
         init_lora_weights=True if lora.init == "kaiming" else lora.init,
         bias="none",
@@ -87,7 +91,13 @@ def add_adapter_(model: Any, lora: LoRA, seed: int) -> None:
     )
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        peft.inject_adapter_in_model(config, model, ADAPTER)
+        try:
+            peft.inject_adapter_in_model(config, model, ADAPTER)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise UserError(
+                f"lora.target_modules: {type(model).__name__} cannot be adapted with "
+                f"{lora.target_modules}: {error}. {_allowed(model)}"
+            ) from error
     for parameter in adapter_parameters(model).values():
         parameter.data = parameter.data.float()  # peft took the dtype of the layer
 
@@ -104,6 +114,45 @@ def adapter_layers(model: Any) -> dict[str, Any]:
     from peft.tuners.lora import LoraLayer
 
     return {name: part for name, part in model.named_modules() if isinstance(part, LoraLayer)}
+
+
+def weight_name(layer: Any) -> str:
+    """Name of the adapted parameter in the base layer: `weight`, or one of fused experts."""
+    return getattr(layer, "parameter_name", "weight")
+
+
+def adapted_weight(layer: Any) -> Tensor:
+    """The frozen weight that an adapted layer stands on."""
+    weight: Tensor = getattr(layer.get_base_layer(), weight_name(layer))
+    return weight
+
+
+def base_name(name: str) -> str:
+    """A parameter's name in the model before it was adapted."""
+    return re.sub(r"(\.base_layer)+\.", ".", name)
+
+
+def frozen_matrices(model: Any) -> dict[str, list[str]]:
+    """Weights of two and more dimensions without an adapter, by kind, but embeddings and the head.
+
+    Args:
+        model: An adapted model.
+
+    Returns:
+        Names of the parameters by the last two parts of their names, such as `experts.down_proj`.
+    """
+    adapted = {id(adapted_weight(layer)) for layer in adapter_layers(model).values()}
+    ends = [part for part in model.modules() if isinstance(part, nn.Embedding)]
+    ends.append(model.get_output_embeddings())
+    adapted |= {
+        id(parameter) for part in ends if part is not None for parameter in part.parameters()
+    }
+    found: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and not parameter.requires_grad and id(parameter) not in adapted:
+            plain = base_name(name).removesuffix(".weight")
+            found.setdefault(".".join(plain.split(".")[-2:]), []).append(plain)
+    return found
 
 
 def adapter_parameters(model: Any) -> dict[str, nn.Parameter]:
@@ -126,12 +175,15 @@ def adapter_identity(model: Any) -> dict[str, Any] | None:
     if not is_adapted(model):
         return None
     config = model.peft_config[ADAPTER]
-    return {
+    identity = {
         "r": config.r,
         "alpha": config.lora_alpha,
         "rslora": config.use_rslora,
         "target_modules": sorted(config.target_modules),
     }
+    if config.target_parameters:  # of fused experts; checkpoints of other models name none
+        identity["target_parameters"] = sorted(config.target_parameters)
+    return identity
 
 
 @torch.no_grad()
@@ -166,23 +218,68 @@ def _peft() -> Any:
         ) from error
 
 
-def _check_targets(model: Any, lora: LoRA) -> None:
-    """Refuse targets that name no layer, or the head, whose weights the loss reads as they are."""
-    if lora.target_modules == ALL_LINEAR:
-        return
+def _linear(model: Any, plain: bool = True) -> set[str]:
+    """Names of the linear layers but the head.
+
+    Args:
+        model: A causal language model of transformers.
+        plain: Those that return W x + b; else those that do more, such as a router's choice.
+    """
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
-    linear = {
+    return {
         name
         for name, part in model.named_modules()
-        if isinstance(part, nn.Linear | Conv1D) and part is not head
+        if isinstance(part, nn.Linear | Conv1D)
+        and part is not head
+        and (type(part).forward in (nn.Linear.forward, Conv1D.forward) or _is_plain(part)) is plain
     }
+
+
+@torch.no_grad()
+def _is_plain(layer: Any) -> bool:
+    """Whether a linear layer with a forward of its own returns one vector for one."""
+    if not layer.weight.is_floating_point():
+        return True  # 4-bit weights of bitsandbytes
+    try:
+        output = layer(layer.weight.new_zeros(1, layer.in_features))  # (1, out)
+    except Exception:  # it wants more than a vector
+        return False
+    return isinstance(output, Tensor) and output.shape == (1, layer.out_features)
+
+
+def _allowed(model: Any) -> str:
+    ends = sorted({name.rpartition(".")[2] for name in _linear(model)})
+    listed = f"{ALL_LINEAR}, or of {', '.join(ends)}" if ends else "none, as it has no linear layer"
+    return f"Allowed are {listed}; embeddings and output head stay as they are."
+
+
+def _fused_experts(model: Any) -> list[str]:
+    """Names of the parameters `(E, out, in)` or `(E, in, out)` that hold all experts' matrices."""
+    return [
+        f"{name}.{own}"
+        for name, part in model.named_modules()
+        if "expert" in type(part).__name__.lower()
+        for own, parameter in part.named_parameters(recurse=False)
+        if parameter.ndim == 3 and parameter.is_floating_point()
+    ]
+
+
+def _check_targets(model: Any, lora: LoRA) -> None:
+    """Refuse targets that name no layer, or the head, whose weights the loss reads as they are."""
+    linear = _linear(model)
+    if lora.target_modules == ALL_LINEAR:
+        if not linear:
+            raise UserError(
+                f"lora.target_modules: {ALL_LINEAR} finds no linear layer in "
+                f"{type(model).__name__} that can be adapted. Train the whole model (without "
+                "model.lora), or use another one."
+            )
+        return
     for target in lora.target_modules:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
-            allowed = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
             raise UserError(
                 f"lora.target_modules: {target!r} is no linear layer of {type(model).__name__} "
-                f"that can be adapted. Allowed are {ALL_LINEAR}, or of {allowed}; embeddings and "
-                "output head stay as they are."
+                f"that can be adapted. {_allowed(model)}"
             )

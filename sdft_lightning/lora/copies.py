@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from sdft_lightning.lora.adapters import (
     ADAPTER,
+    adapted_weight,
     adapter_layers,
     adapter_parameters,
+    base_name,
     is_adapted,
+    weight_name,
 )
 
 
@@ -44,7 +47,7 @@ def base_copy(model: Any) -> Any:
         model: A model; one without adapters is copied as it is.
     """
     base = sharing_copy(model)
-    for name, layer in adapter_layers(base).items():
+    for name, layer in _outermost(adapter_layers(base)).items():
         _replace_(base, name, layer.get_base_layer())
     base.__dict__.pop("peft_config", None)
     return base
@@ -58,12 +61,15 @@ def merged_copy(model: Any) -> Any:
         model: An adapted model whose layers are not quantized.
     """
     merged = sharing_copy(model)
-    for name, layer in adapter_layers(merged).items():
-        base = layer.get_base_layer()
-        weight = merged_weight(layer)
+    layers = adapter_layers(merged)
+    for layer in layers.values():
+        own = adapted_weight(layer)
+        weight = merged_weight(layer).to(own.dtype)
         # A parameter of its own: the present one is the student's.
-        base.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
-        _replace_(merged, name, base)
+        new = nn.Parameter(weight, requires_grad=False)
+        setattr(layer.get_base_layer(), weight_name(layer), new)
+    for name, layer in _outermost(layers).items():
+        _replace_(merged, name, layer.get_base_layer())
     del merged.peft_config
     return merged
 
@@ -77,11 +83,10 @@ def effective_weights(model: Any) -> dict[str, Callable[[], Tensor]]:
     Args:
         model: A model, adapted or not, quantized or not.
     """
-    layers, adapters = adapter_layers(model), adapter_parameters(model)
+    layers = {id(adapted_weight(layer)): layer for layer in adapter_layers(model).values()}
+    adapters = adapter_parameters(model)
     return {
-        name.replace(".base_layer.", "."): partial(
-            _effective, parameter, layers.get(name.removesuffix(".base_layer.weight"))
-        )
+        base_name(name): partial(_effective, parameter, layers.get(id(parameter)))
         for name, parameter in model.named_parameters()
         if name not in adapters
     }
@@ -98,12 +103,17 @@ def _effective(parameter: Tensor, layer: Any) -> Tensor:
 
 
 def merged_weight(layer: Any) -> Tensor:
-    """W + s · B A of an adapted layer, `(out, in)` in float32.
+    """W + s · B A of an adapted layer, `(out, in)` in float32; `(E, out, in)` of E fused experts.
 
     Args:
         layer: One of `adapter_layers`.
     """
-    return _effective(layer.get_base_layer().weight, layer)
+    return _effective(adapted_weight(layer), layer)
+
+
+def _outermost(layers: dict[str, Any]) -> dict[str, Any]:
+    """Adapted layers that stand in no other: each of the parameters of fused experts has one."""
+    return {name: layer for name, layer in layers.items() if not name.endswith(".base_layer")}
 
 
 def _replace_(model: nn.Module, name: str, part: nn.Module) -> None:

@@ -33,6 +33,8 @@ def save_adapter(model: Any, folder: Path, base_name: str, revision: str | None 
     config = copy.copy(model.peft_config[ADAPTER])
     config.base_model_name_or_path, config.revision = base_name, revision
     config.inference_mode = True  # loaded frozen, as peft saves it
-    if not isinstance(config.target_modules, str):
-        config.target_modules = sorted(config.target_modules)  # a set's order differs by process
+    for name in ("target_modules", "target_parameters"):
+        targets = getattr(config, name)
+        if targets is not None and not isinstance(targets, str):
+            setattr(config, name, sorted(targets))  # a set's order differs by process
     config.save_pretrained(str(folder))

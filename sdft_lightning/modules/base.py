@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sdft_lightning.attention_kernel import autocast_if_needed_, plain_attention
 from sdft_lightning.errors import UserError
 from sdft_lightning.hidden import output_head
-from sdft_lightning.lora import LoRA, keep_adapters_only_
+from sdft_lightning.lora import ALL_LINEAR, LoRA, frozen_matrices, keep_adapters_only_
 from sdft_lightning.modules.effective_update import EffectiveUpdate
 from sdft_lightning.modules.evaluated import EvaluatedModule
 from sdft_lightning.modules.identity import check_same_model, model_identity
@@ -22,7 +23,8 @@ from sdft_lightning.modules.last_checkpoint import LastCheckpoint
 from sdft_lightning.modules.precision import clipping_without_scale, warn_of_slow_precision
 from sdft_lightning.modules.schedule import Schedule
 from sdft_lightning.modules.whole_windows import WholeWindows, limited_batches
-from sdft_lightning.policy import WeightsDtype, load_policy, moved_not_cast
+from sdft_lightning.policy import WeightsDtype, check_model, load_policy, moved_not_cast
+from sdft_lightning.products import takes_float32
 from sdft_lightning.quantization import Quantization
 from sdft_lightning.rollout.weights import SamplingDtype
 from sdft_lightning.sharding import check_takes_shards, data_parallel_mesh, is_sharded, shard_
@@ -91,6 +93,7 @@ class PolicyModule(EvaluatedModule):
         self.optimizer_factory = optimizer
         self.schedule = schedule
         self.seed = seed
+        self._is_checked = False
         self._dropped_at = 0  # optimizer step after which gradients were dropped
 
     # --- the policy -------------------------------------------------------------------------
@@ -106,6 +109,8 @@ class PolicyModule(EvaluatedModule):
         if self.student is None:
             self.load_models()
         if self.device_mesh is not None and not is_sharded(self.student):
+            with plain_attention(self.student):  # while each process has a whole model on the CPU
+                self.check_models()
             self.shard_models(data_parallel_mesh(self.device_mesh))
 
     def check_can_shard(self, trains: bool) -> None:
@@ -153,10 +158,37 @@ class PolicyModule(EvaluatedModule):
             self.lora,
             self.quantization,
             self.seed,
+            check=False,  # see `check_models`
         )
         self.student, self.tokenizer, self.stop_ids = policy
         if self.lora is not None:
             keep_adapters_only_(self, self.student)
+
+    def check_models(self) -> None:
+        """Compute a few tokens, once, on the device and in the precision of the run.
+
+        Raises:
+            UserError: See `check_model`.
+        """
+        if self._is_checked:
+            return
+        teachers = [part for part in self.children() if isinstance(part, Teacher)]
+        with self.trainer.precision_plugin.forward_context():
+            try:
+                check_model(self.student)
+            except Exception as error:  # attention kernels refuse in their own words
+                if isinstance(error, UserError) or takes_float32(self.student):
+                    raise
+                raise UserError(
+                    f"model.attn_implementation: {self.student.config._attn_implementation} cannot "
+                    f"compute with trainer.precision {self.trainer.precision} on {self.device}: "
+                    f"{error}. Use --trainer.precision=bf16-mixed (flash attention takes half "
+                    "precision on a GPU only), or --model.attn_implementation=sdpa."
+                ) from error
+            for teacher in teachers:
+                if teacher.network is not self.student:
+                    autocast_if_needed_(teacher.network)
+        self._is_checked = True
 
     def check_before_fit(self, rows: Sequence[Demonstration]) -> None:
         """Refuse what cannot be trained, before a model is loaded or a file written.
@@ -190,6 +222,7 @@ class PolicyModule(EvaluatedModule):
 
     def on_fit_start(self) -> None:
         """Put the student into train mode: `from_pretrained` and Lightning leave it in eval."""
+        self.check_models()
         self.student.train()
         self.forget_copies()
         weights = next(self.student.parameters()).dtype
@@ -200,6 +233,22 @@ class PolicyModule(EvaluatedModule):
             self.print(
                 f"LoRA: {trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
             )
+            frozen = frozen_matrices(self.student)
+            if frozen and self.lora.target_modules == ALL_LINEAR:
+                kinds = ", ".join(f"{kind} ({len(names)})" for kind, names in frozen.items())
+                self.print(f"LoRA: all-linear leaves these matrices frozen: {kinds}")
+
+    def on_validation_start(self) -> None:
+        """Check the student before its first answers, where no fit has."""
+        self.check_models()
+
+    def on_test_start(self) -> None:
+        """As `on_validation_start`."""
+        self.check_models()
+
+    def on_predict_start(self) -> None:
+        """As `on_validation_start`."""
+        self.check_models()
 
     def on_train_start(self) -> None:
         """Of a run that was resumed inside of a window, the first gradients are kept, too."""

@@ -126,6 +126,7 @@ class ReinvokeModule(SDFTModule):
             self.original_model_name,
             self.original_revision,
             attn_implementation=self.attn_implementation,
+            check=False,  # it is of the student's kind, which is checked
         )
         self.teacher.hold(original.model)
 

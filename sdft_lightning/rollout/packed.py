@@ -60,8 +60,9 @@ def can_pack(model: Any, rows: int, steps: int) -> bool:
 
 def _layers(model: Any) -> list[Any]:
     """What is laid out: linear layers; adapted ones whole, not the three that each holds."""
-    adapted = [layer for layer in adapter_layers(model).values() if _fits(layer.get_base_layer())]
-    inside = {part for layer in adapted for part in layer.modules() if part is not layer}
+    layers = adapter_layers(model)
+    inside = {part for layer in layers.values() for part in layer.modules() if part is not layer}
+    adapted = [layer for layer in layers.values() if _fits(layer.get_base_layer())]
     plain = [part for part in model.modules() if _fits(part) and part not in inside]
     return [layer for layer in [*adapted, *plain] if "forward" not in layer.__dict__]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.bounded import CHUNK_ELEMENTS
-from sdft_lightning.chunked import cast_side
+from sdft_lightning.chunked import by_device, cast_side
 from sdft_lightning.divergence import log_probs
 from sdft_lightning.rollout.sampling import Sampling, truncate_probs
 from sdft_lightning.types import OutputHead
@@ -19,7 +19,7 @@ def trained_log_probs(
     token_ids: Tensor,
     sampling: Sampling,
     truncated: bool,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunk_elements: int | None = None,
 ) -> Tensor:
     """Log-probability of each token at the sampling temperature, without N · V logits.
 
@@ -30,13 +30,14 @@ def trained_log_probs(
         sampling: Temperature and truncation.
         truncated: Among the tokens that the truncation keeps, and not among all. A sampled token
             counts as kept: at the edge, rounding decides whether it is.
-        chunk_elements: Logits that exist at once.
+        chunk_elements: Logits that exist at once; None as in `bounded_divergence`.
 
     Returns:
         `(N,)` float32.
     """
     side = cast_side(hidden, head, head.weight.shape[0])
-    chunk = max(1, chunk_elements // head.weight.shape[0])
+    elements = chunk_elements or by_device(CHUNK_ELEMENTS, hidden.device.type)
+    chunk = max(1, elements // head.weight.shape[0])
     parts = [hidden.new_zeros(0, dtype=torch.float32)]
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, hidden.shape[0], chunk):

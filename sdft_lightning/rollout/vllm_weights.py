@@ -18,6 +18,7 @@ from torch import distributed as dist
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.lora import is_adapted, merged_copy
+from sdft_lightning.randomness import base_config
 from sdft_lightning.rollout.engine import whole_weights_wanted
 from sdft_lightning.sharding import is_sharded
 from sdft_lightning.whole_files import raise_user_error
@@ -124,7 +125,8 @@ def write_weights(model: Any, folder: Path, dtype: torch.dtype, own_head: bool) 
     # transformers gives the tensors the names that the model has on the Hub, which vLLM knows.
     # One file, however large: vLLM then needs no index, which would not name the head.
     state = {name: tensor.detach().to("cpu", dtype) for name, tensor in model.state_dict().items()}
-    model.save_pretrained(folder, state_dict=state, max_shard_size="10000GB")
+    with base_config(model):
+        model.save_pretrained(folder, state_dict=state, max_shard_size="10000GB")
     if own_head and ties_head(model):
         head = model.get_output_embeddings()
         (name,) = (name for name, part in model.named_modules() if part is head)

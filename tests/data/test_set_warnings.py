@@ -63,6 +63,6 @@ def test_tokenizer_without_end_of_sequence_is_refused(make_tokenizer: Any, tmp_p
     tokenizer = make_tokenizer()
     tokenizer.pad_token, tokenizer.eos_token = "<|endoftext|>", None
     tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="has no end-of-sequence token"):
         load_tokenizer(str(tmp_path / "model"))

@@ -86,7 +86,8 @@ _UNKNOWN = ForwardPaths(shares_prefix=False, keeps_prompts=False)
 def paths_of(model: Any) -> ForwardPaths:
     """What a model can do, found out when it is first asked for and remembered with the model.
 
-    Copies of the model remember it, too.
+    Copies of the model remember it, too. On another kind of device it is found out anew, as other
+    kernels compute there.
 
     Args:
         model: A causal language model of transformers.
@@ -94,11 +95,12 @@ def paths_of(model: Any) -> ForwardPaths:
     Raises:
         UserError: If the model sees tokens that follow.
     """
-    known: ForwardPaths | None = model.__dict__.get(_NAME)
-    if known is not None:
-        return known
-    if is_sharded(model):
-        return _UNKNOWN
+    known: tuple[str, ForwardPaths] | None = model.__dict__.get(_NAME)
+    device = next(model.parameters()).device.type
+    if is_sharded(model) or device == "meta":
+        return _UNKNOWN if known is None else known[1]
+    if known is not None and known[0] == device:
+        return known[1]
     try:
         return find_paths(model)
     except NotComputed:
@@ -117,7 +119,7 @@ def find_paths(model: Any) -> ForwardPaths:
     name_decoder_(model)
     found = _find_paths(model)
     if found is not _UNKNOWN:
-        model.__dict__[_NAME] = found
+        model.__dict__[_NAME] = next(model.parameters()).device.type, found
     return found
 
 
@@ -245,8 +247,9 @@ class _Probe:
         self.after = rest  # (2,) one more token for each row
         self.plain_cache = False
         dtype = next(model.parameters()).dtype
-        in_full = not torch.is_autocast_enabled(device.type)
-        self.exact = in_full and dtype in (torch.float32, torch.float64)
+        rounds = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+        rounds |= torch.is_autocast_enabled(device.type)
+        self.exact = dtype == torch.float64 or (dtype == torch.float32 and not rounds)
         try:
             self.states = [self.base(input_ids=row[None]).last_hidden_state[0] for row in self.rows]
             self.logits = [model(input_ids=row[None]).logits[0] for row in self.rows]  # (L_i, V)

@@ -28,6 +28,7 @@ SLOW_FILES = (
     "notebooks/test_quickstart.py",
     "continual/test_lora_chain.py",
     "continual/test_whole.py",
+    "test_wrong_commands.py",
     "test_cli_bad_input.py",
 )
 

@@ -152,7 +152,7 @@ def rows_left_out(rows: int, batch_size: int, world_size: int) -> str | None:
     fits = f"set --data.batch_size to {sizes[0]}, or " if sizes else ""
     return (
         f"data.train: {left} of {rows} rows fill no batch of {of} and are left out of each epoch, "
-        f"other rows in each. To use all of them, {fits}give {batch - left} rows more."
+        f"other rows in each. To use all of them, {fits}give {batch - left} more."
     )
 
 

@@ -59,10 +59,10 @@ def test_each_row_comes_once_an_epoch_and_what_fills_no_batch_is_left_out() -> N
             114,
             16,
             1,
-            r"2 of 114 rows fill no batch of 16 and .*batch_size to 6, or give 14 rows more",
+            r"2 of 114 rows fill no batch of 16 and .*batch_size to 6, or give 14 more",
         ),
-        (30, 4, 2, r"6 of 30 rows fill no batch of 8 \(4 on each of 2\) .*to 3, or give 2 rows"),
-        (13, 4, 1, r"1 of 13 rows fill no batch of 4 and .*To use all of them, give 3 rows more"),
+        (30, 4, 2, r"6 of 30 rows fill no batch of 8 \(4 on each of 2\) .*to 3, or give 2 more"),
+        (13, 4, 1, r"1 of 13 rows fill no batch of 4 and .*To use all of them, give 3 more"),
     ],
 )
 def test_rows_that_fill_no_batch_are_counted_with_the_remedy(

@@ -201,16 +201,15 @@ def test_last_shorter_window_weighs_as_the_mean_of_its_own_micro_batches(
 
 
 @pytest.mark.parametrize(
-    ("limits", "found", "counts"),
+    ("limits", "counts"),
     [
-        ({"max_steps": 2}, 1, (4, 2)),
-        ({"limit_train_batches": 5, "max_steps": 2}, 1, (4, 1)),
-        ({"limit_train_batches": 3, "max_steps": 2, "max_epochs": -1}, 1, (3, 3)),
+        ({"max_steps": 2}, (4, 2)),
+        ({"limit_train_batches": 5, "max_steps": 2}, (4, 1)),
+        ({"limit_train_batches": 3, "max_steps": 2, "max_epochs": -1}, (3, 3)),
     ],
 )
 def test_gradient_of_a_shorter_window_is_the_mean_of_its_micro_batches_in_float64(
     limits: dict[str, Any],
-    found: int,
     counts: tuple[int, int],
     fit_module: FitModule,
     make_model: Callable[..., Any],

@@ -22,7 +22,7 @@ class Sampling:
     """How completions are sampled; the defaults are the paper's.
 
     Args:
-        max_new_tokens: Longest completion, in tokens.
+        max_new_tokens: Longest completion, in tokens; at most 1,048,576.
         temperature: Logits are divided by it, also in the loss. 1 is on-policy.
         top_k: Keep the k likeliest tokens, with all that tie with the last; 0 keeps all.
         top_p: Keep the likeliest tokens that together reach this probability; 1 keeps all.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
 import signal
@@ -35,7 +36,7 @@ from sdft_lightning.data.benchmarks import Benchmarks
 from sdft_lightning.data.loader import dead_worker
 from sdft_lightning.endpoints import check_no_secrets
 from sdft_lightning.errors import UserError
-from sdft_lightning.foreign_text import harmless
+from sdft_lightning.foreign_text import harmless, printable
 from sdft_lightning.modules import PolicyModule
 from sdft_lightning.modules.monitors import check_monitors
 from sdft_lightning.modules.whole_windows import check_whole_windows
@@ -54,7 +55,7 @@ from sdft_lightning.run_folder import (
 )
 from sdft_lightning.run_trainer import RunTrainer
 from sdft_lightning.setup_errors import setup_error
-from sdft_lightning.trainer_options import check_trainer_options
+from sdft_lightning.trainer_options import check_trainer_options, check_values
 from sdft_lightning.whole_files import check_can_make, no_room
 from sdft_lightning.yaml_text import bound_config_files
 
@@ -131,9 +132,10 @@ class SDFTCLI(LightningCLI):
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Refuse secrets among the options, and a seed that numpy does not take."""
+        """Refuse secrets among the options, and values that no library takes."""
         super().parse_arguments(parser, args)
         check_no_secrets(self.config[self.config["subcommand"]])
+        check_values(self.config[self.config["subcommand"]])
         seed = self.config[self.config["subcommand"]]["seed_everything"]
         if not isinstance(seed, bool) and not 0 <= int(seed or 0) <= _LARGEST_SEED:
             raise UserError(
@@ -282,8 +284,8 @@ def main(args: ArgsType = None) -> None:
         raise SystemExit(_TERMINATED) from stop
     except (ArgumentError, ValueError, RuntimeError, OSError) as error:
         found = _user_error(error)
-        if found is None and isinstance(error, OSError):  # written by a library
-            found = no_room(error, error.filename or "a file of the run")
+        if found is None and isinstance(error, OSError):  # of files that a library opens
+            found = _too_long(error) or no_room(error, error.filename or "a file of the run")
         if found is None:
             raise
         print(f"error: {harmless(str(found))}", file=sys.stderr)
@@ -339,6 +341,15 @@ def run_problem(command: str, options: str) -> str:
     finally:
         sys.argv = before
     raise AssertionError("--print_config ends the command")
+
+
+def _too_long(error: OSError) -> UserError | None:
+    if error.errno != errno.ENAMETOOLONG:
+        return None
+    return UserError(
+        f"there is no file {printable(str(error.filename), 80)}: the name is longer than a file "
+        "system takes. Correct the option that names it."
+    )
 
 
 def _user_error(error: BaseException) -> BaseException | None:

@@ -8,7 +8,9 @@ from pathlib import Path
 import yaml
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.foreign_text import printable
 
+_KEYS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 _MOST_NODES = 1_000_000  # of a file, aliases written out
 
 
@@ -58,11 +60,22 @@ def _size(node: yaml.Node, path: Path, known: dict[int, int]) -> int:
     if id(node) in known:
         return known[id(node)]
     known[id(node)] = size = 1
+    if node.tag not in yaml.SafeLoader.yaml_constructors:
+        raise UserError(
+            f"config: {path}, line {node.start_mark.line + 1}: the tag {printable(node.tag)} is "
+            "none of plain YAML, and no object is made by it. Write the plain value."
+        )
     if isinstance(node, yaml.SequenceNode):
         size += sum(_size(each, path, known) for each in node.value)
     elif isinstance(node, yaml.MappingNode):
         keys: set[str] = set()
         for key, value in node.value:
+            if key.tag not in _KEYS:
+                raise UserError(
+                    f"config: {path}, line {key.start_mark.line + 1}: a key that is no text "
+                    f"({printable(str(key.value), 40)}). Options have names; put others into "
+                    "quotes."
+                )
             name = str(key.value)
             if name in keys:
                 raise UserError(

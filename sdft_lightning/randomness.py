@@ -95,7 +95,9 @@ def check_no_randomness(model: Any) -> None:
 
 
 def _is_rate(name: str, value: object) -> bool:
-    return isinstance(value, float) and _RATES.search(name) is not None
+    # JSON may hold a whole number where a rate is meant, and models whole numbers of other things.
+    whole = type(value) is int and name.endswith(("dropout", "drop"))
+    return (isinstance(value, float) or whole) and _RATES.search(name) is not None
 
 
 def _configs(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -15,9 +15,11 @@ from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.foreign_text import printable
 
 _THEIRS = ("lightning", "lightning_fabric", "lightning_utilities", "jsonargparse")
 _OURS = "sdft_lightning"
+_RESTORING = "lightning.pytorch.trainer.connectors.checkpoint_connector"
 _MACHINE = ("accelerator", "devices", "num_nodes", "strategy", "precision")
 _LONGEST = 400
 _SHOWN = 80  # characters of a value
@@ -57,7 +59,16 @@ def setup_error(error: Exception, config: Mapping[str, Any]) -> UserError | None
         A sentence that names the options that were given; None for errors of this package's own
         code and of the user's, which are faults to be seen with their traceback.
     """
-    if any(isinstance(each, UserError) for each in _chain(error)) or not _is_theirs(error):
+    if any(isinstance(each, UserError) for each in _chain(error)):
+        return None
+    path = config.get("ckpt_path")
+    if path is not None and _restores(error):
+        return UserError(
+            f"ckpt_path: training cannot go on from {path}: {type(error).__name__}: "
+            f"{printable(str(error))}. It may be damaged, or of another version of Lightning. Name "
+            "an older one of the run's checkpoints/ folder."
+        )
+    if not _is_theirs(error):
         return None
     option, text = _plain(str(error) or type(error).__name__)
     if option or isinstance(error, ArgumentError):
@@ -129,6 +140,12 @@ def _shown(value: Any) -> str:
     if hasattr(value, "get") and value.get("class_path"):
         return str(value["class_path"]).rpartition(".")[2]
     return repr(value)
+
+
+def _restores(error: Exception) -> bool:
+    """Whether Lightning was reading a checkpoint back when an error came."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__") == _RESTORING for frame, _ in frames)
 
 
 def _is_theirs(error: Exception) -> bool:

@@ -17,6 +17,17 @@ log = logging.getLogger(__name__)
 EMBEDDED = "embedded"
 # Tokenizers without a limit name an astronomical one.
 _NO_LIMIT = 1 << 40
+# Sizes in a config, and the most that a model of this world has; beyond it building one never ends.
+_SIZES = {
+    "num_hidden_layers": 10_000,
+    "hidden_size": 2**24,
+    "intermediate_size": 2**26,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+    "vocab_size": 2**26,
+    "max_position_embeddings": _NO_LIMIT,
+}
 # Model names and added stop ids of which the user has been told.
 _TOLD: set[tuple[str, tuple[int, ...]]] = set()
 # What a folder without config.json is, by a file in it.
@@ -41,8 +52,12 @@ def resolve_model(model_name: str) -> str:
     """
     if model_name == EMBEDDED:
         return str(embedded_model_path())
-    path = Path(model_name).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(model_name).expanduser()
+        is_folder = path.is_dir()
+    except (OSError, RuntimeError):  # a name that is too long, or the home of nobody
+        path, is_folder = Path(model_name[:100]), False
+    if is_folder:
         if not (path / "config.json").is_file():
             for name, what in _OTHER_FOLDERS.items():
                 if (path / name).is_file():
@@ -208,6 +223,12 @@ def load_tokenizer(model_name: str, revision: str | None = None) -> Any:
             f"model_name: the tokenizer of {model_name} has no end-of-sequence token, with which "
             "an answer ends. Set eos_token in its tokenizer_config.json."
         )
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise UserError(
+            f"model_name: model_max_length of the tokenizer of {model_name} is "
+            f"{printable(repr(tokenizer.model_max_length), 80)}; allowed is a number. Correct "
+            "tokenizer_config.json."
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     rows = vocabulary_size(model_name, revision)
@@ -304,10 +325,24 @@ def load_config(model_name: str, revision: str | None = None) -> Any:
     """The config of a model by name, that of its language model where it has several parts.
 
     Raises:
-        UserError: If there is no such model, or the Hub cannot be reached.
+        UserError: If there is no such model, the Hub cannot be reached, or its sizes are those of
+            no model.
     """
     config = _whole_config(model_name, revision)
-    return getattr(config, "text_config", None) or config
+    config = getattr(config, "text_config", None) or config
+    if not hasattr(config, "to_dict"):
+        raise UserError(
+            f"model_name: the text_config of {model_name} is {printable(repr(config), 80)}; "
+            "allowed is a config of its own. Correct config.json."
+        )
+    for name, most in _SIZES.items():
+        size = getattr(config, name, None)
+        if isinstance(size, int) and not 1 <= size <= most:
+            raise UserError(
+                f"model_name: {name} of {model_name} is {size}; allowed are 1 to {most}. Correct "
+                "config.json, or copy it anew."
+            )
+    return config
 
 
 def _whole_config(model_name: str, revision: str | None) -> Any:

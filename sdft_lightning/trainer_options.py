@@ -1,8 +1,9 @@
-"""Options of Lightning's Trainer that cannot work here, refused before anything is loaded."""
+"""Options that Lightning or any library does not take, refused before anything is loaded."""
 
 from __future__ import annotations
 
 import os
+from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,6 +41,32 @@ _BATCHES = {
     "test": "limit_test_batches",
     "predict": "limit_predict_batches",
 }
+_MOST = 2**53  # beyond it neither numpy nor a float counts
+
+
+def check_values(options: object, name: str = "") -> None:
+    """Refuse whole numbers that only Python itself can count to, and texts with NUL characters.
+
+    Args:
+        options: Nested options of a command, as mappings, namespaces and lists.
+        name: What they are an option of.
+
+    Raises:
+        UserError: Names the option.
+    """
+    if isinstance(options, Mapping | Namespace):
+        for key, value in (options if isinstance(options, Mapping) else vars(options)).items():
+            check_values(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(options, list | tuple):
+        for place, value in enumerate(options):
+            check_values(value, f"{name}[{place}]")
+    elif isinstance(options, int) and abs(options) > _MOST:
+        raise UserError(
+            f"{name}: got {str(options)[:40]}, allowed are whole numbers up to {_MOST}. Give a "
+            "smaller one."
+        )
+    elif isinstance(options, str) and "\0" in options:
+        raise UserError(f"{name}: a NUL character stands in {options[:80]!r}. Take it out.")
 
 
 def check_trainer_options(options: Mapping[str, Any], command: str = "fit") -> None:

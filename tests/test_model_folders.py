@@ -80,6 +80,18 @@ FOLDERS: dict[str, tuple[Spoil, str]] = {
     "stop bool": (change("generation_config.json", eos_token_id=True), "eos_token_id is True"),
     "generation": (write("generation_config.json", "{"), "generation_config.json is no JSON"),
     "no heads": (change(num_attention_heads=0), "no config could be loaded"),
+    "layers below 0": (change(num_hidden_layers=-1), "num_hidden_layers of .* is -1; allowed"),
+    "no layers": (change(num_hidden_layers=0), "num_hidden_layers of .* is 0; allowed"),
+    "layers without end": (change(num_hidden_layers=10**12), "allowed are 1 to 10000"),
+    "width below 0": (change(hidden_size=-32), "hidden_size of .* is -32; allowed are 1 to"),
+    "width of terabytes": (change(hidden_size=10**9), "hidden_size of .* is 1000000000"),
+    "no tokens in it": (change(vocab_size=0), "vocab_size of .* is 0; allowed"),
+    "no positions": (change(max_position_embeddings=-1), "max_position_embeddings of .* is -1"),
+    "a part that is none": (change(text_config=7), "text_config of .* is 7"),
+    "length of no number": (
+        change("tokenizer_config.json", model_max_length="x"),
+        "model_max_length of the tokenizer of .* is 'x'",
+    ),
     "activation": (change(hidden_act="nothing"), "no model could be loaded"),
 }
 
@@ -125,6 +137,21 @@ def test_the_command_ends_with_the_sentence_and_leaves_the_runs_name_free(
     shown = capsys.readouterr().err
     assert "Traceback" not in shown
     assert said.split(".*")[0].replace("\\", "") in shown
+
+
+def test_a_rate_of_dropout_that_is_a_whole_number_is_turned_off_as_any_other(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    change(attention_dropout=1)(folder)
+    layer = load_policy(str(folder)).model.model.layers[0]
+    assert layer.self_attn.attention_dropout == 0
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "~nobody9/model"])
+def test_a_name_that_no_file_system_takes_is_one_sentence(name: str) -> None:
+    with pytest.raises(UserError, match="model_name"):
+        load_tokenizer(name)
 
 
 def test_an_option_that_names_attention_on_the_hub_is_refused_before_anything_is_loaded(

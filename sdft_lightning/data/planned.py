@@ -98,6 +98,12 @@ class TaskSets(NamedTuple):
             check_choice(option, grader, grader_names())
             if grader in JUDGED and not judge.model:
                 get_grader(grader)  # says what is missing
+        odd = next((name for name in self.held_out if not name or not name.isprintable()), None)
+        if odd is not None:
+            raise UserError(
+                f"data.held_out: got the name {odd[:80]!r}; allowed are names of printable "
+                "characters, as figures have it in theirs. Give another."
+            )
         if self.task in self.held_out:
             raise UserError(
                 f"data.held_out: the name {self.task} is the task's own; choose another."

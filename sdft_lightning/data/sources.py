@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -82,6 +83,8 @@ def _read(source: str, reading: Reading) -> Rows:
     path, split = _resolve(source, option)
     if path.is_dir():
         return _read_folder(path, split, reading)
+    if not path.is_file():  # a pipe would be waited for, a device never ends
+        raise UserError(f"{option}: {path} is no file but a pipe or a device. Give a file.")
     if path.suffix == ".parquet":
         return _read_parquet(path, reading)
     if path.suffix not in _SUFFIXES:
@@ -95,15 +98,16 @@ def _read(source: str, reading: Reading) -> Rows:
 def _resolve(source: str, option: str) -> tuple[Path, str | None]:
     if source.startswith(EXAMPLE_PREFIX):
         return example_path(source, option), None
-    path = Path(source).expanduser()
-    if path.exists():
-        return path, None
-    folder, _, split = source.rpartition(":")
-    if folder and Path(folder).expanduser().is_dir():
-        return Path(folder).expanduser(), split
+    with suppress(OSError, RuntimeError):  # a name that is too long, or the home of nobody
+        path = Path(source).expanduser()
+        if path.exists():
+            return path, None
+        folder, _, split = source.rpartition(":")
+        if folder and Path(folder).expanduser().is_dir():
+            return Path(folder).expanduser(), split
     raise UserError(
-        f"{option}: there is no file or folder {source} (looked in {Path.cwd()}). Correct the "
-        "path; a data set on the Hub is given as {repo: owner/name, split: train}."
+        f"{option}: there is no file or folder {printable(source)} (looked in {Path.cwd()}). "
+        "Correct the path; a data set on the Hub is given as {repo: owner/name, split: train}."
     )
 
 
@@ -133,7 +137,13 @@ def _read_parquet(path: Path, reading: Reading) -> Rows:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             columns = reading.columns(names)
+            twice = next((name for name in columns if columns.count(name) > 1), None)
             texts, size, rows = _measured(file.metadata, columns)
+        if twice is not None:
+            raise UserError(
+                f"{reading.option}: {path} has the column {twice!r} twice, and one of them would "
+                "be lost. Rename or remove one."
+            )
         if size > reading.max_bytes:
             raise reading.too_large(str(path), "its columns take")
         # A text that is repeated stands in the file once, and stays once in a dictionary.
@@ -142,7 +152,7 @@ def _read_parquet(path: Path, reading: Reading) -> Rows:
             for batch in _batches(file, columns, rows):
                 if sum(_decoded_bytes(column) for column in batch.columns) > reading.max_bytes:
                     raise reading.too_large(str(path), f"rows {number + 1} and further take")
-                for row in batch.to_pylist():
+                for row in _plain_rows(batch, f"{path}, row {number + 1} and further"):
                     number += 1
                     found.add(row, f"row {number}")
     except (pyarrow.ArrowException, OSError) as error:
@@ -190,6 +200,16 @@ def _batches(file: Any, columns: list[str], rows: int | None) -> Iterator[Any]:
         yield from table.to_batches(max_chunksize=_ROWS_A_BATCH)
 
 
+def _plain_rows(batch: Any, where: str) -> list[dict[str, Any]]:
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except (ArithmeticError, ValueError) as error:  # texts that are not UTF-8, days after 9999
+        raise UserError(
+            f"{where}: a value cannot be read ({printable(str(error))}). Correct the file."
+        ) from error
+    return rows
+
+
 def _decoded_bytes(array: Any) -> int:
     """Bytes of an Arrow array whose dictionaries are written out."""
     import pyarrow
@@ -212,10 +232,10 @@ def _read_folder(path: Path, split: str | None, reading: Reading) -> Rows:
     option = reading.option
     try:
         found = datasets.load_from_disk(str(path))
-    except (FileNotFoundError, ValueError, OSError) as error:
+    except Exception as error:  # datasets fails in many ways on files that are not its own
         raise UserError(
             f"{option}: the folder {path} was not written by datasets' save_to_disk "
-            f"({printable(str(error))}). "
+            f"({type(error).__name__}: {printable(str(error))}). "
             "Name a file in it, or save it again."
         ) from error
     if isinstance(found, datasets.DatasetDict):

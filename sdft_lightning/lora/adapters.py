@@ -23,6 +23,7 @@ ALL_LINEAR: Literal["all-linear"] = "all-linear"
 ADAPTER = "default"
 # Values of each parameter that the fingerprint of a base model reads.
 _FINGERPRINT_VALUES = 64
+_MOST = 2**16  # of rank and alpha: more than any layer is wide
 
 Init = Literal["kaiming", "gaussian"]
 
@@ -52,8 +53,8 @@ class LoRA:
     def __post_init__(self) -> None:
         """Refuse values out of range."""
         for name, value in (("r", self.r), ("alpha", self.alpha)):
-            if value < 1:
-                raise UserError(f"lora.{name}: got {value}, allowed are 1 and more.")
+            if not 1 <= value <= _MOST:
+                raise UserError(f"lora.{name}: got {value}, allowed are 1 and more, up to {_MOST}.")
         check_choice("lora.init", self.init, get_args(Init))
         if not self.target_modules:
             raise UserError(

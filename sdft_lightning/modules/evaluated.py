@@ -14,6 +14,7 @@ from sdft_lightning.modules.capability import CapabilityScores, CapabilityTrack
 from sdft_lightning.modules.judging import log_usage
 from sdft_lightning.modules.timing import TimedModule
 from sdft_lightning.rollout import SamplingWeights, greedy_rollout
+from sdft_lightning.rollout.sampling import MOST_NEW_TOKENS
 from sdft_lightning.rollout.weights import SamplingDtype
 from sdft_lightning.sharding import is_sharded
 from sdft_lightning.types import Demonstration, GenerationBatch, PromptBatch, Rollout, ScoringBatch
@@ -48,9 +49,10 @@ class EvaluatedModule(TimedModule):
 
     def __init__(self, eval_max_new_tokens: int, sampling_dtype: SamplingDtype) -> None:
         super().__init__()
-        if eval_max_new_tokens < 1:
+        if not 1 <= eval_max_new_tokens <= MOST_NEW_TOKENS:
             raise UserError(
-                f"model.eval_max_new_tokens: got {eval_max_new_tokens}, allowed are 1 and more."
+                f"model.eval_max_new_tokens: got {eval_max_new_tokens}, allowed are 1 and more, "
+                f"up to {MOST_NEW_TOKENS}."
             )
         self.eval_max_new_tokens = eval_max_new_tokens
         # Before any teacher, so that a checkpoint numbers the optimizer's parameters alike whether

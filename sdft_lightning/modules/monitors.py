@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 _ALWAYS = ("epoch", "step")  # what Lightning adds to the names of checkpoints
 _SHOWN = 20
+_LONGEST = 200  # bytes of a file name; file systems take 255
 _LARGER_IS_BETTER = ("accuracy", "accuracy_low", "accuracy_high", "retention", "top1_agreement")
 _KNOWN_HOUSES = ("sdft_lightning", "lightning", "pytorch_lightning")
 
@@ -122,13 +123,19 @@ def _check_filename(callback: ModelCheckpoint) -> None:
     filename = callback.filename or ""
     names = re.findall(r"\{([^:}]+)", filename)
     problem = "a name below the folder of checkpoints" if ".." in Path(filename).parts else ""
-    try:
-        callback.format_checkpoint_name({name: torch.tensor(1) for name in (*names, *_ALWAYS)})
-    except (ValueError, KeyError, IndexError) as error:
-        problem = f"a format that Python takes ({error})"
+    if re.search(r"\{[^}]*:[^}]*(\{|\d{4})", filename):  # it would be padded to gigabytes
+        problem = "a format of fixed widths below 1000"
+    else:
+        try:
+            ones = {name: torch.tensor(1) for name in (*names, *_ALWAYS)}
+            written = Path(callback.format_checkpoint_name(ones)).name
+            if len(written.encode()) > _LONGEST:
+                problem = f"a name of at most {_LONGEST} bytes, written out"
+        except (ValueError, KeyError, IndexError) as error:
+            problem = f"a format that Python takes ({error})"
     if problem or Path(filename).is_absolute():
         raise UserError(
-            f"{_kind(callback)}.filename: got {filename!r}; it must be "
+            f"{_kind(callback)}.filename: got {filename[:100]!r}; it must be "
             f"{problem or 'a name below the folder of checkpoints'}, e.g. step-{{step}}."
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from sdft_lightning.errors import UserError
 
+# Far more than any model writes and any machine holds: a slip, which would end in its memory.
+MOST_NEW_TOKENS = 2**20
+_MOST_COMPLETIONS = 2**16
 # Tokens whose probabilities are first added up together.
 _BLOCK = 256
 
@@ -18,7 +22,7 @@ class Sampling:
     """How completions are sampled; the defaults are the paper's.
 
     Args:
-        max_new_tokens: Longest completion, in tokens.
+        max_new_tokens: Longest completion, in tokens; at most 1,048,576.
         temperature: Logits are divided by it, also in the loss. 1 is on-policy.
         top_k: Keep the k likeliest tokens, with all that tie with the last; 0 keeps all.
         top_p: Keep the likeliest tokens that together reach this probability; 1 keeps all.
@@ -37,12 +41,21 @@ class Sampling:
     def __post_init__(self) -> None:
         """Refuse values out of range."""
         limits = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "1 and more"),
-            "temperature": (self.temperature > 0, "above 0 (validation is greedy by itself)"),
+            "max_new_tokens": (
+                1 <= self.max_new_tokens <= MOST_NEW_TOKENS,
+                f"1 and more, up to {MOST_NEW_TOKENS}",
+            ),
+            "temperature": (
+                0 < self.temperature < math.inf,
+                "above 0 and finite (validation is greedy by itself)",
+            ),
             "top_k": (self.top_k >= 0, "0 (all tokens) and more"),
             "top_p": (0 < self.top_p <= 1, "0 < top_p <= 1"),
             "min_p": (0 <= self.min_p < 1, "0 <= min_p < 1"),
-            "completions_per_prompt": (self.completions_per_prompt >= 1, "1 and more"),
+            "completions_per_prompt": (
+                1 <= self.completions_per_prompt <= _MOST_COMPLETIONS,
+                f"1 and more, up to {_MOST_COMPLETIONS}",
+            ),
         }
         for name, (allowed, text) in limits.items():
             if not allowed:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -16,7 +18,11 @@ from sdft_lightning.callbacks import ExportModel
 from sdft_lightning.callbacks.export import export_model
 from sdft_lightning.errors import UserError
 from sdft_lightning.modules import SDFTModule, SFTModule
-from sdft_lightning.modules.finite_weights import has_finite_weights, non_finite
+from sdft_lightning.modules.finite_weights import (
+    has_finite_weights,
+    last_good_checkpoint,
+    non_finite,
+)
 
 FitModule = Callable[..., Any]
 
@@ -140,3 +146,17 @@ def test_whole_numbers_empty_tensors_and_large_values_pass() -> None:
     named["half"][1] = math.inf
     named["bfloat16"][0] = math.nan
     assert non_finite(named.items()) == ["half", "bfloat16"]
+
+
+def test_spoilt_files_beside_the_last_good_checkpoint_are_passed_over(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    torch.save({"state_dict": {"w": torch.zeros(2)}}, folder / "good.ckpt")
+    for name, content in (("list", [1]), ("weights", {"state_dict": 7}), ("none", None)):
+        torch.save(content, folder / f"{name}.ckpt")
+    raw = bytearray((folder / "good.ckpt").read_bytes())
+    raw[200:400] = b"\xff" * 200
+    (folder / "torn.ckpt").write_bytes(raw)
+    os.utime(folder / "good.ckpt", (1, 1))
+    trainer = SimpleNamespace(checkpoint_callbacks=[], default_root_dir=str(tmp_path))
+    assert last_good_checkpoint(trainer) == folder / "good.ckpt"

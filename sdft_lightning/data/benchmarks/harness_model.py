@@ -123,12 +123,37 @@ class _TokenizedModel(TemplateLM):  # type: ignore[misc]
 
 
 class RequestCollector(_TokenizedModel):
-    """Encodes requests; the answers that it gives are placeholders and not used."""
+    """Encodes requests; the answers that it gives are placeholders and not used.
 
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
+    Args:
+        tokenizer: A tokenizer of transformers.
+        max_length: Longest sequence that the policy takes, in tokens.
+        vocabulary: Token ids that the model has embeddings for.
+
+    Attributes:
+        task: Name of the task whose requests come next, for messages.
+        parts: What is to be scored, by request.
+        prompts: What is to be answered, by request.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int, vocabulary: int) -> None:
         super().__init__(tokenizer, max_length)
+        self.vocabulary = vocabulary
+        self.task = ""
         self.parts: dict[RequestKey, list[Part]] = {}
         self.prompts: dict[RequestKey, Prompt] = {}
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        """The token ids, unless one of them has no embedding."""
+        highest = max(ids, default=0)
+        if highest >= self.vocabulary:
+            token = self.tokenizer.convert_ids_to_tokens(highest)
+            raise UserError(
+                f"data.benchmarks.tasks: a request of {self.task} has the token {token!r} with the "
+                f"id {highest}, and the model has only {self.vocabulary} embeddings. Use the "
+                "tokenizer that belongs to the model, or leave the task out."
+            )
+        return ids
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
@@ -136,7 +161,8 @@ class RequestCollector(_TokenizedModel):
         for arguments, context, continuation in requests:
             # As the harness: what does not fit is cut off on the left.
             room = self.max_length + 1 - len(continuation)
-            part = Part(context[-room:] if room > 0 else [], continuation)
+            part = Part(self._checked(context[-room:] if room > 0 else []), continuation)
+            self._checked(continuation)
             self.parts[request_key("loglikelihood", arguments)] = [part]
         return [(0.0, False)] * len(requests)
 
@@ -146,8 +172,8 @@ class RequestCollector(_TokenizedModel):
 
         for request in requests:
             windows = get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]),
-                prefix_token=self.prefix_token_id,
+                token_list=self._checked(self.tok_encode(request.args[0])),
+                prefix_token=self._checked([self.prefix_token_id])[0],
                 max_seq_len=self.max_length,
                 context_len=1,
             )
@@ -178,7 +204,7 @@ class RequestCollector(_TokenizedModel):
             ids = ids[-(self.max_length - settings.max_new_tokens) :]
             copies = request.repeats if settings.temperature > 0 else 1
             self.prompts[request_key("generate_until", request.args)] = Prompt(
-                ids, settings, copies
+                self._checked(ids), settings, copies
             )
         return [""] * len(requests)
 

@@ -27,7 +27,7 @@ from sdft_lightning.data.benchmarks.seeded_grading import seeded_grading
 from sdft_lightning.data.benchmarks.tasks import FEWSHOT_SEED, LoadedTask, explained, load_tasks
 from sdft_lightning.errors import UserError
 from sdft_lightning.foreign_text import printable
-from sdft_lightning.tokenization import load_max_length, load_tokenizer
+from sdft_lightning.tokenization import load_max_length, load_tokenizer, vocabulary_size
 from sdft_lightning.types import (
     ContinuationScore,
     Measurement,
@@ -59,7 +59,7 @@ class BenchmarkSuite:
         self.max_length = max_length = load_max_length(model_name, tokenizer, revision)
         self.tasks = load_tasks(options)
         self.main_metrics = _main_metrics(self.tasks, options)
-        collector = RequestCollector(tokenizer, max_length)
+        collector = RequestCollector(tokenizer, max_length, vocabulary_size(model_name, revision))
         for task in self.tasks:
             for leaf in task.leaves.values():
                 _collect(leaf, task, collector, options)
@@ -195,6 +195,7 @@ def _collect(leaf: Any, task: LoadedTask, collector: RequestCollector, options: 
             chat_template=collector.apply_chat_template if chat else None,
             tokenizer_name=collector.tokenizer_name if chat else "",
         )
+    collector.task = leaf.config.task
     by_kind: dict[str, list[Any]] = {}
     for instance in leaf.instances:
         by_kind.setdefault(instance.request_type, []).append(instance)

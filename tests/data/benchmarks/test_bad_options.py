@@ -181,3 +181,21 @@ def test_the_same_task_twice_is_refused(
     with pytest.raises(SystemExit):
         run_cli(*fit_args, "--data.benchmarks", json.dumps({"tasks": tasks}))
     assert "both measure tiny_choice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["choice", "rolling", "generation"])
+def test_a_request_with_a_token_that_has_no_embedding_is_told_with_task_and_token(
+    name: str, task_folder: Path, make_model_folder: Callable[..., Path], tokenizer: Any
+) -> None:
+    # The last token of the vocabulary, which the model's embeddings leave out, in one text.
+    size = len(tokenizer) - 1
+    characters = (chr(code) for code in range(128, 700))
+    last = next(c for c in characters if max(tokenizer(c).input_ids) == size)
+    for file in task_folder.glob("*.jsonl"):
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        for key in rows[1].keys() & {"question", "text"}:
+            rows[1][key] += f" {last} and so on"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    folder = make_model_folder(vocab_size=size)
+    with pytest.raises(UserError, match=rf"tiny_{name} has the token .* id {size}, .* only {size}"):
+        BenchmarkSuite(Benchmarks([str(task_folder / f"{name}.yaml")]), str(folder))

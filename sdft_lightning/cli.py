@@ -55,6 +55,7 @@ from sdft_lightning.run_folder import (
 )
 from sdft_lightning.run_trainer import RunTrainer
 from sdft_lightning.setup_errors import setup_error
+from sdft_lightning.shared_memory import clear_shared_memory
 from sdft_lightning.trainer_options import check_trainer_options, check_values
 from sdft_lightning.whole_files import check_can_make, no_room
 from sdft_lightning.yaml_text import bound_config_files
@@ -62,7 +63,8 @@ from sdft_lightning.yaml_text import bound_config_files
 log = logging.getLogger(__name__)
 
 _LARGEST_SEED = 2**32 - 1
-_TERMINATED = 128 + signal.SIGTERM  # what a shell reports of a process that SIGTERM ended
+# What a shell reports of a process that the signal ended.
+_TERMINATED, _INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT
 _DESCRIPTIONS = {
     "fit": "Train: see configs/ for whole runs, e.g. --config configs/quickstart.yaml.",
     "validate": "Accuracy of student and teacher on the validation split, and on held-out sets.",
@@ -163,6 +165,7 @@ class SDFTCLI(LightningCLI):
             check_can_make(self.run_folder)
         with contextlib.suppress(OSError):  # a folder to read from only: an export goes elsewhere
             self._held.enter_context(one_writer(self.run_folder))
+        clear_shared_memory()
 
     def before_fit(self) -> None:
         """Check all data and the checkpoint before Lightning writes its first file."""
@@ -264,7 +267,8 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: The command line as a list; that of the process without it.
 
-    Exits with code 2 and a message where the user gave something wrong, and with 143 after SIGTERM.
+    Exits with code 2 and a message where the user gave something wrong, and with 128 plus
+    the signal's number after SIGTERM (143), SIGHUP (129) or Ctrl-C (130).
     """
     print_anything()
     quieten()
@@ -281,7 +285,13 @@ def main(args: ArgsType = None) -> None:
         else:
             _run_command(args)
     except SIGTERMException as stop:
-        raise SystemExit(_TERMINATED) from stop
+        raise SystemExit(stop.code or _TERMINATED) from stop
+    except KeyboardInterrupt as stop:
+        raise _interrupted() from stop
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        raise _interrupted() from stop  # Lightning makes it an exit with code 1
     except (ArgumentError, ValueError, RuntimeError, OSError) as error:
         found = _user_error(error)
         if found is None and isinstance(error, OSError):  # of files that a library opens
@@ -290,6 +300,11 @@ def main(args: ArgsType = None) -> None:
             raise
         print(f"error: {harmless(str(found))}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def _interrupted() -> SystemExit:
+    print("Interrupted.", file=sys.stderr)
+    return SystemExit(_INTERRUPTED)
 
 
 def _run_command(args: ArgsType) -> None:

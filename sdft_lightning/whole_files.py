@@ -48,7 +48,7 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _clear(path)
+        clear_left(path.parent, _unfinished(path))
         with os.fdopen(_opened_and_held(temporary, os.O_TRUNC), "wb") as file:
             yield file
             file.flush()
@@ -78,7 +78,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _clear(path)
+        clear_left(path.parent, _unfinished(path))
         number = _made_and_held(temporary)
         try:
             yield temporary
@@ -96,16 +96,25 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def _clear(path: Path) -> None:
-    """Remove what killed processes have left unfinished of the same file or folder.
+def _unfinished(path: Path) -> str:
+    """Pattern of the temporary names of a file or folder."""
+    return f".{glob.escape(path.name)}.*.part"
 
-    What a living process is writing it holds a lock on; that is not touched.
+
+def clear_left(parent: Path, pattern: str) -> None:
+    """Remove this user's files and folders that killed processes have left.
+
+    What a living process is using it holds a lock on; that is not touched.
+
+    Args:
+        parent: Where they are.
+        pattern: Of their names.
     """
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+    for left in parent.glob(pattern):
         with contextlib.suppress(OSError):  # gone meanwhile, or another user's
             number = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
-                if not _locked(number):
+                if os.fstat(number).st_uid != os.geteuid() or not _locked(number):
                     continue
                 if left.is_dir():
                     shutil.rmtree(left)
@@ -168,6 +177,20 @@ def _opened_and_held(path: Path, flags: int) -> int:
         number = _held(os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666), path)
         if number is not None:
             return number
+
+
+def held_folder(parent: Path, prefix: str) -> tuple[Path, int]:
+    """Make a new folder and hold a lock on it, so that `clear_left` of others leaves it.
+
+    Args:
+        parent: Where it is made.
+        prefix: Begin of its name.
+
+    Returns:
+        The folder, and the number of the open lock, to be closed when the folder is gone.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    return folder, _made_and_held(folder)
 
 
 def _made_and_held(folder: Path) -> int:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,20 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_sigterm_inside_an_accumulation_window_saves_after_the_step_and_is_gone_on_from_exactly(
+@pytest.fixture
+def as_in_a_terminal() -> Iterator[None]:
+    """Signals mean what they do there, also where the tests run in the background, or by nohup."""
+    usual = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    after = {number: signal.signal(number, handler) for number, handler in before.items()}
+    assert after == usual  # whatever the test did
+
+
+@pytest.mark.usefixtures("as_in_a_terminal")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_signal_inside_an_accumulation_window_saves_after_the_step_and_is_gone_on_from_exactly(
+    number: signal.Signals,
     run_cli: RunCli,
     run_args: Callable[..., list[str]],
     tmp_path: Path,
@@ -106,16 +120,50 @@ def test_sigterm_inside_an_accumulation_window_saves_after_the_step_and_is_gone_
     run_cli(*run_args("whole"))
     # The first micro-batch of step 3: saved there, the second's gradient alone would be stepped.
     with pytest.raises(SystemExit) as stop:
-        run_cli(*run_args("parts", *send(15, batch=4)))
-    assert stop.value.code == 143
+        run_cli(*run_args("parts", *send(number, batch=4)))
+    assert stop.value.code == 128 + number
     message = capsys.readouterr().err
-    assert "Stopped by SIGTERM after step 3; saved runs/parts/checkpoints/last.ckpt" in message
+    assert (
+        f"Stopped by {number.name} after step 3; saved runs/parts/checkpoints/last.ckpt" in message
+    )
     assert "--ckpt_path=last" in message
     assert saved(parts)["global_step"] == 3
     assert saved(parts)["callbacks"]["TeacherUpdate"] == {"updated_at": 3}
     run_cli(*run_args("parts", "--ckpt_path=last"))
     assert_same_weights(parts, whole)
     assert lines(parts / "completions.jsonl") == lines(whole / "completions.jsonl")
+
+
+@pytest.mark.usefixtures("as_in_a_terminal")
+def test_hang_up_stays_ignored_under_nohup(
+    run_cli: RunCli, run_args: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run_cli(*run_args("a", *send(1, batch=4)))
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    assert saved(tmp_path / "runs" / "a")["global_step"] == 6
+
+
+@pytest.mark.usefixtures("as_in_a_terminal")
+def test_ctrl_c_outside_of_training_is_one_line_and_130(
+    run_cli: RunCli,
+    run_args: Callable[..., list[str]],
+    train_file: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    refused = ("--data.train", "--trainer.max_steps", "--checkpoint", "--trainer.callbacks")
+    options = [each for each in run_args("a")[1:] if not each.startswith(refused)]
+    given = [f"--data.validation={train_file}", "--data.grader=contains"]
+    given += ["--data.columns.reference=reference"]
+    with pytest.raises(SystemExit) as stop:
+        run_cli("validate", *options, *given, *send(2, validation_at=0))
+    message = capsys.readouterr().err
+    assert stop.value.code == 130
+    assert message.splitlines()[-1] == "Interrupted."
+    assert "Traceback" not in message
 
 
 def test_sigterm_in_a_validation_saves_and_no_part_of_it_is_taken_for_the_whole(

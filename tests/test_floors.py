@@ -28,6 +28,7 @@ FLOORS: dict[str, float] = {
     "sandbox_launcher": 0,
     "types": 0,
     "whole_files": 0.5,
+    "shared_memory": 0.75,  # on whole_files
     "yaml_text": 0.5,
     "uniforms": 0,
     "masking": 0.5,

@@ -1,10 +1,11 @@
-"""Lets a run end well when it is told to: SIGTERM, and SLURM's signal before a time limit."""
+"""Lets a run end well when it is told to: SIGTERM, Ctrl-C, a hang-up, SLURM's time limit."""
 
 from __future__ import annotations
 
 import logging
 import signal
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,22 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sdft_lightning.callbacks.run_files import run_folder
+from sdft_lightning.callbacks.second_signal import SecondSignal
 
 log = logging.getLogger(__name__)
 
+# They end the run; of those in the second line a second one does so at once. A hang-up comes more
+# than once by itself: from the terminal, and from the shell in it.
+_ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+_IMPATIENT = (signal.SIGTERM, signal.SIGINT)
+
 
 class SaveOnSignal(L.Callback):
-    """Acts on signals between two optimizer steps only, and saves checkpoints/last.ckpt on SIGTERM.
+    """Acts on signals between two optimizer steps only, and saves checkpoints/last.ckpt.
+
+    SIGTERM, SIGHUP and SIGINT (Ctrl-C) save and end the run, with 128 plus the signal's number as
+    exit code; a second SIGTERM or SIGINT ends it at once. What is ignored when training starts, as
+    `nohup` has it, stays ignored. Outside of training SIGHUP and SIGINT do what they did before.
 
     Lightning would act inside an accumulation window, and its SLURM handler even between the
     optimizer's step and the teacher's. Here a signal waits for the end of the step under way (on
@@ -30,15 +41,20 @@ class SaveOnSignal(L.Callback):
     def __init__(self) -> None:
         self._waiting: set[int] = set()
         self._handlers: dict[int, Any] = {}
+        self._former: dict[int, Any] = {}
+        self._second: SecondSignal | None = None
+        self._ended_by = signal.SIGTERM
         self._ended_step = 0
         self._begun_step = 0
 
     def on_train_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
         """Put a note-taker in front of Lightning's handlers, which are in place by now."""
         self._ended_step = self._begun_step = trainer.global_step
+        self._ended_by = signal.SIGTERM
         _adopt_last(trainer)
         if threading.current_thread() is not threading.main_thread():
             return
+        self._release()
         wanted: list[int] = [signal.SIGTERM]
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
@@ -46,54 +62,102 @@ class SaveOnSignal(L.Callback):
         for number in wanted:
             handler = signal.getsignal(number)
             if callable(handler):
-                self._handlers[number] = handler
-                signal.signal(number, self._note)
+                self._take(number, handler)
+        for number in (signal.SIGHUP, signal.SIGINT):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                self._take(number, signal.getsignal(signal.SIGTERM))
+        ends = [number for number in _IMPATIENT if number in self._handlers]
+        self._second = SecondSignal(ends, lambda: _end_other_processes(trainer))
+
+    def _take(self, number: int, handler: Any) -> None:
+        self._handlers[number] = handler
+        self._former[number] = signal.signal(number, self._note)
+
+    def _release(self) -> None:
+        """Put the former handlers back, where nobody has put others in place since."""
+        if self._second is not None:
+            for number, handler in self._former.items():
+                if signal.getsignal(number) == self._note:
+                    signal.signal(number, handler)
+            self._second.close()
+        self._second = None
+        self._former, self._handlers = {}, {}
+        self._waiting.clear()
+
+    def teardown(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
+        """Training is over."""
+        self._release()
 
     def _note(self, number: int, frame: Any) -> None:
         self._waiting.add(number)
-        log.info(f"{signal.Signals(number).name} came: it takes effect at the end of this step.")
+        again = " A second one ends the run at once, unsaved." if number in _IMPATIENT else ""
+        name = signal.Signals(number).name
+        log.info(f"{name} came: it takes effect at the end of this step.{again}")
 
     def on_train_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """SIGTERM: Lightning ends the run once all callbacks have seen the end of this step."""
+        """SIGTERM and the like: Lightning ends the run once all callbacks have seen this step."""
         if trainer.global_step != self._ended_step:
             self._ended_step = trainer.global_step
-            self._act(trainer, [signal.SIGTERM])
+            self._end(trainer)
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         """Other signals: their handler saves, so the teacher must have moved after the step."""
         if trainer.global_step != self._begun_step:
             self._begun_step = trainer.global_step
-            self._act(trainer, [each for each in self._handlers if each != signal.SIGTERM])
+            self._act(trainer, [each for each in self._handlers if each not in _ENDING])
 
     def on_validation_batch_end(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
-        """SIGTERM does not wait for the end of a long validation."""
+        """The end does not wait for that of a long validation."""
         if trainer.world_size == 1:  # ranks may have unlike numbers of batches
-            self._act(trainer, [signal.SIGTERM])
+            self._end(trainer)
 
-    def _act(self, trainer: Any, numbers: list[int]) -> None:
+    def _act(self, trainer: Any, numbers: Iterable[int]) -> None:
         for number in numbers:
-            if number not in self._handlers:
-                continue
-            # All ranks act at the same step, also where the signal reached one of them only.
-            if trainer.strategy.reduce_boolean_decision(number in self._waiting, all=False):
+            if number in self._handlers and _came(trainer, number in self._waiting):
                 self._waiting.discard(number)
                 self._handlers[number](number, None)
 
+    def _end(self, trainer: Any) -> None:
+        if self._handlers and _came(trainer, not self._waiting.isdisjoint(_ENDING)):
+            came = [each for each in _ENDING if _came(trainer, each in self._waiting)]
+            self._ended_by = came[0]
+            # Lightning's handler, told that SIGTERM is no news: it would send one to the other
+            # processes, for which it might be the second. They are here as well.
+            trainer._signal_connector.received_sigterm = True
+            self._handlers[signal.SIGTERM](signal.SIGTERM, None)
+
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
-        """Save, where Lightning ends the run because of SIGTERM."""
-        if not isinstance(exception, SIGTERMException) or trainer.state.fn != "fit":
-            return
-        step = trainer.global_step
+        """Save, where Lightning ends the run because of a signal, which the exit code names."""
+        try:
+            if isinstance(exception, SIGTERMException) and trainer.state.fn == "fit":
+                exception.code = 128 + self._ended_by
+                self._save(trainer)
+        finally:
+            self._release()
+
+    def _save(self, trainer: Any) -> None:
+        step, name = trainer.global_step, self._ended_by.name
         if step == 0:
-            log.warning("Stopped by SIGTERM before the first step; there is nothing to save.")
+            log.warning(f"Stopped by {name} before the first step; there is nothing to save.")
             return
         path = run_folder(trainer) / "checkpoints" / "last.ckpt"
         trainer.save_checkpoint(path)
         log.warning(
-            f"Stopped by SIGTERM after step {step}; saved {path}. Go on with --ckpt_path=last."
+            f"Stopped by {name} after step {step}; saved {path}. Go on with --ckpt_path=last."
         )
+
+
+def _came(trainer: Any, here: bool) -> bool:
+    """Whether a signal has come on any rank: all act at the same step."""
+    return bool(trainer.strategy.reduce_boolean_decision(here, all=False))
+
+
+def _end_other_processes(trainer: Any) -> None:
+    """Kill the processes that this one has started for other devices."""
+    if trainer.strategy.launcher is not None:
+        trainer.strategy.launcher.kill(signal.SIGKILL)
 
 
 def _adopt_last(trainer: Any) -> None:

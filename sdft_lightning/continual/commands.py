@@ -16,9 +16,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 Command = Callable[[list[str]], None]
 _LAST_LINES = 20
-_INTERRUPTED_ITSELF = 5.0  # seconds that a process has to end after a Ctrl-C of its own
+_INTERRUPTED_ITSELF = 5.0  # seconds until a process is told that may have had a Ctrl-C itself
 # Of a process that a person or a scheduler ended.
-_STOPPED = (-signal.SIGINT, -signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_STOPPED = (*(-each for each in _ENDING), *(128 + each for each in _ENDING))
 
 
 class RunFailed(Exception):
@@ -26,7 +27,15 @@ class RunFailed(Exception):
 
 
 class Stopped(Exception):
-    """Someone has asked this process, or the one of a command, to end."""
+    """Someone has asked this process, or the one of a command, to end.
+
+    Args:
+        code: What to exit with: 128 plus the signal's number.
+    """
+
+    def __init__(self, code: int = 128 + signal.SIGTERM) -> None:
+        super().__init__(code)
+        self.code = code
 
 
 def in_this_process(main: Callable[[], None]) -> Command:
@@ -42,7 +51,7 @@ def in_this_process(main: Callable[[], None]) -> Command:
                 main()
         except (Exception, SystemExit) as error:
             if _is_stop(error):
-                raise Stopped from error
+                raise Stopped(_stop_code(error)) from error
             if not isinstance(error, SystemExit) or error.code not in (None, 0):
                 raise RunFailed(_reason(error)) from error
         finally:
@@ -71,6 +80,13 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def _is_stop(error: BaseException) -> bool:
     # Lightning turns Ctrl-C into an exit with code 1.
     return any(isinstance(each, KeyboardInterrupt | SIGTERMException) for each in _chain(error))
+
+
+def _stop_code(error: BaseException) -> int:
+    if any(isinstance(each, KeyboardInterrupt) for each in _chain(error)):
+        return 128 + signal.SIGINT
+    code = getattr(error, "code", None)
+    return code if code in _STOPPED else 128 + signal.SIGTERM
 
 
 def _reason(error: BaseException) -> str:
@@ -102,7 +118,7 @@ def in_own_process(locks: tuple[int, ...] = ()) -> Command:
             last = _show(process.stderr)
             code = process.wait()
         if code in _STOPPED or told:
-            raise Stopped
+            raise Stopped(128 + told[0] if told else code if code > 0 else 128 - code)
         if code:
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
             raise RunFailed("\n".join([f"{how}; the last lines of its messages:", *last]))
@@ -112,7 +128,7 @@ def in_own_process(locks: tuple[int, ...] = ()) -> Command:
 
 @contextmanager
 def _told_to_stop(process: subprocess.Popen[str]) -> Iterator[list[int]]:
-    """Pass SIGTERM and Ctrl-C on to a command's process, and wait until it has saved and ended.
+    """Pass SIGTERM, Ctrl-C and a hang-up on to a command's process, and wait until it has ended.
 
     Yields:
         The signals that came.
@@ -120,8 +136,11 @@ def _told_to_stop(process: subprocess.Popen[str]) -> Iterator[list[int]]:
     told: list[int] = []
 
     def pass_on(number: int, frame: object) -> None:
+        if number == signal.SIGHUP and number in told:
+            return  # it comes from the terminal and from its shell: the run's end is under way
         told.append(number)
-        # A terminal sends Ctrl-C to both. Where it came to this process alone, the other is told.
+        # A terminal sends Ctrl-C and its hang-up to both. Where it came to this process alone, the
+        # other is told.
         delay = 0.0 if number == signal.SIGTERM else _INTERRUPTED_ITSELF
         timer = threading.Timer(delay, process.terminate)  # nothing, where it has ended
         timer.daemon = True
@@ -129,8 +148,9 @@ def _told_to_stop(process: subprocess.Popen[str]) -> Iterator[list[int]]:
 
     before = {}
     if threading.current_thread() is threading.main_thread():  # elsewhere Python takes none
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, pass_on)
+        for number in _ENDING:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` has it, for both
+                before[number] = signal.signal(number, pass_on)
     try:
         yield told
     finally:

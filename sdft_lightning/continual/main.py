@@ -16,7 +16,6 @@ from sdft_lightning.continual.records import all_records
 from sdft_lightning.continual.units import parse_shard, plan_folder
 
 DESCRIPTION = "Methods x stages x seeds from one YAML; started again, it goes on where it was."
-_STOPPED = 143
 
 
 def plan_parser() -> ArgumentParser:
@@ -47,7 +46,8 @@ def run_continual(args: list[str], main: Callable[[], None], parse: Parse) -> No
         main: The whole command line's entry, which the runs go through; reads sys.argv.
         parse: Parses the options of a run as its command does.
 
-    Exits with code 1 if a run has failed, and with 143 if someone has asked it to end.
+    Exits with code 1 if a run has failed, and with 128 plus the signal's
+    number if someone has asked it to end.
     """
     own, overrides = plan_parser().parse_known_args(args)
     plan, shard = build_plan(read_options(own.config, overrides)), parse_shard(own.shard)
@@ -67,7 +67,7 @@ def run_continual(args: list[str], main: Callable[[], None], parse: Parse) -> No
         failed = work_through(work)
     except Stopped as stop:
         print("Stopped. Give the same command to go on.", flush=True)
-        raise SystemExit(_STOPPED) from stop
+        raise SystemExit(stop.code) from stop
     print(f"\nResults: {work.results}", flush=True)
     if failed:
         print(f"{failed} failed; give the same command to try again.", flush=True)

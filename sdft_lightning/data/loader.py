@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from sdft_lightning.data.collate import collate
 from sdft_lightning.data.token_store import TokenizedRow, stored
+from sdft_lightning.data.worker import start_worker
 from sdft_lightning.errors import UserError
 from sdft_lightning.foreign_text import shown
 from sdft_lightning.types import PromptBatch
@@ -219,7 +222,19 @@ def check_workers(count: int) -> None:
 
 
 class TellingLoader(DataLoader[Any]):
-    """A loader that says what it means when one of its processes has died."""
+    """A loader that says what it means when one of its processes has died.
+
+    Its processes leave signals to the run, and end with it.
+
+    Args:
+        dataset: The rows.
+        options: Further arguments of `DataLoader`.
+    """
+
+    def __init__(self, dataset: Dataset[Any], **options: Any) -> None:
+        in_main = threading.current_thread() is threading.main_thread()
+        options.setdefault("worker_init_fn", partial(start_worker, os.getpid(), in_main))
+        super().__init__(dataset, **options)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yield the batches.

@@ -7,8 +7,8 @@ alike. Nothing but safetensors is passed, and no code of ours runs inside vLLM.
 from __future__ import annotations
 
 import shutil
-import tempfile
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,12 +21,10 @@ from sdft_lightning.lora import is_adapted, merged_copy
 from sdft_lightning.randomness import base_config
 from sdft_lightning.rollout.engine import whole_weights_wanted
 from sdft_lightning.sharding import is_sharded
+from sdft_lightning.shared_memory import new_weights_folder, remove_weights_folder
 from sdft_lightning.whole_files import raise_user_error
 
 EngineDtype = Literal["bfloat16", "float16", "float32"]
-
-# In memory where the system has such a folder: the weights are read once, at once.
-_MEMORY = Path("/dev/shm")
 
 
 class WeightsFolder:
@@ -43,6 +41,7 @@ class WeightsFolder:
         self.parent = parent
         self.dtype: EngineDtype = dtype
         self._folder: Path | None = None
+        self._end: Callable[[], object] = lambda: None
         self._versions = 0
 
     def write(self, student: Any, own_head: bool) -> Path:
@@ -75,9 +74,8 @@ class WeightsFolder:
 
     def remove(self) -> None:
         """Remove all that was written."""
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        self._end()
+        self._folder = None
 
     def _write(self, student: Any, own_head: bool) -> Path:
         if is_sharded(student):
@@ -98,15 +96,15 @@ class WeightsFolder:
 
     def _root(self) -> Path:
         if self._folder is None:
-            parent = self.parent or (str(_MEMORY) if _MEMORY.is_dir() else None)
-            if parent is not None and not Path(parent).is_dir():
+            parent = Path(self.parent) if self.parent else None
+            if parent is not None and not parent.is_dir():
                 raise UserError(
                     f"model.engine.exchange_folder: there is no folder {parent}. Make it, or leave "
                     "the option out."
                 )
-            self._folder = Path(tempfile.mkdtemp(prefix="sdft-weights-", dir=parent))
+            self._folder, lock = new_weights_folder(parent)
             # Memory is not given back by itself when a run ends with an error.
-            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+            self._end = weakref.finalize(self, remove_weights_folder, self._folder, lock)
             # A server may run as another user; weights are no secret from it.
             self._folder.chmod(0o755)
         return self._folder

@@ -323,15 +323,17 @@ print("ready", file=sys.stderr, flush=True)
 time.sleep(60)
 """
 PARENT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where the tests run in the
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # background or under nohup
 from sdft_lightning.continual import commands
 commands._INTERRUPTED_ITSELF = 0.5
 real = commands.subprocess.Popen
 commands.subprocess.Popen = lambda args, **options: real([args[0], "-c", {child!r}], **options)
 try:
     commands.in_own_process()(["fit"])
-except commands.Stopped:
-    sys.exit(7)
+except commands.Stopped as stop:
+    sys.exit(stop.code)
 """
 
 
@@ -341,6 +343,8 @@ except commands.Stopped:
         (signal.SIGTERM, False, True),  # kill, timeout, a scheduler
         (signal.SIGINT, True, False),  # Ctrl-C: both get it
         (signal.SIGINT, False, True),  # kill -INT
+        (signal.SIGHUP, True, False),  # the terminal is gone
+        (signal.SIGHUP, False, True),  # kill -HUP
     ],
 )
 def test_signal_to_the_plan_ends_its_command_too_and_is_a_stop(
@@ -355,5 +359,5 @@ def test_signal_to_the_plan_ends_its_command_too_and_is_a_stop(
     os.killpg(parent.pid, number) if to_all else os.kill(parent.pid, number)
     # The child holds this pipe, too: its end is the end of both.
     rest = parent.stderr.read()
-    assert parent.wait(timeout=30) == 7, rest
+    assert parent.wait(timeout=30) == 128 + number, rest
     assert ("saved" in rest) is saves

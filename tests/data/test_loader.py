@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
+import signal
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -158,6 +161,18 @@ def loader(workers: int, position: Any = lambda: (0, 0)) -> ResumableLoader:
 
 def ids(batches: ResumableLoader) -> list[list[str]]:
     return [[row.id for row in batch.rows] for batch in batches]
+
+
+def test_loader_process_leaves_ctrl_c_and_a_hang_up_to_the_run() -> None:
+    batches = iter(loader(1))
+    next(batches)
+    children = multiprocessing.active_children()
+    (worker,) = (each for each in children if type(each) is multiprocessing.Process)
+    assert worker.pid is not None
+    for number in (signal.SIGINT, signal.SIGHUP):
+        os.kill(worker.pid, number)
+    assert len(list(batches)) > 0
+    assert worker.exitcode in (None, 0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -98,8 +98,9 @@ def _plain(text: str) -> tuple[str, str]:
     text = " ".join(text.split())
     options: list[str] = []
     for name in re.findall(r'Parser key "([^"]+)"', text):
-        if not options or options[-1] != name:
-            options.append(name)
+        if options and f"{name}.".startswith(f"{options[-1]}."):
+            options.pop()  # it is named anew, and to the end
+        options.append(name)
     for pattern, instead in _NOISE:
         text = re.sub(pattern, instead, text)
     before, _, after = text.partition("Given value: ")
@@ -110,6 +111,7 @@ def _plain(text: str) -> tuple[str, str]:
             options.append(option)
     if any(part.startswith("Problem with") for part in parts):  # not that it is nothing else
         parts = [part for part in parts if not part.startswith("Expected a ")]
+    parts = [part for part in parts if not part.startswith("Unable to load config")] or parts
     value = after.partition(" - ")[0].strip()
     got = f" (got {value})" if value and len(value) <= _SHOWN and "Got value" not in before else ""
     text = ("; ".join(parts) or " ".join(before.split())).rstrip(". ") + got

@@ -80,7 +80,7 @@ def test_second_run_of_a_name_that_has_begun_meanwhile_is_refused(
     run = tmp_path / "runs" / "a"
 
     def meanwhile(*args: Any) -> None:
-        run.mkdir(parents=True)
+        run.mkdir(parents=True, exist_ok=True)  # the lock is in it
         (run / "config.yaml").write_text("of the other")
 
     # What `before_fit` does takes a while; the other process begins then.

@@ -138,7 +138,9 @@ CASES = {
         ["data.benchmarks.tasks: arc_easy", "apply_chat_template"],
         "validate",
     ),
-    "mean_on": Case(["--data.benchmarks.mean=on"], ["data.benchmarks.mean", "'alike', 'any'"]),
+    "mean_on": Case(
+        ["--data.benchmarks.mean=on"], ["data.benchmarks.mean: got True", "alike, any, off"]
+    ),
     "held_out_of_no_form": Case(["--data.held_out={a: 1}"], ["data.held_out", "HeldOut"]),
     "column_of_another_file": Case(
         ["--data.columns.demonstration=sound"], ["data.columns.demonstration", "'sound'"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sdft_lightning.continual import whole
+from sdft_lightning import whole_files
 from sdft_lightning.continual.commands import RunFailed, Stopped, in_this_process
 from sdft_lightning.continual.units import Shard
 from sdft_lightning.errors import UserError
@@ -232,7 +232,7 @@ def test_stop_ends_the_work_and_records_no_failure(
 def test_second_process_in_the_same_folder_is_refused(
     drive: Any, plan_options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(whole, "_LOCK_PAUSE", 0.0)
+    monkeypatch.setattr(whole_files, "_LOCK_PAUSE", 0.0)
 
     def both(command: str, options: Options) -> bool:
         drive.runs.fail = lambda command, options: False

@@ -7,8 +7,7 @@ from typing import Literal
 
 from sdft_lightning.errors import UserError, check_choice
 
-# YAML takes `off` for false, which therefore stands for it.
-Mean = Literal["alike", "any", "off", False]
+Mean = Literal["alike", "any", "off"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Benchmarks:
     limit: float | None = None
     batch_size: int = 32
     every_n_validations: int = 1
-    mean: Mean = "alike"
+    mean: Mean | bool = "alike"  # YAML takes `off` for false, which therefore stands for it
     data_dir: str | None = None
     cache_requests: bool = False
     allow_code_execution: bool = False

@@ -426,7 +426,7 @@ TEMPLATES = {
         "RecursionError|Syntax|memory",
     ),
     "nested_brackets": ("{{ " + "(" * 10_000 + "1" + ")" * 10_000 + " }}", "RecursionError|memory"),
-    "half_a_character": ("{{ '\\ud800' }}", "."),
+    "half_a_character": ("{{ '\\ud800' }}", "a lone surrogate"),
 }
 
 

@@ -55,8 +55,10 @@ def resolve_model(model_name: str) -> str:
     try:
         path = Path(model_name).expanduser()
         is_folder = path.is_dir()
-    except (OSError, RuntimeError):  # a name that is too long, or the home of nobody
-        path, is_folder = Path(model_name[:100]), False
+    except (OSError, RuntimeError) as error:  # a name that is too long, or the home of nobody
+        raise UserError(
+            f"model_name: there is no folder {printable(model_name, 80)}. Correct the name."
+        ) from error
     if is_folder:
         if not (path / "config.json").is_file():
             for name, what in _OTHER_FOLDERS.items():

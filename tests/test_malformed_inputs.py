@@ -319,7 +319,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "safetensors": (fresh(weights_file), "cannot be read as a checkpoint"),
     "pipe": (fresh(os.mkfifo), "is no file but a pipe"),
-    "device": (fresh(lambda path: path.symlink_to("/dev/zero")), "is no file but a pipe or a"),
+    "device": (fresh(lambda path: path.symlink_to("/dev/zero")), "is not one of its checkpoints"),
     "folder": (fresh(Path.mkdir), "is a folder"),
     "epoch_a_text": (part(epoch="3"), "its epoch is '3'"),
     "step_below_0": (part(global_step=-1), "its global_step is -1"),
@@ -327,7 +327,6 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "version_a_number": (part(**{"pytorch-lightning_version": 7}), "_version is 7"),
     "version_of_no_form": (part(**{"pytorch-lightning_version": "odd"}), "ckpt_path"),
     "loops_of_nothing": (part(loops=None), "its loops is None"),
-    "loops_without_progress": (part(loops={"fit_loop": {}}), "ckpt_path"),
     "progress_a_text": (
         changed(lambda content: progress(content).update(total="x")),
         "ckpt_path: training cannot go on from",
@@ -345,14 +344,6 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "optimizer_without_groups": (part(optimizer_states=[{}]), "ckpt_path"),
     "group_of_no_weights": (
         changed(lambda content: first_group(content).update(params=7)),
-        "ckpt_path",
-    ),
-    "moments_of_another_shape": (
-        changed(
-            lambda content: content["optimizer_states"][0]["state"][0].update(
-                exp_avg=torch.zeros(3)
-            )
-        ),
         "ckpt_path",
     ),
     "schedules_of_numbers": (part(lr_schedulers=[7]), "ckpt_path"),
@@ -435,7 +426,7 @@ TEMPLATES = {
         "RecursionError|Syntax|memory",
     ),
     "nested_brackets": ("{{ " + "(" * 10_000 + "1" + ")" * 10_000 + " }}", "RecursionError|memory"),
-    "half_a_character": ("{{ '\\ud800' }}", "."),
+    "half_a_character": ("{{ '\\ud800' }}", "a lone surrogate"),
 }
 
 

@@ -92,6 +92,10 @@ def _render(tokenizer: Any, conversation: Conversation) -> Rendering:
         return Rendering(None, f"it gives a {type(text).__name__} and no text")
     if len(text) > LONGEST:
         return Rendering(None, f"its text has {len(text)} characters, allowed are {LONGEST}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return Rendering(None, "its text has a lone surrogate, half of a character")
     return Rendering(text)
 
 

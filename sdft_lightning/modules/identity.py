@@ -148,11 +148,17 @@ def check_same_groups(saved: list[dict[str, Any]] | None, optimizer: Any) -> Non
         optimizer: A new one over the parameters to train.
 
     Raises:
-        UserError: If there are more or fewer, or others of other sizes.
+        UserError: If there are none, more or fewer, or others of other sizes.
     """
     if not saved:
         return
-    theirs = [len(group["params"]) for group in saved[0]["param_groups"]]
+    try:
+        theirs = [len(group["params"]) for group in saved[0]["param_groups"]]
+    except (TypeError, KeyError) as error:
+        raise UserError(
+            "ckpt_path: what the checkpoint holds of its optimizer has no parameter groups; it may "
+            "be damaged. Name an older one of the run's checkpoints/ folder."
+        ) from error
     mine = [len(group["params"]) for group in optimizer.param_groups]
     if theirs != mine:
         raise UserError(

@@ -139,6 +139,9 @@ def _plain_states(
     # The last token of a completion predicts nothing.
     input_ids = torch.cat([split.rest_ids, completion_ids[:, :-1]], dim=1)  # (B, R + T - 1)
     mask = torch.cat([split.rest_mask, completion_mask[:, :-1]], dim=1)  # (B, R + T - 1)
+    # Padding tokens may be embedded as zeros, where some norms have no gradient: repeat a real one.
+    last = split.rest_ids[:, -1:]  # (B, 1)
+    input_ids = torch.where(mask, input_ids, last)  # (B, R + T - 1)
     hidden = hidden_states(model, input_ids, mask, split.prefix_ids)  # (B, R + T - 1, D)
     predicting = hidden[:, split.rest_ids.shape[1] - 1 :]  # (B, T, D)
     return predicting[keep]  # (N, D)

@@ -12,7 +12,7 @@ from torch import nn
 from sdft_lightning.errors import UserError
 from sdft_lightning.forward_paths import find_paths, name_decoder_
 from sdft_lightning.hidden import check_output_head
-from sdft_lightning.lora import LoRA, adapter_parameters, add_adapter_
+from sdft_lightning.lora import LoRA, adapter_parameters, add_adapter_, check_adapters_are_called
 from sdft_lightning.quantization import Quantization, quantization_options
 from sdft_lightning.randomness import check_no_randomness, turn_off_randomness_
 from sdft_lightning.tokenization import (
@@ -174,9 +174,10 @@ def check_model(model: Any) -> None:
 
     Raises:
         UserError: If it is no causal model of token ids, its logits are not those that the loss
-            forms, or it is random in training.
+            forms, it is random in training, or it reads weights past their adapters.
     """
     find_paths(model)
+    check_adapters_are_called(model)
     check_output_head(model)
     check_no_randomness(model)
 

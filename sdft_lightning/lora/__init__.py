@@ -12,6 +12,7 @@ from sdft_lightning.lora.adapters import (
     is_adapted,
     trained_parameters,
 )
+from sdft_lightning.lora.called import check_adapters_are_called
 from sdft_lightning.lora.checkpoint import keep_adapters_only_
 from sdft_lightning.lora.copies import (
     base_copy,
@@ -31,6 +32,7 @@ __all__ = [
     "adapter_parameters",
     "add_adapter_",
     "base_copy",
+    "check_adapters_are_called",
     "effective_weights",
     "frozen_matrices",
     "is_adapted",

@@ -230,7 +230,6 @@ class PolicyModule(EvaluatedModule):
         """
         if self._is_checked:
             return
-        teachers = [part for part in self.children() if isinstance(part, Teacher)]
         with self.trainer.precision_plugin.forward_context():
             try:
                 check_model(self.student)
@@ -244,8 +243,8 @@ class PolicyModule(EvaluatedModule):
                     f"{error}. Use --trainer.precision=bf16-mixed (flash attention takes half "
                     "precision on a GPU only), or --model.attn_implementation=sdpa."
                 ) from error
-            for teacher in teachers:
-                if teacher.network is not self.student:
+            for teacher in self._teachers:
+                if teacher.is_loaded and teacher.network is not self.student:
                     autocast_if_needed_(teacher.network)
         self._is_checked = True
 

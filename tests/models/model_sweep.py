@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sdft_lightning import scoring
+from sdft_lightning.cached_steps import without_cache
 from sdft_lightning.errors import UserError
 from sdft_lightning.eval_mode import eval_mode
 from sdft_lightning.forward_paths import paths_of
@@ -117,7 +118,8 @@ def plain_states(model: Any, prompts: list[Tensor], completions: list[Tensor]) -
     found = []
     for prompt, completion in zip(prompts, completions, strict=True):
         row = torch.cat([prompt, completion])
-        states = model.base_model(input_ids=row[None]).last_hidden_state[0]  # (L, D)
+        base = model.base_model
+        states = base(input_ids=row[None], **without_cache(base)).last_hidden_state[0]  # (L, D)
         found.append(states[len(prompt) - 1 : -1])
     return torch.cat(found)
 
@@ -223,22 +225,10 @@ def check_scoring(model: Any, batch: Batch) -> None:
         assert error <= allowed, f"scoring: off by {error:.2g} nats"
 
 
-def linear_names(model: Any) -> list[str]:
-    """Ends of the names of the linear layers that peft adapts in any architecture."""
-    head = model.get_output_embeddings()
-    names = {
-        name.rpartition(".")[2]
-        for name, part in model.named_modules()
-        if type(part) is torch.nn.Linear and part is not head
-    }
-    # Linear layers whose weights the scans of Mamba read past any adapter; peft refuses them.
-    return sorted(names - {"out_proj"} if "mamba" in model.config.model_type else names)
-
-
-def check_adapters(folder: Path, batch: Batch, targets: list[str]) -> str:
+def check_adapters(folder: Path, batch: Batch) -> str:
     """The same with adapters that have moved; why there can be none, or nothing."""
     try:
-        model = load_policy(str(folder), lora=LoRA(r=2, target_modules=targets)).model
+        model = load_policy(str(folder), lora=LoRA(r=2)).model
     except UserError as error:
         return str(error)
     generator = torch.Generator().manual_seed(1)
@@ -290,9 +280,7 @@ def sweep(name: str, tokenizer: Any, folder: Path) -> Verdict:
         check_rollouts(model, batch.prompts)
         check_scoring(model, batch)
         verdict.keeps_prompts = check_kept_prompts(model, batch)
-        verdict.adapters = check_adapters(folder, batch, linear_names(model)).replace(
-            str(folder), "…"
-        )
+        verdict.adapters = check_adapters(folder, batch).replace(str(folder), "…")
         paths = paths_of(model)
         verdict.decoding, verdict.drops_rows = paths.decoding, paths.drops_rows
         model.eval()

@@ -320,7 +320,13 @@ def _stop_configs(model_name: str, revision: str | None) -> list[Any]:
         generation = None
     except Exception as error:
         raise unloadable("generation_config.json", model_name, error) from error
-    return [_whole_config(model_name, revision), load_config(model_name, revision), generation]
+    try:
+        configs = [_whole_config(model_name, revision), load_config(model_name, revision)]
+    except UserError as error:
+        if not isinstance(error.__cause__, OSError):  # there is one, but it is damaged
+            raise
+        configs = []
+    return [*configs, generation]
 
 
 def load_config(model_name: str, revision: str | None = None) -> Any:

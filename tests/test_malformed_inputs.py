@@ -31,15 +31,20 @@ from sdft_lightning.rollout import RolloutRequest, Sampling, SamplingWeights, VL
 
 RunCli = Callable[..., None]
 SECONDS, MEGABYTES = 10, 1024
+pytestmark = pytest.mark.timeout(120)
+
 GOOD = '{"prompt": "Q?", "demonstration": "It is so."}\n'
 
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Inside, no more than ten seconds and a gibibyte are taken."""
-    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Inside, no more than ten seconds of this process and a gibibyte are taken.
+
+    Seconds on the clock depend on what else runs here; who waits for ever meets the timeout.
+    """
+    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
-    assert time.monotonic() - start < SECONDS
+    assert time.process_time() - start < SECONDS
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MEGABYTES * 2**10
 
 

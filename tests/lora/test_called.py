@@ -19,6 +19,33 @@ def test_layers_that_are_called_pass_and_hooks_are_gone(make_adapted: Callable[.
     assert not any(part._forward_pre_hooks for part in model.modules())
 
 
+def test_a_layer_that_nothing_uses_passes_and_weights_and_modes_stay(model: Any) -> None:
+    model.model.picture = nn.Linear(4, 4)
+    add_adapter_(model, LoRA(r=2), seed=0)
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    check_adapters_are_called(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training
+
+
+def test_a_weight_that_is_read_in_training_only_is_refused(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = type(model.model.layers[0].mlp).forward
+
+    def forward(self: Any, states: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return called(self, states)
+        gated = nn.functional.silu(self.gate_proj(states)) * self.up_proj(states)
+        return nn.functional.linear(gated, self.down_proj.weight)
+
+    monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", forward)
+    add_adapter_(model, LoRA(r=2), seed=0)
+    with pytest.raises(UserError, match="LlamaMLP reads the weights of down_proj past"):
+        check_adapters_are_called(model)
+
+
 def test_a_weight_that_is_read_past_its_adapter_is_refused(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

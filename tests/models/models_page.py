@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,10 @@ def row(verdict: Verdict) -> str:
 
 
 def _plain(sentence: str) -> str:
-    return " ".join(sentence.replace("|", "/").removeprefix("model_name: ").split())
+    """A sentence without what differs from one machine or process to the next."""
+    sentence = sentence.split(" [PEFT")[0].removesuffix(":").removeprefix("model_name: ")
+    sentence = re.sub(r" \(relative difference [^)]*\)", "", sentence)
+    return " ".join(sentence.replace("|", "/").split())
 
 
 def page(verdicts: list[Verdict], version: str) -> str:

@@ -118,7 +118,7 @@ SIZES: dict[str, Any] = {
     # sparse attention
     "index_head_dim": 16,
     "index_n_heads": 8,
-    "index_topk": 16,
+    "index_topk": 24,
     # draws
     "initializer_range": 0.3,
     "init_std": 0.3,

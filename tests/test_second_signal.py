@@ -75,7 +75,7 @@ def test_second_signal_ends_a_hung_step_at_once_and_its_workers_but_no_other_sig
         time.sleep(0.5)  # it hangs by now
         for each in (number, number, other, signal.SIGHUP):  # two at once, as `timeout` sends them
             os.killpg(run.pid, each) if each != signal.SIGTERM else os.kill(run.pid, each)
-        time.sleep(0.8)
+        time.sleep(1.6)
         os.kill(run.pid, signal.SIGHUP)  # as a terminal and its shell, one after the other
         time.sleep(0.5)
         assert run.poll() is None

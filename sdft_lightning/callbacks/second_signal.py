@@ -10,8 +10,8 @@ import threading
 import time
 from collections.abc import Callable, Collection
 
-# `timeout` and some schedulers send a signal to the process and to its group: that is one request.
-_ONE_REQUEST = 0.3  # seconds
+# `timeout`, some schedulers and a plan send a signal to the process and to its group: one request.
+_ONE_REQUEST = 1.0  # seconds
 _opened: set[int] = set()  # the pipes of this process
 
 

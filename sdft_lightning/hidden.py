@@ -150,7 +150,7 @@ def _plain_states(
 def _unpadded_states(
     model: Any, split: SplitPrompts, completion_ids: Tensor, completion_mask: Tensor, keep: Tensor
 ) -> Tensor:
-    """As `_plain_states`, with rows from column 0, for models that do not read left padding."""
+    """Hidden states of rows that begin in column 0, for models that do not read left padding."""
     rows = one_a_row(split, completion_ids, completion_mask)
     base = model.base_model
     hidden = base(input_ids=rows.ids, **without_cache(base)).last_hidden_state  # (B, L, D)

@@ -315,11 +315,11 @@ class PolicyModule(EvaluatedModule):
         self.check_models()
 
     def on_test_start(self) -> None:
-        """As `on_validation_start`."""
+        """Check the student before its first answers."""
         self.check_models()
 
     def on_predict_start(self) -> None:
-        """As `on_validation_start`."""
+        """Check the student before its first answers."""
         self.check_models()
 
     def on_train_start(self) -> None:

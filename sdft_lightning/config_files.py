@@ -9,9 +9,9 @@ import yaml
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.foreign_text import printable
+from sdft_lightning.yaml_text import check_yaml
 
 _KEYS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
-_MOST_NODES = 1_000_000  # of a file, aliases written out
 
 
 def check_config_files(words: Sequence[str]) -> None:
@@ -25,7 +25,9 @@ def check_config_files(words: Sequence[str]) -> None:
     """
     for path in _config_files(words):
         try:
-            root = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+            text = path.read_text(encoding="utf-8")
+            check_yaml(text, f"config: {path}")
+            root = yaml.compose(text, yaml.SafeLoader)
         except yaml.MarkedYAMLError as error:
             line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
             raise UserError(
@@ -42,7 +44,7 @@ def check_config_files(words: Sequence[str]) -> None:
                 f"config: {path} holds no options. Write them as name: value, e.g. trainer: "
                 "{max_steps: 100}."
             )
-        _size(root, path, {})
+        _check_names(root, path, set())
 
 
 def _config_files(words: Sequence[str]) -> Iterator[Path]:
@@ -55,20 +57,21 @@ def _config_files(words: Sequence[str]) -> Iterator[Path]:
             yield Path(text)
 
 
-def _size(node: yaml.Node, path: Path, known: dict[int, int]) -> int:
-    """Nodes below and with this one, aliases written out; refuses what stands twice."""
-    if id(node) in known:
-        return known[id(node)]
-    known[id(node)] = size = 1
+def _check_names(node: yaml.Node, path: Path, seen: set[int]) -> None:
+    """Refuse tags that plain YAML has not, and names that are no text or stand twice."""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
     if node.tag not in yaml.SafeLoader.yaml_constructors:
         raise UserError(
             f"config: {path}, line {node.start_mark.line + 1}: the tag {printable(node.tag)} is "
             "none of plain YAML, and no object is made by it. Write the plain value."
         )
     if isinstance(node, yaml.SequenceNode):
-        size += sum(_size(each, path, known) for each in node.value)
+        for each in node.value:
+            _check_names(each, path, seen)
     elif isinstance(node, yaml.MappingNode):
-        keys: set[str] = set()
+        names: set[str] = set()
         for key, value in node.value:
             if key.tag not in _KEYS:
                 raise UserError(
@@ -77,17 +80,10 @@ def _size(node: yaml.Node, path: Path, known: dict[int, int]) -> int:
                     "quotes."
                 )
             name = str(key.value)
-            if name in keys:
+            if name in names:
                 raise UserError(
                     f"config: {path}, line {key.start_mark.line + 1}: {name} stands twice, and one "
                     "of them would be lost. Remove one."
                 )
-            keys.add(name)
-            size += _size(value, path, known) + 1
-    if size > _MOST_NODES:
-        raise UserError(
-            f"config: {path} has more than {_MOST_NODES} values once its aliases are written out. "
-            "Write it without them."
-        )
-    known[id(node)] = size
-    return size
+            names.add(name)
+            _check_names(value, path, seen)

@@ -211,5 +211,5 @@ def test_what_cannot_take_shards_is_refused_before_a_model_is_loaded() -> None:
     with pytest.raises(UserError, match=r"model\.lora: adapters under fsdp2"):
         module.configure_model()
     module.lora, module.engine = None, TransformersEngine()
-    with pytest.raises(UserError, match=r"no model could be loaded from no/such/model"):
+    with pytest.raises(UserError, match=r"model_name: there is no folder no/such/model"):
         module.configure_model()

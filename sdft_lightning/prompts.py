@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from string import Template
 from typing import Any, Literal, get_args
 
@@ -132,6 +133,16 @@ class PromptStyle:
             return self.template
         return STYLES[self.style]
 
+    @cached_property
+    def student_args(self) -> dict[str, Any]:
+        """Arguments of the chat template for the student; one object, as every row asks for it."""
+        return {**self.chat_template_args, **self.student_template_args}
+
+    @cached_property
+    def teacher_args(self) -> dict[str, Any]:
+        """Arguments of the chat template for the teacher."""
+        return {**self.chat_template_args, **self.teacher_template_args}
+
     @property
     def needs_context(self) -> bool:
         """Whether rows must have a context."""
@@ -143,6 +154,7 @@ class PromptStyle:
         return any("demonstration" in _placeholders(turn["content"]) for turn in self.turns)
 
 
+@lru_cache(maxsize=256)  # asked for every row
 def _placeholders(text: str) -> list[str]:
     return Template(text).get_identifiers()
 
@@ -187,14 +199,12 @@ def teacher_messages(row: Demonstration, style: PromptStyle) -> list[Message]:
 
 def student_conversation(row: Demonstration, style: PromptStyle) -> Conversation:
     """What the student is asked: the bare question."""
-    args = {**style.chat_template_args, **style.student_template_args}
-    return Conversation(row.prompt, args, where=row.origin)
+    return Conversation(row.prompt, style.student_args, where=row.origin)
 
 
 def teacher_conversation(row: Demonstration, style: PromptStyle) -> Conversation:
     """What the teacher is asked: the question with its demonstration."""
-    args = {**style.chat_template_args, **style.teacher_template_args}
-    return Conversation(teacher_messages(row, style), args, where=row.origin)
+    return Conversation(teacher_messages(row, style), style.teacher_args, where=row.origin)
 
 
 def answered_conversation(row: Demonstration, style: PromptStyle) -> Conversation:

@@ -44,7 +44,8 @@ def first_missing(messages: Sequence[Message], rendered: str) -> Missing | None:
         rendered: The rendered text.
     """
     contents = [str(message["content"]) for message in messages]
-    # Usually each stands there as it is.
+    if _stand_in_turn(contents, rendered):
+        return None
     if all(_count(rendered, text.strip()) >= _wanted(text.strip(), contents) for text in contents):
         return None
     parts = [
@@ -59,6 +60,18 @@ def first_missing(messages: Sequence[Message], rendered: str) -> Missing | None:
         if not _stands(part, forms, all_parts):
             return Missing(message, part, is_thought)
     return None
+
+
+def _stand_in_turn(contents: Iterable[str], rendered: str) -> bool:
+    """Whether each text stands as it is behind the one before, as it usually does."""
+    end = 0
+    for content in contents:
+        text = content.strip()
+        start = rendered.find(text, end)
+        if start < 0:
+            return False
+        end = start + len(text)
+    return True
 
 
 def _parts(content: str) -> list[tuple[str, bool]]:

@@ -34,12 +34,9 @@ class ControlTokens:
     def found(self, row: Demonstration) -> list[str]:
         """The tokens in a row's prompt, demonstration and context, in the order of the row."""
         tokens: list[str] = []
-
-        def note(match: re.Match[str]) -> str:
-            tokens.append(match[0])
-            return match[0]
-
-        self._replaced(row, note)
+        for message in (*row.prompt, *row.demonstration):
+            tokens += self._of(message).findall(message["content"])
+        tokens += self._other.findall(row.context or "")
         return list(dict.fromkeys(tokens))
 
     def escaped(self, row: Demonstration) -> Demonstration:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sdft_lightning.data.control_tokens import ControlTokens
 from sdft_lightning.data.planned import PlannedSet
+from sdft_lightning.data.token_store import stored
 from sdft_lightning.data.tokenize import TokenizedRows, Tokenizer
 from sdft_lightning.prompts import demonstration_text
 from sdft_lightning.types import Demonstration
@@ -24,7 +25,7 @@ def set_warnings(planned: PlannedSet, found: TokenizedRows, total: int, by: Toke
             f"{name}: {found.skipped} of {total} rows are too long and left out: accuracies are of "
             f"the other {len(found.rows)}. Raise data.lengths to have all."
         )
-    rows = [tokens.row for tokens in found.rows]
+    rows = stored(found.rows).demonstrations
     shown = [row for row in rows if row.demonstration]
     if planned.grader is not None and 0 < len(shown) < len(rows):
         told.append(

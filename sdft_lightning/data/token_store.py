@@ -47,12 +47,12 @@ class TokenStore(Sequence[TokenizedRow]):
         """Keep one more row."""
         self._rows.append(tokens.row)
         for ids in tokens[1:]:
-            before = len(self._ids)
+            known = ids if isinstance(ids, list) else list(ids)
             try:
-                self._ids.extend(ids)
+                self._ids.fromlist(known)  # all of them or none
             except OverflowError:
-                self._ids = array("i", self._ids[:before])
-                self._ids.extend(ids)
+                self._ids = array("i", self._ids)
+                self._ids.fromlist(known)
             self._ends.append(len(self._ids))
 
     def __len__(self) -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import statistics
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal, NamedTuple, get_args
 
 from sdft_lightning.chat_template import (
@@ -18,6 +20,7 @@ from sdft_lightning.chat_template import (
     try_all,
 )
 from sdft_lightning.data.control_tokens import ControlTokens
+from sdft_lightning.data.segments import encode_texts
 from sdft_lightning.data.token_store import TokenizedRow, TokenStore, stored
 from sdft_lightning.errors import UserError, check_choice
 from sdft_lightning.foreign_text import shown
@@ -34,6 +37,7 @@ from sdft_lightning.types import Demonstration, Message, RowNeeds
 
 # Rows that are rendered and tokenized at once.
 _CHUNK = 256
+_AT_ONCE = 2  # chunks
 _PARALLEL = "TOKENIZERS_PARALLELISM"
 
 TooLong = Literal["error", "skip", "truncate"]
@@ -121,40 +125,25 @@ class Tokenizer(NamedTuple):
                 has control tokens in its text, where they are refused; or if a token has no
                 embedding.
         """
-        return self.tokenized(rows, self.rendered(rows))
-
-    def rendered(self, rows: Sequence[Demonstration]) -> list[RenderedRow]:
-        """The texts of rows; waits for another process, so that a thread may do it ahead.
-
-        Raises:
-            UserError: See `many`.
-        """
         shown = self._without_control(rows)
         if self.needs.context:
-            return [RenderedRow("", "", "", row.context or "") for row in shown]
-        return self._render(shown)
-
-    def tokenized(
-        self, rows: Sequence[Demonstration], texts: Sequence[RenderedRow]
-    ) -> list[TokenizedRow]:
-        """Rows with the token ids of their texts.
-
-        Raises:
-            UserError: If a token has no embedding.
-        """
+            texts = [RenderedRow("", "", "", row.context or "") for row in shown]
+        else:
+            texts = self._render(shown)
         found = self._tokenized(rows, texts)
-        for tokens in found:
-            self._check_ids(tokens)
+        if self.vocabulary is not None and len(self.tokenizer) > self.vocabulary:
+            for tokens in found:
+                self._check_ids(tokens, self.vocabulary)
         return found
 
-    def _check_ids(self, tokens: TokenizedRow) -> None:
+    def _check_ids(self, tokens: TokenizedRow, size: int) -> None:
         for ids in tokens[1:]:
             highest = max(ids, default=0)
-            if self.vocabulary is not None and highest >= self.vocabulary:
+            if highest >= size:
                 token = self.tokenizer.convert_ids_to_tokens(highest)
                 raise UserError(
                     f"{tokens.row.origin}: the token {token!r} has the id {highest}, and the model "
-                    f"has only {self.vocabulary} embeddings. Use the tokenizer that belongs to the "
+                    f"has only {size} embeddings. Use the tokenizer that belongs to the "
                     "model, or take the token out of row and chat template."
                 )
 
@@ -166,9 +155,18 @@ class Tokenizer(NamedTuple):
                 TokenizedRow(row, [], [], [], self._encode_context(row, each.context))
                 for row, each in zip(rows, texts, strict=True)
             ]
-        prompts = self._encode_all([each.prompt for each in texts])
-        teachers = self._encode_all([each.teacher for each in texts])
-        targets = self._continued(texts, prompts)
+        all_texts = [each.prompt for each in texts]
+        all_texts += [each.teacher for each in texts]
+        all_texts += [each.prompt + each.target for each in texts if each.target]
+        found = encode_texts(self.tokenizer, all_texts)
+        prompts, teachers = found[: len(rows)], found[len(rows) : 2 * len(rows)]
+        wholes = iter(found[2 * len(rows) :])
+        targets = [
+            continuation_ids(self.tokenizer, each.target, prompt, next(wholes))
+            if each.target
+            else []
+            for each, prompt in zip(texts, prompts, strict=True)
+        ]
         return [
             TokenizedRow(row, prompt, teacher, self._cut_after_stop(target) if target else [])
             for row, prompt, teacher, target in zip(rows, prompts, teachers, targets, strict=True)
@@ -190,10 +188,10 @@ class Tokenizer(NamedTuple):
         conversations: list[Conversation] = []
         for row in rows:
             conversations.append(student_conversation(row, self.style))
-            if row.demonstration:
+            if row.demonstration and self.needs.target:
                 conversations.append(answered_conversation(row, self.style))
-                if self.needs.teacher_prompt:
-                    conversations.append(teacher_conversation(row, self.style))
+            if row.demonstration and self.needs.teacher_prompt:
+                conversations.append(teacher_conversation(row, self.style))
         asked = iter(zip(conversations, try_all(self.tokenizer, conversations), strict=False))
         found = []
         for row in rows:
@@ -201,15 +199,17 @@ class Tokenizer(NamedTuple):
             if not row.demonstration:
                 found.append(RenderedRow(prompt, "", ""))
                 continue
-            conversation, answered = next(asked)
-            if answered.text is None and (self.needs.target or not answered.refused):
-                raise template_error(conversation, answered)
-            whole = answered.text or ""
+            text = demonstration_text(row)
+            # Where nothing learns to write it, a target only tells how long answers are.
+            target = f"{text}{self.tokenizer.eos_token}"
+            if self.needs.target:
+                conversation, answered = next(asked)
+                if answered.text is None:
+                    raise template_error(conversation, answered)
+                target = target_text(self.tokenizer, text, prompt, answered.text)
             teacher = ""
             if self.needs.teacher_prompt:
                 teacher = self._shown(row, *next(asked), "teacher")
-            text = demonstration_text(row)
-            target = target_text(self.tokenizer, text, prompt, whole)
             found.append(RenderedRow(prompt, teacher, target))
         return found
 
@@ -223,19 +223,7 @@ class Tokenizer(NamedTuple):
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a rendered text, in which all special tokens already stand."""
-        return self._encode_all([text])[0]
-
-    def _encode_all(self, texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False).input_ids
-        return ids
-
-    def _continued(self, texts: Sequence[RenderedRow], prompts: list[list[int]]) -> list[list[int]]:
-        """Token ids of the targets, as they are where they follow their prompts."""
-        wholes = self._encode_all([each.prompt + each.target for each in texts])
-        return [
-            continuation_ids(self.tokenizer, each.target, prompt, whole) if each.target else []
-            for each, prompt, whole in zip(texts, prompts, wholes, strict=True)
-        ]
+        return encode_texts(self.tokenizer, [text])[0]
 
     def _encode_context(self, row: Demonstration, context: str) -> list[int]:
         """The context as pre-training shows a document: between BOS and EOS, where there are such.
@@ -255,9 +243,9 @@ class Tokenizer(NamedTuple):
 
     def _cut_after_stop(self, ids: list[int]) -> list[int]:
         """Drop what a chat template writes behind the token that ends the turn."""
-        for place, token in enumerate(ids):
-            if token in self.stop_ids:
-                return ids[: place + 1]
+        ends = [ids.index(stop) for stop in self.stop_ids if stop in ids]
+        if ends:
+            return ids[: min(ends) + 1]
         # A template that closes turns without a stop token: the student must still learn to stop.
         end = len(ids)
         while end and not self.tokenizer.decode(ids[end - 1 : end]).strip():
@@ -303,14 +291,14 @@ def tokenize_rows(
 
 
 def _in_chunks(rows: Sequence[Demonstration], tokenizer: Tokenizer) -> Iterator[TokenizedRow]:
-    """Tokenize rows; meanwhile the chat template renders the next ones, in its own process."""
-    chunks = [rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
-    with _on_all_cores(), ThreadPoolExecutor(1) as ahead:
-        texts = [ahead.submit(tokenizer.rendered, chunk) for chunk in chunks[:1]]
-        for number, chunk in enumerate(chunks, start=1):
-            if number < len(chunks):
-                texts.append(ahead.submit(tokenizer.rendered, chunks[number]))
-            yield from tokenizer.tokenized(chunk, texts.pop(0).result())
+    """Tokenize rows, some chunks at once: tokenizer and chat template work beside Python."""
+    chunks = (rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK))
+    with _on_all_cores(), ThreadPoolExecutor(_AT_ONCE) as pool:
+        begun = deque(pool.submit(tokenizer.many, chunk) for chunk in islice(chunks, _AT_ONCE + 1))
+        while begun:
+            found = begun.popleft().result()
+            begun.extend(pool.submit(tokenizer.many, chunk) for chunk in islice(chunks, 1))
+            yield from found
 
 
 @contextmanager

@@ -307,6 +307,11 @@ def first_group(content: dict[str, Any]) -> dict[str, Any]:
     return group
 
 
+def first_moments(content: dict[str, Any]) -> dict[str, Any]:
+    moments: dict[str, Any] = content["optimizer_states"][0]["state"][0]
+    return moments
+
+
 def first_callback(content: dict[str, Any]) -> str:
     return next(name for name in content["callbacks"] if name.startswith("ModelCheckpoint"))
 
@@ -351,6 +356,15 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
         changed(lambda content: first_group(content).update(params=7)),
         "ckpt_path",
     ),
+    "moments_of_another_shape": (
+        changed(lambda content: first_moments(content).update(exp_avg=torch.zeros(3))),
+        "exp_avg of weight 0 has the shape (3,)",
+    ),
+    "moments_that_are_none": (
+        changed(lambda content: content["optimizer_states"][0]["state"].update({0: 7})),
+        "the state of weight 0 is 7",
+    ),
+    "loops_without_progress": (part(loops={"fit_loop": {}}), "loops lack fit_loop"),
     "schedules_of_numbers": (part(lr_schedulers=[7]), "ckpt_path"),
     "identity_of_escapes": (
         changed(

@@ -15,6 +15,7 @@ RunCli = Callable[..., None]
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ("model.optimizer=torch.optim.SparseAdam", "model.optimizer: SparseAdam takes sparse"),
         ("model.optimizer.lr=-1", "model.optimizer: it refuses its options: Invalid learning rate"),
         ("data.num_workers=-1", "data.num_workers: got -1, allowed are 0 and more"),
         ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val: got -1, allowed are 0"),

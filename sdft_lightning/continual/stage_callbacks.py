@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from sdft_lightning.callbacks import CollapseGuard, TokenBudget
@@ -16,6 +15,7 @@ from sdft_lightning.callbacks.export import export_model
 from sdft_lightning.callbacks.run_files import run_folder, unused_path
 from sdft_lightning.continual.whole import write_whole
 from sdft_lightning.errors import UserError
+from sdft_lightning.run_folder import load_checkpoint
 from sdft_lightning.sharding import is_sharded, whole_state_dict
 
 FIT_RESULT = "fit.json"
@@ -144,7 +144,7 @@ def load_best(callback: ModelCheckpoint, module: Any) -> int:
         Their optimizer step.
 
     Raises:
-        UserError: If there are none.
+        UserError: If there are none, or the file is damaged.
     """
     path = callback.best_model_path
     if not path or not Path(path).is_file():
@@ -153,7 +153,7 @@ def load_best(callback: ModelCheckpoint, module: Any) -> int:
             f"or {path or 'its checkpoint'} is gone. Set trainer.val_check_interval so that "
             "validations fall into the stage, or select: last."
         )
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    checkpoint = load_checkpoint(path)
     module.load_state_dict(checkpoint["state_dict"])
     step: int = checkpoint["global_step"]
     return step

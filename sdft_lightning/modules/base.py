@@ -26,6 +26,7 @@ from sdft_lightning.modules.identity import (
     IDENTITY_KEY,
     check_same_groups,
     check_same_model,
+    check_same_moments,
     check_same_weights,
     check_takes,
     model_identity,
@@ -255,15 +256,20 @@ class PolicyModule(EvaluatedModule):
             rows: The rows to train on.
 
         Raises:
-            UserError: If the optimizer refuses its options.
+            UserError: If the optimizer refuses its options, or takes no gradients of ours.
         """
         try:
-            self.trial_optimizer()
+            optimizer = self.trial_optimizer()
         except ValueError as error:
             raise UserError(
                 f"model.optimizer: it refuses its options: {printable(str(error))}. Correct "
                 "--model.optimizer."
             ) from error
+        if isinstance(optimizer, torch.optim.SparseAdam):
+            raise UserError(
+                "model.optimizer: SparseAdam takes sparse gradients only, which no language model "
+                "has here. Use --model.optimizer=torch.optim.AdamW."
+            )
 
     def trial_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer over a parameter of no meaning; of a matrix, which all optimizers take."""
@@ -383,6 +389,7 @@ class PolicyModule(EvaluatedModule):
         trainable = [p for p in self.student.parameters() if p.requires_grad]
         optimizer = self.optimizer_factory(trainable)
         check_same_groups(self._optimizer_states, optimizer)
+        check_same_moments(self._optimizer_states, optimizer)
         self._optimizer_states = None
         if getattr(optimizer, "seed", self.seed) is None:
             optimizer.seed = self.seed  # type: ignore[attr-defined] # one that draws numbers

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.foreign_text import printable
 from sdft_lightning.lora import adapter_identity
 from sdft_lightning.tokenization import load_config, load_tokenizer
 
@@ -23,6 +24,11 @@ _FIELDS = (
     "head_dim",
     "tie_word_embeddings",
 )
+
+# Where Lightning keeps how far training has come.
+_PROGRESS = ("epoch_loop.batch_progress", "epoch_progress")
+# What optimizers of torch keep for each weight in its own shape.
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer")
 
 
 def model_identity(model: Any, model_name: str, method: type) -> dict[str, Any]:
@@ -113,6 +119,20 @@ def check_takes(
             "training cannot go on from it. Give another checkpoint of the run, or export this one "
             "and train the exported folder under a new --run.name with --model.model_name."
         )
+    if optimizer is not None:
+        _check_progress(checkpoint)
+
+
+def _check_progress(checkpoint: dict[str, Any]) -> None:
+    """Refuse to train on without knowing how far training has come."""
+    loop = checkpoint.get("loops", {}).get("fit_loop")
+    lacks = [name for name in _PROGRESS if not isinstance(loop, dict) or name not in loop]
+    if lacks:
+        raise UserError(
+            f"ckpt_path: training cannot go on from this checkpoint, whose loops lack fit_loop "
+            f"{', '.join(lacks)}: it would begin anew with trained weights. It may be damaged; "
+            "name an older one of the run's checkpoints/ folder."
+        )
 
 
 def check_same_weights(saved: dict[str, Tensor], current: dict[str, Tensor]) -> None:
@@ -165,6 +185,41 @@ def check_same_groups(saved: list[dict[str, Any]] | None, optimizer: Any) -> Non
             f"model.optimizer: the checkpoint's has parameter groups of {theirs} weights, this "
             f"run's has {mine}. Give --model.optimizer as the config.yaml of the run has it."
         )
+
+
+def check_same_moments(saved: list[dict[str, Any]] | None, optimizer: Any) -> None:
+    """Compare the moments in a checkpoint with the weights that they are of.
+
+    Args:
+        saved: `optimizer_states` of the checkpoint, see `check_same_groups`.
+        optimizer: A new one over the parameters to train.
+
+    Raises:
+        UserError: If a moment has another shape than its weight, or is none.
+    """
+    if not saved:
+        return
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    states = saved[0].get("state", {})
+    for number, weight in enumerate(weights):
+        state = states.get(number, {}) if isinstance(states, dict) else None
+        if not isinstance(state, dict):
+            raise _damaged(f"the state of weight {number} is {printable(repr(state), 60)}")
+        for name in _MOMENTS:
+            found = state.get(name)
+            # Those of quantized optimizers are of a class of their own.
+            if type(found) is Tensor and found.shape != weight.shape:
+                raise _damaged(
+                    f"{name} of weight {number} has the shape {tuple(found.shape)}, the weight "
+                    f"{tuple(weight.shape)}"
+                )
+
+
+def _damaged(what: str) -> UserError:
+    return UserError(
+        f"ckpt_path: training cannot go on with the checkpoint's optimizer: {what}. It may be "
+        "damaged; name an older one of the run's checkpoints/ folder."
+    )
 
 
 def check_same_model(saved: dict[str, Any] | None, current: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sdft_lightning.closed_form import ROOMS, ClosedForm, closed_form
+from sdft_lightning.closed_form import BUFFERS, ClosedForm, closed_form
 from sdft_lightning.divergence import floored, log_probs
 from sdft_lightning.products import product_dtype
 from sdft_lightning.types import OutputHead, TokenStatistics
@@ -220,44 +220,46 @@ def _known_chunk(
     known: ClosedForm,
     temperature: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `_chunk`, for a loss whose gradient is known."""
+    """Statistics and gradient of a chunk for a loss whose gradient is written down."""
     raw = student.raw(part)  # (C, V)
     taught = None if teacher is None else teacher.raw(part)  # (C, V)
     factor = student.scale / temperature
     elements = by_device(PIECE_ELEMENTS, raw.device.type)
     rows = max(1, elements // raw.shape[1])
     # The same memory for all: the system's zeroing of new pages took longer than the work.
-    rooms = raw.new_empty(3 + ROOMS, min(rows, raw.shape[0]), raw.shape[1], dtype=torch.float32)
+    buffers = raw.new_empty(3 + BUFFERS, min(rows, raw.shape[0]), raw.shape[1], dtype=torch.float32)
     statistics = raw.new_empty(7, raw.shape[0], dtype=torch.float32)  # (7, C)
     for start in range(0, raw.shape[0], rows):
         few = slice(start, min(start + rows, raw.shape[0]))
-        room, mine, theirs = rooms[:3, : few.stop - start]  # (c, V) each
-        _log_probs_into(mine, student, raw[few], temperature, room)
+        buffer, mine, theirs = buffers[:3, : few.stop - start]  # (c, V) each
+        _log_probs_into(mine, student, raw[few], temperature, buffer)
         if teacher is None or taught is None:
             theirs = mine
         else:
-            _log_probs_into(theirs, teacher, taught[few], temperature, room)
+            _log_probs_into(theirs, teacher, taught[few], temperature, buffer)
         weights = None if token_weights is None else token_weights[few]
         statistics[:, few], gradient = known(
-            theirs, mine, token_ids[few], weights, rooms[3:, : few.stop - start]
+            theirs, mine, token_ids[few], weights, buffers[3:, : few.stop - start]
         )
         if gradient is not None:  # in the place of the products, which are not needed again
             raw[few] = gradient if factor == 1.0 else gradient.mul_(factor)
     return statistics, None if token_weights is None else raw
 
 
-def _log_probs_into(out: Tensor, side: Side, raw: Tensor, temperature: float, room: Tensor) -> None:
-    """As `log_probs` of a side's logits, written into `(c, V)`; `room` is as large."""
+def _log_probs_into(
+    out: Tensor, side: Side, raw: Tensor, temperature: float, buffer: Tensor
+) -> None:
+    """Write the log-probabilities of a side's logits into `out`, `(c, V)`; `buffer` is as large."""
     if side.softcap is not None:
         out.copy_(log_probs(side.logits(raw), temperature))
         return
-    room.copy_(raw)
+    buffer.copy_(raw)
     if side.scale != 1.0:
-        room.mul_(side.scale)
-    floored(room, out=room)
+        buffer.mul_(side.scale)
+    floored(buffer, out=buffer)
     if temperature != 1.0:
-        room.div_(temperature)
-    torch.log_softmax(room, dim=-1, out=out)
+        buffer.div_(temperature)
+    torch.log_softmax(buffer, dim=-1, out=out)
 
 
 class _Gradients:

@@ -20,9 +20,9 @@ from sdft_lightning.divergence import Divergence
 from sdft_lightning.token_losses import cross_entropy
 
 # (teacher log-probs (C, V), student log-probs (C, V), token ids (C,), weights (C,) or None, memory
-# to work in (ROOMS, C, V)) -> statistics (7, C), gradient of the weighted sum in z (C, V) or None
+# to work in (BUFFERS, C, V)) -> statistics (7, C), gradient of the weighted sum in z (C, V) or None
 ClosedForm = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor | None]]
-ROOMS = 3
+BUFFERS = 3
 
 
 def closed_form(token_loss: Any) -> ClosedForm | None:
@@ -47,18 +47,18 @@ def closed_form(token_loss: Any) -> ClosedForm | None:
 
 @torch.no_grad()
 def _forward_kl(
-    teacher: Tensor, student: Tensor, token_ids: Tensor, weights: Tensor | None, rooms: Tensor
+    teacher: Tensor, student: Tensor, token_ids: Tensor, weights: Tensor | None, buffers: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    teacher_probs, student_probs, room = rooms  # (C, V)
+    teacher_probs, student_probs, buffer = buffers  # (C, V)
     torch.exp(teacher, out=teacher_probs)
     torch.exp(student, out=student_probs)
-    torch.sub(teacher, student, out=room)
-    losses = room.mul_(teacher_probs).sum(dim=-1)  # (C,)
+    torch.sub(teacher, student, out=buffer)
+    losses = buffer.mul_(teacher_probs).sum(dim=-1)  # (C,)
     statistics = _statistics(
         losses,
         losses.clamp(min=0.0),  # rounding may leave -1e-6
-        -torch.mul(student_probs, student, out=room).sum(dim=-1),
-        -torch.mul(teacher_probs, teacher, out=room).sum(dim=-1),
+        -torch.mul(student_probs, student, out=buffer).sum(dim=-1),
+        -torch.mul(teacher_probs, teacher, out=buffer).sum(dim=-1),
         (teacher.argmax(dim=-1) == student.argmax(dim=-1)).float(),
         _chosen(student, token_ids),
         _chosen(teacher, token_ids),
@@ -70,13 +70,13 @@ def _forward_kl(
 
 @torch.no_grad()
 def _cross_entropy(
-    teacher: Tensor, student: Tensor, token_ids: Tensor, weights: Tensor | None, rooms: Tensor
+    teacher: Tensor, student: Tensor, token_ids: Tensor, weights: Tensor | None, buffers: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """With the student in the teacher's place, as there is none."""
-    probs, room, _ = rooms  # (C, V)
+    probs, buffer, _ = buffers  # (C, V)
     torch.exp(student, out=probs)
     chosen = _chosen(student, token_ids)  # (C,)
-    entropy = -torch.mul(probs, student, out=room).sum(dim=-1)  # (C,)
+    entropy = -torch.mul(probs, student, out=buffer).sum(dim=-1)  # (C,)
     zeros = torch.zeros_like(chosen)  # (C,)
     statistics = _statistics(-chosen, zeros, entropy, entropy, zeros + 1.0, chosen, chosen)
     if weights is None:

@@ -129,7 +129,7 @@ def _plain_states(
     keep: Tensor,
     pack: bool,
 ) -> Tensor:
-    """As `completion_hidden_states`, by the model itself."""
+    """Hidden states at kept completion tokens, `(N, D)`, by the model itself."""
     if not paths_of(model).pads_left:
         return _unpadded_states(model, split, completion_ids, completion_mask, keep)
     if pack and takes_own_mask(model):

@@ -77,7 +77,7 @@ def split_prompts(prompt_ids: Tensor, prompt_mask: Tensor) -> SplitPrompts:
 
 
 def split_if_worth(prompt_ids: Tensor, prompt_mask: Tensor) -> SplitPrompts:
-    """As `split_prompts`, with an empty prefix where a pass of its own would not pay.
+    """Split off the prefix that all prompts share, where a pass of its own pays.
 
     Args:
         prompt_ids: `(B, P)`, padded on the left.

@@ -47,7 +47,7 @@ class PromptCache:
         completion_mask: Tensor,
         keep: Tensor,
     ) -> Tensor:
-        """As `hidden.completion_hidden_states`, without gradient.
+        """Hidden states at kept completion tokens, `(N, D)`, without gradient.
 
         Raises:
             UserError: If the model's keys and values cannot be computed apart.

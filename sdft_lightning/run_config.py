@@ -54,15 +54,15 @@ class SaveRunConfig(SaveConfigCallback):
         self.begun = True
 
     def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        """As `on_train_batch_start`."""
+        """Set-up is over."""
         self.begun = True
 
     def on_test_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        """As `on_train_batch_start`."""
+        """Set-up is over."""
         self.begun = True
 
     def on_predict_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        """As `on_train_batch_start`."""
+        """Set-up is over."""
         self.begun = True
 
     def on_train_batch_end(

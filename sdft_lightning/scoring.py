@@ -118,13 +118,13 @@ def _token_scores(head: OutputHead, hidden: Tensor, token_ids: Tensor) -> tuple[
     vocabulary = head.weight.shape[0]
     at_a_time = min(max(1, _LOGITS_AT_A_TIME // vocabulary), max(1, hidden.shape[0]))
     # Memory that is used again: the system's zeroing of new pages was a tenth of this function.
-    room = torch.empty(at_a_time, vocabulary, dtype=torch.float32, device=hidden.device)
+    buffer = torch.empty(at_a_time, vocabulary, dtype=torch.float32, device=hidden.device)
     log_probs, greedy = [], []
     for states, ids in zip(hidden.split(at_a_time), token_ids.split(at_a_time), strict=True):
         logits = apply_head(head, states).float()  # (n, V)
         # As lm-evaluation-harness does: logsumexp would be nearer to float64 by 1e-5 a token, and
         # further from the harness.
-        log_softmax = torch.log_softmax(logits, dim=-1, out=room[: logits.shape[0]])
+        log_softmax = torch.log_softmax(logits, dim=-1, out=buffer[: logits.shape[0]])
         chosen = log_softmax.gather(-1, ids.unsqueeze(-1))  # (n, 1)
         log_probs.append(chosen.squeeze(-1))
         greedy.append(logits.argmax(dim=-1) == ids)

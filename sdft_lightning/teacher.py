@@ -174,7 +174,10 @@ class FrozenTeacher(Teacher):
         self.forget()
 
     def shard_(self, mesh: Any) -> None:
-        """As `Teacher.shard_`.
+        """Spread the teacher over processes (FSDP2).
+
+        Args:
+            mesh: One-dimensional device mesh.
 
         Raises:
             UserError: If prompts are to be cached.
@@ -201,7 +204,7 @@ class FrozenTeacher(Teacher):
         completion_mask: Tensor,
         keep: Tensor,
     ) -> Tensor:
-        """As `Teacher.forward`, with prompts from the cache."""
+        """Hidden states at kept completion tokens, `(N, D)`; prompts are read once and cached."""
         if self._cache is None:
             return super().forward(prompt_ids, prompt_mask, completion_ids, completion_mask, keep)
         return self._cache.completion_hidden_states(
@@ -289,7 +292,7 @@ class LiveTeacher(Teacher):
         completion_mask: Tensor,
         keep: Tensor,
     ) -> Tensor:
-        """As `Teacher.forward`, with the student put into eval mode meanwhile."""
+        """Hidden states at kept completion tokens, `(N, D)`, of the student put into eval mode."""
         with eval_mode(self.network):
             return super().forward(prompt_ids, prompt_mask, completion_ids, completion_mask, keep)
 

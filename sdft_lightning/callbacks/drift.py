@@ -123,7 +123,7 @@ class DriftMonitor(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """As `on_validation_batch_end`."""
+        """Add the batch of a test to its set."""
         self.on_validation_batch_end(trainer, module, outputs, batch, batch_idx, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
@@ -131,7 +131,7 @@ class DriftMonitor(L.Callback):
         self._log(trainer, module, "val")
 
     def on_test_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
-        """As `on_validation_epoch_end`."""
+        """Log the mean of each set over all ranks, as of a test."""
         self._log(trainer, module, "test")
 
     def _log(self, trainer: L.Trainer, module: Any, stage: str) -> None:

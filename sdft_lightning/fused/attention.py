@@ -40,7 +40,7 @@ def rotate(heads: Tensor, cosines: Tensor, sines: Tensor, out: Tensor | None = N
     return turned
 
 
-class Rooms:
+class Buffers:
     """Memory to work in, used again from one group and layer to the next.
 
     The system's zeroing of new pages took as long as the products that wrote to them.
@@ -68,9 +68,9 @@ class _Blocks:
     """Queries, keys and values of one group, laid out for products over its heads."""
 
     def __init__(
-        self, group: Group, shape: Shape, turned: Tensor, values: Tensor, rooms: Rooms
+        self, group: Group, shape: Shape, turned: Tensor, values: Tensor, buffers: Buffers
     ) -> None:
-        self.group, self.shape, self.rooms = group, shape, rooms
+        self.group, self.shape, self.buffers = group, shape, buffers
         self.repeats = shape.heads // shape.key_heads  # R
         self.scaling = shape.size**-0.5
         self.queries = self.by_head("queries", turned[:, : shape.heads])  # (G, K, R, L, E)
@@ -82,29 +82,29 @@ class _Blocks:
         """`(G, K, R, L, E)` of `(N, H, E)`, a copy."""
         padded = self.group.padded(tokens).unflatten(2, (self.shape.key_heads, self.repeats))
         padded = padded.permute(0, 2, 3, 1, 4)
-        return self.rooms.take(name, padded.shape, padded.dtype).copy_(padded)
+        return self.buffers.take(name, padded.shape, padded.dtype).copy_(padded)
 
     def seen(self, name: str, tokens: Tensor) -> Tensor:
         """What each of the group sees: `(G · K, S, E)` of `(N, K, E)`, its own tokens last."""
         group, shared, before = self.group, self.group.shared, self.group.before
         shape = (group.rows, self.shape.key_heads, before + group.length, self.shape.size)
-        room = self.rooms.take(name, shape, tokens.dtype)  # (G, K, S, E)
-        room[:, :, :shared] = tokens[:shared].transpose(0, 1)
+        buffer = self.buffers.take(name, shape, tokens.dtype)  # (G, K, S, E)
+        buffer[:, :, :shared] = tokens[:shared].transpose(0, 1)
         if before > shared:
-            room[:, :, shared:before] = tokens[group.context].transpose(1, 2)
-        room[:, :, before:] = group.padded(tokens).transpose(1, 2)
-        return room.flatten(0, 1)
+            buffer[:, :, shared:before] = tokens[group.context].transpose(1, 2)
+        buffer[:, :, before:] = group.padded(tokens).transpose(1, 2)
+        return buffer.flatten(0, 1)
 
     def part(self, name: str, by_head: Tensor, queries: slice) -> Tensor:
         """`(G · K, R · l, E)` of some queries."""
         chosen = by_head[:, :, :, queries]  # (G, K, R, l, E)
-        room = self.rooms.take(name, chosen.shape, chosen.dtype).copy_(chosen)
-        return room.flatten(2, 3).flatten(0, 1)
+        buffer = self.buffers.take(name, chosen.shape, chosen.dtype).copy_(chosen)
+        return buffer.flatten(2, 3).flatten(0, 1)
 
     def product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
         """Left times right, batch by batch."""
         shape = (left.shape[0], left.shape[1], right.shape[2])
-        return torch.bmm(left, right, out=self.rooms.take(name, shape, left.dtype))
+        return torch.bmm(left, right, out=self.buffers.take(name, shape, left.dtype))
 
     def probs(self, queries: Tensor, part: slice, seen: int) -> Tensor:
         """Attention probabilities `(G · K, R · l, s)` of some queries over the first keys."""
@@ -117,7 +117,7 @@ class _Blocks:
         later = torch.full((count, count), float("-inf"), dtype=scores.dtype)
         later = later.triu_(1)  # (l, l) query, key
         scores.view(-1, count, seen)[:, :, seen - count :].add_(later)
-        return torch.softmax(scores, dim=-1, out=self.rooms.take("probs", scores.shape))
+        return torch.softmax(scores, dim=-1, out=self.buffers.take("probs", scores.shape))
 
     def stored(self, by_head: Tensor, tokens: Tensor) -> None:
         """Write `(G, K, R, L, E)` into the group's part of `(N, H, E)`."""
@@ -125,7 +125,7 @@ class _Blocks:
 
 
 def attend(
-    turned: Tensor, values: Tensor, groups: list[Group], shape: Shape, rooms: Rooms
+    turned: Tensor, values: Tensor, groups: list[Group], shape: Shape, buffers: Buffers
 ) -> Tensor:
     """Attention of every token to those before it in its sequence, and to the shared ones.
 
@@ -134,18 +134,18 @@ def attend(
         values: `(N, K, E)`.
         groups: How the tokens belong together.
         shape: Heads.
-        rooms: Memory to work in.
+        buffers: Memory to work in.
 
     Returns:
         `(N, H, E)` in the dtype of the values.
     """
     mixed = values.new_empty(values.shape[0], shape.heads, shape.size)  # (N, H, E)
     for group in groups:
-        blocks = _Blocks(group, shape, turned, values, rooms)
-        found = rooms.take("found", blocks.queries.shape, values.dtype)
+        blocks = _Blocks(group, shape, turned, values, buffers)
+        found = buffers.take("found", blocks.queries.shape, values.dtype)
         for part, seen in group.blocks(shape.heads):
             probs = blocks.probs(blocks.part("part", blocks.queries, part), part, seen)
-            probs = rooms.cast("rounded", probs, values.dtype)
+            probs = buffers.cast("rounded", probs, values.dtype)
             product = blocks.product("product", probs, blocks.values[:, :seen])  # (G · K, R · l, E)
             found[:, :, :, part] = product.view(found[:, :, :, part].shape)
         blocks.stored(found, mixed)
@@ -158,7 +158,7 @@ def attend_backward(
     values: Tensor,
     groups: list[Group],
     shape: Shape,
-    rooms: Rooms,
+    buffers: Buffers,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attend` in rotated queries and keys, and in values; and its result once more.
 
@@ -168,38 +168,38 @@ def attend_backward(
         values: As there.
         groups: As there.
         shape: Heads.
-        rooms: Memory to work in.
+        buffers: Memory to work in.
 
     Returns:
-        `(N, H + K, E)` and `(N, K, E)`, float32, and `(N, H, E)`; all of the rooms.
+        `(N, H + K, E)` and `(N, K, E)`, float32, and `(N, H, E)`; all of the buffers.
     """
     heads, dtype, wide = shape.heads, values.dtype, turned.dtype
     # Each token is in one group, which writes its place, before later ones add to shared places.
-    turned_grad = rooms.take("turned grad", turned.shape)  # (N, H + K, E)
-    values_grad = rooms.take("all values grad", values.shape)  # (N, K, E)
-    mixed = rooms.take("mixed", gradient.shape, dtype)  # (N, H, E)
+    turned_grad = buffers.take("turned grad", turned.shape)  # (N, H + K, E)
+    values_grad = buffers.take("all values grad", values.shape)  # (N, K, E)
+    mixed = buffers.take("mixed", gradient.shape, dtype)  # (N, H, E)
     for group in groups:
-        blocks = _Blocks(group, shape, turned, values, rooms)
-        found = rooms.take("found", blocks.queries.shape, dtype)  # (G, K, R, L, E)
+        blocks = _Blocks(group, shape, turned, values, buffers)
+        found = buffers.take("found", blocks.queries.shape, dtype)  # (G, K, R, L, E)
         wanted = blocks.by_head("wanted", gradient)  # (G, K, R, L, E)
-        rounded_keys = rooms.cast("rounded keys", blocks.keys, dtype)
-        wide_values = rooms.cast("wide values", blocks.values, wide)
-        queries_grad = rooms.take("queries grad", blocks.queries.shape)
-        keys_grad = rooms.take("keys grad", blocks.keys.shape).zero_()  # (G · K, S, E)
-        seen_grad = rooms.take("values grad", blocks.keys.shape).zero_()  # (G · K, S, E)
+        rounded_keys = buffers.cast("rounded keys", blocks.keys, dtype)
+        wide_values = buffers.cast("wide values", blocks.values, wide)
+        queries_grad = buffers.take("queries grad", blocks.queries.shape)
+        keys_grad = buffers.take("keys grad", blocks.keys.shape).zero_()  # (G · K, S, E)
+        seen_grad = buffers.take("values grad", blocks.keys.shape).zero_()  # (G · K, S, E)
         for part, seen in group.blocks(heads):
             queries = blocks.part("part", blocks.queries, part)  # (G · K, R · l, E)
             given = blocks.part("given", wanted, part)  # (G · K, R · l, E)
             probs = blocks.probs(queries, part, seen)  # (G · K, R · l, s)
-            wide_given = rooms.cast("wide given", given, wide)
+            wide_given = buffers.cast("wide given", given, wide)
             probs_grad = blocks.product("scores", wide_given, wide_values[:, :seen].transpose(1, 2))
-            scores_grad = _softmax_backward(probs_grad, probs, rooms)
-            scores_grad = rooms.cast("rounded grad", scores_grad, dtype)
-            rounded = rooms.cast("rounded", probs, dtype)
+            scores_grad = _softmax_backward(probs_grad, probs, buffers)
+            scores_grad = buffers.cast("rounded grad", scores_grad, dtype)
+            rounded = buffers.cast("rounded", probs, dtype)
             product = blocks.product("product", rounded, blocks.values[:, :seen])
             found[:, :, :, part] = product.view(found[:, :, :, part].shape)
             seen_grad[:, :seen] += blocks.product("of values", rounded.transpose(1, 2), given)
-            queries = rooms.cast("rounded queries", queries, dtype)
+            queries = buffers.cast("rounded queries", queries, dtype)
             keys_grad[:, :seen] += blocks.product("of keys", scores_grad.transpose(1, 2), queries)
             product = blocks.product("product", scores_grad, rounded_keys[:, :seen])
             queries_grad[:, :, :, part] = product.view(queries_grad[:, :, :, part].shape)
@@ -210,11 +210,11 @@ def attend_backward(
     return turned_grad, values_grad, mixed
 
 
-def _softmax_backward(gradient: Tensor, probs: Tensor, rooms: Rooms) -> Tensor:
+def _softmax_backward(gradient: Tensor, probs: Tensor, buffers: Buffers) -> Tensor:
     """P · (g − Σ P g), the gradient in the scores."""
-    room = rooms.take("scores grad", probs.shape)
+    buffer = buffers.take("scores grad", probs.shape)
     operator = torch.ops.aten._softmax_backward_data.out
-    found: Tensor = operator(gradient, probs, -1, probs.dtype, grad_input=room)
+    found: Tensor = operator(gradient, probs, -1, probs.dtype, grad_input=buffer)
     return found
 
 

@@ -65,7 +65,7 @@ def attend_rows(
         scale, products = torch.cat([known.scale, scale]), known.products + products
     turned, values = rotated(products, layer, run, done)
     groups = [group for group in run.groups if group.start >= done]
-    mixed = attend(turned, values.to(run.dtype), groups, run.shape, run.rooms)[done:].flatten(1)
+    mixed = attend(turned, values.to(run.dtype), groups, run.shape, run.buffers)[done:].flatten(1)
     out = second(mixed).to(run.kept)
     if known is not None:
         out = torch.cat([known.out, out])
@@ -128,7 +128,7 @@ class _Attention(torch.autograd.Function):
             mixed_grad = mixed_grad.unflatten(1, (shape.heads, shape.size))
             turned, values = rotated(products, layer, run)
             turned_grad, values_grad, mixed = attend_backward(
-                mixed_grad, turned, values.to(run.dtype), run.groups, shape, run.rooms
+                mixed_grad, turned, values.to(run.dtype), run.groups, shape, run.buffers
             )
             out_grad = (gradient.T @ mixed.flatten(1)).float()
             out_bias_grad = None if layer.o.bias is None else gradient.float().sum(dim=0)

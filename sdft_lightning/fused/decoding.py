@@ -57,9 +57,9 @@ class DecodingSteps:
         self.head = LaidOut.of([head], rows)
         self.longest = self.length + steps
         size = min(self.length + _MORE, self.longest)
-        room = (rows, decoder.key_heads, size, decoder.head_size)
-        self.keys = [torch.empty(room, dtype=dtype) for _ in self.layers]
-        self.values = [torch.empty(room, dtype=dtype) for _ in self.layers]
+        shape = (rows, decoder.key_heads, size, decoder.head_size)
+        self.keys = [torch.empty(shape, dtype=dtype) for _ in self.layers]
+        self.values = [torch.empty(shape, dtype=dtype) for _ in self.layers]
         self.wide = _wide(0 if dtype == torch.float32 else 2 * self.keys[0].numel())
         self.unseen = _wide(rows * decoder.key_heads * size).zero_()  # added to the scores
         self.unseen = self.unseen.view(rows, decoder.key_heads, 1, size)
@@ -70,8 +70,8 @@ class DecodingSteps:
             )  # (S_i, L)
             masks.append(mask)
             for kept, found in ((self.keys, part.keys), (self.values, part.values)):
-                for room_of_layer, of_tokens in zip(kept, found, strict=True):
-                    room_of_layer[place, :, : self.length] = of_tokens[order].transpose(1, 2)
+                for buffer_of_layer, of_tokens in zip(kept, found, strict=True):
+                    buffer_of_layer[place, :, : self.length] = of_tokens[order].transpose(1, 2)
             part.forget_keys()
         mask = torch.cat(masks)  # (S, L)
         self.positions = mask.sum(dim=1)  # (S,) of the next token
@@ -82,9 +82,9 @@ class DecodingSteps:
     def _grow(self) -> None:
         """Make room for more keys and values, layer by layer."""
         more = min(_MORE, self.longest - self.length)
-        for rooms in (self.keys, self.values):
-            for place, room in enumerate(rooms):
-                rooms[place] = pad(room, (0, 0, 0, more))
+        for buffers in (self.keys, self.values):
+            for place, buffer in enumerate(buffers):
+                buffers[place] = pad(buffer, (0, 0, 0, more))
         self.unseen = pad(self.unseen, (0, more))
         if self.wide.numel():
             self.wide = _wide(2 * self.keys[0].numel())
@@ -96,11 +96,11 @@ class DecodingSteps:
             slots: `(n,)` ascending.
         """
         count = slots.numel()
-        for rooms in (self.keys, self.values):
-            for place, room in enumerate(rooms):
+        for buffers in (self.keys, self.values):
+            for place, buffer in enumerate(buffers):
                 # In place: what is behind the last key is not read, and need not be moved.
-                room[:count, :, : self.length] = room[slots, :, : self.length]
-                rooms[place] = room[:count]
+                buffer[:count, :, : self.length] = buffer[slots, :, : self.length]
+                buffers[place] = buffer[:count]
         self.positions, self.unseen = self.positions[slots], self.unseen[slots]
         self.rows = self.rows[slots]
 
@@ -179,9 +179,9 @@ class DecodingSteps:
         if keys.dtype == torch.float32:
             return parts
         size = parts[0].numel()
-        rooms = (self.wide[:size], self.wide[size : 2 * size])
-        pairs = zip(rooms, parts, strict=True)
-        return [room.view(part.shape).copy_(part) for room, part in pairs]
+        buffers = (self.wide[:size], self.wide[size : 2 * size])
+        pairs = zip(buffers, parts, strict=True)
+        return [buffer.view(part.shape).copy_(part) for buffer, part in pairs]
 
     def _head_norms(self, heads: Tensor, layer: Layer) -> Tensor:
         """Queries and keys `(S, H + K, E)`, normed where the model does."""

@@ -50,8 +50,8 @@ class Group(NamedTuple):
         """The group's part `(G, L, ...)` of all tokens `(N, ...)`; zeros where there is none."""
         own = tokens[self.start : self.end]
         if self.places is not None:
-            room = own.new_zeros(self.rows * self.length, *own.shape[1:])
-            own = room.index_copy_(0, self.places, own)
+            buffer = own.new_zeros(self.rows * self.length, *own.shape[1:])
+            own = buffer.index_copy_(0, self.places, own)
         return own.view(self.rows, self.length, *own.shape[1:])
 
     def store(self, tokens: Tensor, padded: Tensor) -> None:

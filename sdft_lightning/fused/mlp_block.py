@@ -124,10 +124,10 @@ class _MLP(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             gradient = gradients[0].to(dtype)  # (N, D)
             count, width = gradient.shape[0], out.shape[1]  # N, F
-            active_grad = run.rooms.take("active grad", (count, width), dtype)
+            active_grad = run.buffers.take("active grad", (count, width), dtype)
             torch.mm(gradient, out.to(dtype), out=active_grad)
-            active = run.rooms.take("active", (count, width), dtype)
-            products_grad = run.rooms.take("products grad", (count, 2 * width), dtype)
+            active = run.buffers.take("active", (count, width), dtype)
+            products_grad = run.buffers.take("products grad", (count, 2 * width), dtype)
             for rows, piece in walk(products):
                 piece = piece.to(dtype)
                 _gate_backward(piece, active_grad[rows], active[rows], products_grad[rows])

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sdft_lightning.fused.attention import Rooms, Shape
+from sdft_lightning.fused.attention import Buffers, Shape
 from sdft_lightning.fused.groups import Group
 from sdft_lightning.fused.structure import Decoder
 from sdft_lightning.products import product_dtype
@@ -27,7 +27,7 @@ class Pass(NamedTuple):
         angles: Rotary positions.
         groups: How the tokens belong together.
         shape: Heads.
-        rooms: Memory to work in.
+        buffers: Memory to work in.
         kept: The dtype of what is kept of products.
         dtype: In which they are made.
     """
@@ -35,7 +35,7 @@ class Pass(NamedTuple):
     angles: Angles
     groups: list[Group]
     shape: Shape
-    rooms: Rooms
+    buffers: Buffers
     kept: torch.dtype
     dtype: torch.dtype
 
@@ -69,7 +69,7 @@ def pass_over(
     """
     shape = Shape(decoder.heads, decoder.key_heads, decoder.head_size)
     angles = _angles(decoder.rotary, hidden, positions)
-    return Pass(angles, groups, shape, Rooms(), kept, product_dtype(kept))
+    return Pass(angles, groups, shape, Buffers(), kept, product_dtype(kept))
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ class DFTModule(SupervisedModule):
     """
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
-        """As SFT, with −sg[π(y)] · log π(y) at each token."""
+        """Each token of the demonstration costs −sg[π(y)] · log π(y)."""
         target, keep = batch.demonstration_ids, batch.demonstration_mask  # (B, T)
         student = self.student_hidden(batch.prompt_ids, batch.prompt_mask, target, keep)  # (N, D)
         loss, tokens = self.token_cross_entropy(student, target, keep, probability_weighted)

@@ -100,7 +100,7 @@ class OnPolicyModule(PolicyModule):
         return [*watch, *super().configure_callbacks()]
 
     def forget_copies(self) -> None:
-        """As `PolicyModule.forget_copies`, with the engine's."""
+        """Drop what was copied from the weights, the engine's copies and kept prompts among it."""
         super().forget_copies()
         self.engine.forget()
         self._shared_prompts.forget()
@@ -115,10 +115,13 @@ class OnPolicyModule(PolicyModule):
         self.engine.check(self.sampling, self.quantization is not None)
 
     def check_can_shard(self, trains: bool) -> None:
-        """As `PolicyModule.check_can_shard`.
+        """Refuse what cannot be spread over processes, an engine that wants whole weights among it.
+
+        Args:
+            trains: Whether the model is trained.
 
         Raises:
-            UserError: Also if the engine wants whole weights.
+            UserError: Names the option.
         """
         super().check_can_shard(trains)
         if trains and not self.engine.takes_shards:

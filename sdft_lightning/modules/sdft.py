@@ -171,12 +171,12 @@ class SDFTModule(OnPolicyModule):
         self.teacher.copy_from(self.student)
 
     def shard_models(self, mesh: Any) -> None:
-        """As `PolicyModule.shard_models`; the teacher, too, is asked for whole completions."""
+        """Spread both models over processes; the teacher, too, is asked for whole completions."""
         self._teacher_weights.prepare(self.teacher.network)
         super().shard_models(mesh)
 
     def forget_copies(self) -> None:
-        """As `PolicyModule.forget_copies`, with the teacher's."""
+        """Drop what was copied from the weights of student and teacher."""
         super().forget_copies()
         self._teacher_weights.forget()
 
@@ -198,7 +198,7 @@ class SDFTModule(OnPolicyModule):
         return self._teacher_weights.model(self.teacher.network, step)
 
     def gather(self) -> None:
-        """As `PolicyModule.gather`, and the teacher where it will be graded."""
+        """Gather the student's weights, and the teacher's where it will be graded."""
         super().gather()
         if is_sharded(self.student) and self.grades_teacher:
             self.gather_teacher()
@@ -249,7 +249,7 @@ class SDFTModule(OnPolicyModule):
         return super().sampling_prompts(batch)
 
     def sampled(self, request: RolloutRequest) -> Rollout:
-        """As `OnPolicyModule.sampled`, or the teacher's completions where these are asked for."""
+        """Completions of the student, or of the teacher where `generate_from_teacher` says so."""
         if not self.generate_from_teacher:
             return super().sampled(request)
         return TransformersEngine().generate(self.whole_teacher, SamplingWeights("same"), request)

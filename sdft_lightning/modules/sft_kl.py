@@ -101,7 +101,7 @@ class SFTKLModule(SupervisedModule):
         self.base.copy_from(self.student)
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
-        """As SFT, with λ · KL at each token beside its cross-entropy."""
+        """Cross-entropy of the demonstration plus λ · KL at each of its tokens."""
         target, keep = batch.demonstration_ids, batch.demonstration_mask  # (B, T)
         student = self.student_hidden(batch.prompt_ids, batch.prompt_mask, target, keep)  # (N, D)
         base = self.base_hidden(batch)  # (N, D), no gradient

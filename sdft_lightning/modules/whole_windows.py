@@ -31,7 +31,7 @@ class WindowCheckpoint(ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        """As ModelCheckpoint's, so that its state is found in checkpoints of either class."""
+        """ModelCheckpoint's own, so that the state is found in checkpoints of either class."""
         return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -139,7 +139,7 @@ def _mean_figures(summary: Summary) -> dict[str, float]:
 
 
 def _add_hparams(writer: Any, method: Method, seed: int, figures: Mapping[str, float]) -> None:
-    """As `SummaryWriter.add_hparams`, which would open a run of its own below this one."""
+    """Write hyper-parameters; `SummaryWriter.add_hparams` would open a run of its own below."""
     settings = {"method": method.label, "seed": seed, "plan": method.plan}
     for part in hparams(settings, {f"summary/{name}": value for name, value in figures.items()}):
         writer.file_writer.add_summary(part)

@@ -84,7 +84,7 @@ class VLLMEngine(ExternalEngine):
         self._step: int | None = None
 
     def check(self, sampling: Sampling, quantized: bool) -> None:
-        """As `ExternalEngine.check`, and refuse a missing vLLM.
+        """Refuse what vLLM cannot sample, and a missing vLLM.
 
         Raises:
             UserError: Names the option and the remedy.

@@ -12,7 +12,7 @@ from torch import Tensor
 from sdft_lightning import hidden as hidden_file
 from sdft_lightning import products
 from sdft_lightning.fused import completion_states, decoder_of, groups
-from sdft_lightning.fused.attention import Rooms
+from sdft_lightning.fused.attention import Buffers
 from sdft_lightning.hidden import completion_hidden_states
 from sdft_lightning.prefix import split_prompts
 from sdft_lightning.rollout.weights import SamplingWeights
@@ -266,13 +266,13 @@ def test_a_rounded_copy_spares_the_cast_and_changes_nothing(
     assert not torch.equal(states, found[0][0])
 
 
-def test_rooms_are_used_again_and_grow() -> None:
-    rooms = Rooms()
-    first = rooms.take("a", (2, 3))
-    assert rooms.take("a", (3, 2)).data_ptr() == first.data_ptr()
-    assert rooms.take("b", (2, 3)).data_ptr() != first.data_ptr()
-    assert rooms.take("a", (4, 3)).shape == (4, 3)
-    assert rooms.take("a", (4, 3), torch.bfloat16).dtype == torch.bfloat16
+def test_buffers_are_used_again_and_grow() -> None:
+    buffers = Buffers()
+    first = buffers.take("a", (2, 3))
+    assert buffers.take("a", (3, 2)).data_ptr() == first.data_ptr()
+    assert buffers.take("b", (2, 3)).data_ptr() != first.data_ptr()
+    assert buffers.take("a", (4, 3)).shape == (4, 3)
+    assert buffers.take("a", (4, 3), torch.bfloat16).dtype == torch.bfloat16
     given = torch.ones(2)
-    assert rooms.cast("c", given, torch.float32) is given
-    assert rooms.cast("c", given, torch.bfloat16).tolist() == [1.0, 1.0]
+    assert buffers.cast("c", given, torch.float32) is given
+    assert buffers.cast("c", given, torch.bfloat16).tolist() == [1.0, 1.0]

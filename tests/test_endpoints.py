@@ -14,6 +14,8 @@ import pytest
 from sdft_lightning.endpoints import TooLongError, check_address, check_variable_name, fetch
 from sdft_lightning.errors import UserError
 
+pytestmark = pytest.mark.attack
+
 
 @pytest.fixture
 def raw() -> Iterator[Callable[[Callable[[socket.socket], None]], str]]:

@@ -10,6 +10,8 @@ import pytest
 from sdft_lightning.errors import UserError
 from sdft_lightning.foreign_text import key_from, mask, printable
 
+pytestmark = pytest.mark.attack
+
 KEY = 'k"ey/with ödd+chars'
 
 

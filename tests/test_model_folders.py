@@ -96,6 +96,7 @@ FOLDERS: dict[str, tuple[Spoil, str]] = {
 }
 
 
+@pytest.mark.attack
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_folder_that_is_no_model_is_one_sentence(
     name: str, model_folder: Path, tmp_path: Path, tokenizer: Any
@@ -154,6 +155,7 @@ def test_a_name_that_no_file_system_takes_is_one_sentence(name: str) -> None:
         load_tokenizer(name)
 
 
+@pytest.mark.attack
 def test_an_option_that_names_attention_on_the_hub_is_refused_before_anything_is_loaded(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,8 @@ from sdft_lightning.errors import UserError
 from sdft_lightning.run_folder import LOCK, check_run_folder, named_folder, one_writer
 from sdft_lightning.whole_files import held_lock, whole_file, whole_folder
 
+pytestmark = pytest.mark.attack
+
 RunCli = Callable[..., None]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 CLI = [sys.executable, "-m", "sdft_lightning.cli"]

@@ -20,6 +20,8 @@ from sdft_lightning.errors import UserError
 from sdft_lightning.sandbox import CheckedProgram, SandboxLimits, run_program
 from sdft_lightning.sandbox_filter import REFUSED
 
+pytestmark = pytest.mark.attack
+
 
 @pytest.fixture(autouse=True, scope="module")
 def limited() -> None:

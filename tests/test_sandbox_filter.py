@@ -12,6 +12,8 @@ import pytest
 from sdft_lightning.errors import UserError
 from sdft_lightning.sandbox_filter import LOOKED_AT, REFUSED, filter_program
 
+pytestmark = pytest.mark.attack
+
 TABLE = {**REFUSED, **LOOKED_AT}
 ALLOW, KILL, REFUSE, UNKNOWN = 0x7FFF0000, 0x80000000, 0x50001, 0x50026
 MACHINES = [("x86_64", 0xC000003E, 0), ("aarch64", 0xC00000B7, 1)]

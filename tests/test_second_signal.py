@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.attack
+
 HANG = """
 import ctypes, multiprocessing, os, pathlib, signal, sys
 import lightning as L

@@ -16,6 +16,8 @@ from sdft_lightning.errors import UserError
 from sdft_lightning.graders import check_reference
 from sdft_lightning.report.records import plain
 
+pytestmark = pytest.mark.attack
+
 SECRET = "hunter22"
 KEY = "judge-key-0123456789"
 

@@ -16,6 +16,8 @@ import pytest
 from sdft_lightning import shared_memory
 from sdft_lightning.shared_memory import clear_shared_memory, new_weights_folder
 
+pytestmark = pytest.mark.attack
+
 OTHER_RUN = """
 import sys
 from pathlib import Path

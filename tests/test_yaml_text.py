@@ -12,6 +12,8 @@ from sdft_lightning.data.benchmarks.task_yaml import read_task_yaml
 from sdft_lightning.errors import UserError
 from sdft_lightning.yaml_text import check_yaml
 
+pytestmark = pytest.mark.attack
+
 
 def laughs(levels: int = 12) -> str:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]

@@ -156,6 +156,7 @@ def states_of(path: Path, kept: str, tmp_path: Path) -> Any:
     return guard, trainer
 
 
+@pytest.mark.attack
 @pytest.mark.parametrize(
     "state", ["{outside}", "../{name}", "{name}", "/{name}", "kept-*", "link/{name}", "..", ""]
 )

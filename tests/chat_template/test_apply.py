@@ -58,6 +58,7 @@ def test_template_that_fails_is_a_sentence_that_names_the_row(
         render(tokenizer, ASKED, {})
 
 
+@pytest.mark.attack
 @pytest.mark.parametrize(
     ("template", "words"),
     [

@@ -23,6 +23,8 @@ from sdft_lightning.data.json_messages import messages_from_json
 from sdft_lightning.data.sources import HubSource, read_rows
 from sdft_lightning.errors import UserError
 
+pytestmark = pytest.mark.attack
+
 MEGABYTE = 2**20
 CLIP = {"bytes": b"RIFF", "path": "clip.wav"}
 

@@ -16,6 +16,8 @@ import pytest
 from sdft_lightning.errors import UserError
 from sdft_lightning.graders import Answer, Judge, JudgeSettings
 
+pytestmark = pytest.mark.attack
+
 ANSWER = Answer("What is it?", "It is red.", "Red, I think.")
 KEY = "judge-key-0123456789"
 RIGHT = '{"reason": "Because.", "verdict": "correct"}'

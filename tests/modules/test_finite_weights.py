@@ -24,6 +24,8 @@ from sdft_lightning.modules.finite_weights import (
     non_finite,
 )
 
+pytestmark = pytest.mark.attack
+
 FitModule = Callable[..., Any]
 
 

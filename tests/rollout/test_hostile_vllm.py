@@ -15,6 +15,8 @@ from sdft_lightning.errors import UserError
 from sdft_lightning.mismatch import MismatchCorrection
 from sdft_lightning.rollout import RolloutRequest, Sampling, SamplingWeights, VLLMServerEngine
 
+pytestmark = pytest.mark.attack
+
 VOCABULARY = 272  # of the tiny model
 KEY = "vllm-key-0123456789"
 REASON = {"finish_reason": "length"}

@@ -11,6 +11,8 @@ from sdft_lightning.data.benchmarks.code import passes, program, results, run_an
 from sdft_lightning.errors import UserError
 from sdft_lightning.sandbox import run_program
 
+pytestmark = pytest.mark.attack
+
 ITEM = {
     "prompt": 'def f(x):\n    """The word of a number."""\n',
     "test": (

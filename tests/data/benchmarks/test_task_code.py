@@ -12,6 +12,8 @@ from sdft_lightning.data.benchmarks.task_yaml import read_task_yaml
 from sdft_lightning.data.benchmarks.tasks import load_tasks
 from sdft_lightning.errors import UserError
 
+pytestmark = pytest.mark.attack
+
 # What a stranger's module does as it is imported.
 MARK = """import builtins
 builtins.imported_by_a_stranger = True

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import lightning as L
 import pytest
 
 import sdft_lightning
+from sdft_lightning.cli.option_names import check_trainer_names, trainer_names
+from sdft_lightning.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 # Each takes from half a second to several.
@@ -82,6 +86,7 @@ WRONG = {
     "no_command": ([], "no command was given. Name one of fit, "),
     "unknown_command": (["fitt"], "there is no command 'fitt'. Name one of fit, "),
     "option_before_the_command": (["--trainer.foo=1"], "unrecognized arguments: --trainer.foo=1"),
+    "option_of_no_trainer": (["fit", "--trainer.foo=1"], "unrecognized arguments: --trainer.foo=1"),
     "broken_yaml": (["fit", "--config=broken.yaml"], "broken.yaml, line 2 is no YAML"),
     "name_twice": (["fit", "--config", "twice.yaml"], "twice.yaml, line 2: seed stands twice"),
     "plan_that_is_not_there": (["continual", "--config=nix.yaml"], "there is no file nix.yaml"),
@@ -101,6 +106,22 @@ def test_wrong_command_is_answered_without_a_slow_import(case: str, tmp_path: Pa
     assert code == 2
     assert message in printed
     assert "Traceback" not in printed
+
+
+def test_names_of_the_trainer_are_those_of_its_signature() -> None:
+    assert trainer_names() == set(inspect.signature(L.Trainer).parameters)
+    check_trainer_names(
+        [
+            "--trainer.callbacks+=X",
+            "--trainer.callbacks.a=1",
+            "--trainer.devices",
+            "2",
+            "--trainer={}",
+        ]
+    )
+    check_trainer_names(["--trainer.foo=1", "--help"])
+    with pytest.raises(UserError, match=r"--trainer.foo --trainer.bar.a=1\. The trainer has no"):
+        check_trainer_names(["--trainer.foo", "1", "--trainer.bar.a=1", "--trainer.devices=1"])
 
 
 def test_commands_import_late_what_few_of_them_use() -> None:

@@ -12,6 +12,7 @@ import sys
 from argparse import ArgumentError, ArgumentParser
 from typing import TYPE_CHECKING, NoReturn
 
+from sdft_lightning.cli.option_names import check_trainer_names
 from sdft_lightning.config_files import check_config_files
 from sdft_lightning.errors import UserError
 from sdft_lightning.foreign_text import harmless, printable
@@ -91,6 +92,7 @@ def _dispatch(words: list[str], args: ArgsType) -> None:
 
         report_command(words[1:])
     elif command in DESCRIPTIONS:
+        check_trainer_names(words)
         _run_command(args, command)
     elif command is not None and command.partition("=")[0] in _BEFORE:
         _run_command(args, None)

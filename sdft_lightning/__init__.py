@@ -1,12 +1,191 @@
 """Self-distillation fine-tuning for chat models: learn a new skill, keep the old ones.
 
-The rooms of the package and what each may import are listed in `tests/test_floors.py`.
+What scripts and notebooks may use is listed in `__all__` and told in `docs/python.md`. A name is
+imported when it is first asked for, so that `import sdft_lightning` itself takes no time.
 """
 
+from __future__ import annotations
+
 import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdft_lightning.callbacks import (
+        CollapseGuard,
+        CompletionLog,
+        DriftMonitor,
+        ExportModel,
+        ItemScores,
+        KLStrip,
+        MetricsLog,
+        PredictionWriter,
+        ResultTable,
+        RunProgressBar,
+        SaveOnSignal,
+        TokenBudget,
+        ValidateAtEnds,
+        WindowCheckpoint,
+    )
+    from sdft_lightning.callbacks.collapse_signs import CollapseLimits
+    from sdft_lightning.callbacks.export import export_model
+    from sdft_lightning.cli.entry import main
+    from sdft_lightning.data import Columns, DemonstrationDataModule, HubSource
+    from sdft_lightning.data.benchmarks.options import Benchmarks, BenchmarkTask
+    from sdft_lightning.data.planned import HeldOut
+    from sdft_lightning.data.tokenize import Lengths
+    from sdft_lightning.divergence import Divergence
+    from sdft_lightning.errors import UserError
+    from sdft_lightning.graders import JudgeSettings
+    from sdft_lightning.lora import LoRA
+    from sdft_lightning.mismatch import MismatchCorrection, SamplerAlarm
+    from sdft_lightning.modules import (
+        CPTModule,
+        DFTModule,
+        OfflineDistillationModule,
+        PolicyModule,
+        ReinvokeModule,
+        SDFTModule,
+        SFTKLModule,
+        SFTModule,
+    )
+    from sdft_lightning.modules.schedule import Schedule
+    from sdft_lightning.preflight import Limits
+    from sdft_lightning.prompts import PromptStyle
+    from sdft_lightning.rollout import (
+        Engine,
+        Sampling,
+        TransformersEngine,
+        VLLMEngine,
+        VLLMServerEngine,
+    )
+    from sdft_lightning.run_trainer import RunTrainer
+    from sdft_lightning.teacher import EMATeacher, FrozenTeacher, LiveTeacher, Teacher
 
 # Linux: large tensors in pages of 2 MB. A decoding step on a CPU reads all weights, and finding
 # their small pages took a fifth of it. torch looks once, at its first tensor; "0" turns it off.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.1.0"
+
+# Where the names of the block above are at run time.
+_PLACES = {
+    "BenchmarkTask": "data.benchmarks.options",
+    "Benchmarks": "data.benchmarks.options",
+    "CPTModule": "modules",
+    "CollapseGuard": "callbacks",
+    "CollapseLimits": "callbacks.collapse_signs",
+    "Columns": "data",
+    "CompletionLog": "callbacks",
+    "DFTModule": "modules",
+    "DemonstrationDataModule": "data",
+    "Divergence": "divergence",
+    "DriftMonitor": "callbacks",
+    "EMATeacher": "teacher",
+    "Engine": "rollout",
+    "ExportModel": "callbacks",
+    "FrozenTeacher": "teacher",
+    "HeldOut": "data.planned",
+    "HubSource": "data",
+    "ItemScores": "callbacks",
+    "JudgeSettings": "graders",
+    "KLStrip": "callbacks",
+    "Lengths": "data.tokenize",
+    "Limits": "preflight",
+    "LiveTeacher": "teacher",
+    "LoRA": "lora",
+    "MetricsLog": "callbacks",
+    "MismatchCorrection": "mismatch",
+    "OfflineDistillationModule": "modules",
+    "PolicyModule": "modules",
+    "PredictionWriter": "callbacks",
+    "PromptStyle": "prompts",
+    "ReinvokeModule": "modules",
+    "ResultTable": "callbacks",
+    "RunProgressBar": "callbacks",
+    "RunTrainer": "run_trainer",
+    "SDFTModule": "modules",
+    "SFTKLModule": "modules",
+    "SFTModule": "modules",
+    "SamplerAlarm": "mismatch",
+    "Sampling": "rollout",
+    "SaveOnSignal": "callbacks",
+    "Schedule": "modules.schedule",
+    "Teacher": "teacher",
+    "TokenBudget": "callbacks",
+    "TransformersEngine": "rollout",
+    "UserError": "errors",
+    "VLLMEngine": "rollout",
+    "VLLMServerEngine": "rollout",
+    "ValidateAtEnds": "callbacks",
+    "WindowCheckpoint": "callbacks",
+    "export_model": "callbacks.export",
+    "main": "cli.entry",
+}
+
+__all__ = [
+    "BenchmarkTask",
+    "Benchmarks",
+    "CPTModule",
+    "CollapseGuard",
+    "CollapseLimits",
+    "Columns",
+    "CompletionLog",
+    "DFTModule",
+    "DemonstrationDataModule",
+    "Divergence",
+    "DriftMonitor",
+    "EMATeacher",
+    "Engine",
+    "ExportModel",
+    "FrozenTeacher",
+    "HeldOut",
+    "HubSource",
+    "ItemScores",
+    "JudgeSettings",
+    "KLStrip",
+    "Lengths",
+    "Limits",
+    "LiveTeacher",
+    "LoRA",
+    "MetricsLog",
+    "MismatchCorrection",
+    "OfflineDistillationModule",
+    "PolicyModule",
+    "PredictionWriter",
+    "PromptStyle",
+    "ReinvokeModule",
+    "ResultTable",
+    "RunProgressBar",
+    "RunTrainer",
+    "SDFTModule",
+    "SFTKLModule",
+    "SFTModule",
+    "SamplerAlarm",
+    "Sampling",
+    "SaveOnSignal",
+    "Schedule",
+    "Teacher",
+    "TokenBudget",
+    "TransformersEngine",
+    "UserError",
+    "VLLMEngine",
+    "VLLMServerEngine",
+    "ValidateAtEnds",
+    "WindowCheckpoint",
+    "export_model",
+    "main",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import one of the names in `__all__` when it is first asked for (PEP 562)."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

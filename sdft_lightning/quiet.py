@@ -63,7 +63,13 @@ def print_anything() -> None:
 
 
 def quieten() -> None:
-    """Drop these notices; show the package's own messages."""
+    """Drop known notices and transformers' progress bars; show the package's own messages."""
+    quieten_notices()
+    quieten_transformers()
+
+
+def quieten_notices() -> None:
+    """Drop known notices; show the package's own messages. Imports no library."""
     for pattern in _WARNINGS:
         warnings.filterwarnings("ignore", message=pattern)
     for name in _SPEAKERS:
@@ -80,6 +86,10 @@ def quieten() -> None:
         ours.setLevel(logging.INFO)
         ours.propagate = False
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def quieten_transformers() -> None:
+    """Turn transformers' progress bars off. Imports it, which takes a second."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

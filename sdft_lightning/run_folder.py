@@ -10,10 +10,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_only
-from torch import Tensor
-
 from sdft_lightning.errors import UserError
 from sdft_lightning.foreign_text import printable
 from sdft_lightning.whole_files import held_lock
@@ -78,6 +74,8 @@ def one_writer(folder: Path) -> Iterator[None]:
         UserError: If another process writes into it.
         OSError: If it cannot be made.
     """
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
     if (
         getattr(rank_zero_only, "rank", 0) != 0
     ):  # a process of the command whose process zero holds the lock
@@ -207,6 +205,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             f"ckpt_path: {path} is no file but a pipe or a device. Name a file of the run's "
             "checkpoints/ folder."
         )
+    import torch
+
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         found = dict(content)
@@ -224,6 +224,8 @@ def load_whole_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: Also if a part is missing, or is not what Lightning writes there.
     """
+    from torch import Tensor
+
     content = load_checkpoint(path)
     missing = _OF_A_CHECKPOINT - content.keys()
     if missing:

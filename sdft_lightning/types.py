@@ -6,9 +6,11 @@ Masks are boolean, true = keep.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 Message = dict[str, Any]
 

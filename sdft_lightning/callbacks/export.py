@@ -77,7 +77,7 @@ class ExportModel(L.Callback):
 
 def export_model(
     module: Any,
-    folder: Path,
+    folder: str | Path,
     format: ExportFormat = "merged",
     weights: dict[str, Any] | None = None,
 ) -> None:
@@ -94,6 +94,7 @@ def export_model(
     """
     check_format(module, format)
     student = module.student
+    folder = Path(folder)
     check_export(student.named_parameters() if weights is None else weights.items(), folder)
     with whole_folder(folder) as unfinished:
         if format == "adapter":

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO
 
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-
 Command = Callable[[list[str]], None]
 _LAST_LINES = 20
 _INTERRUPTED_ITSELF = 5.0  # seconds until a process is told that may have had a Ctrl-C itself
@@ -78,6 +76,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _is_stop(error: BaseException) -> bool:
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
     # Lightning turns Ctrl-C into an exit with code 1.
     return any(isinstance(each, KeyboardInterrupt | SIGTERMException) for each in _chain(error))
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from sdft_lightning.continual.checks import Parse, check_plan
-from sdft_lightning.continual.commands import Stopped, in_own_process, in_this_process
-from sdft_lightning.continual.drive import Work, work_through
-from sdft_lightning.continual.identity import canonical_plan, claim_folder, plan_hash
-from sdft_lightning.continual.overview import overview
 from sdft_lightning.continual.plan import ContinualPlan
 from sdft_lightning.continual.plan_file import build_plan, read_options
-from sdft_lightning.continual.records import all_records
-from sdft_lightning.continual.units import parse_shard, plan_folder
+from sdft_lightning.continual.units import Shard, parse_shard, plan_folder
+
+if TYPE_CHECKING:
+    from sdft_lightning.continual.checks import Parse
 
 DESCRIPTION = "Methods x stages x seeds from one YAML; started again, it goes on where it was."
 
@@ -51,13 +49,27 @@ def run_continual(args: list[str], main: Callable[[], None], parse: Parse) -> No
     """
     own, overrides = plan_parser().parse_known_args(args)
     plan, shard = build_plan(read_options(own.config, overrides)), parse_shard(own.shard)
+    _work_through(plan, shard, own.dry_run, main, parse)
+
+
+def _work_through(
+    plan: ContinualPlan, shard: Shard, dry_run: bool, main: Callable[[], None], parse: Parse
+) -> None:
+    # Only what is to be carried out waits for torch; a wrong plan has been refused by now.
+    from sdft_lightning.continual.checks import check_plan
+    from sdft_lightning.continual.commands import Stopped, in_own_process, in_this_process
+    from sdft_lightning.continual.drive import Work, work_through
+    from sdft_lightning.continual.identity import canonical_plan, claim_folder, plan_hash
+    from sdft_lightning.continual.overview import overview
+    from sdft_lightning.continual.records import all_records
+
     check_plan(plan, parse)
     canonical = canonical_plan(plan)
     folder, found = plan_folder(plan), plan_hash(canonical)
-    claim_folder(folder, canonical, write=not own.dry_run)
+    claim_folder(folder, canonical, write=not dry_run)
     records = all_records(folder, found)
     print(overview(plan, shard, records), flush=True)
-    if own.dry_run:
+    if dry_run:
         return
     same = plan.processes == "same"
     work = Work(

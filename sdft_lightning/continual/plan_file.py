@@ -11,7 +11,6 @@ import yaml
 
 from sdft_lightning.continual.options import merged
 from sdft_lightning.continual.plan import Budget, ContinualPlan, Method, Stage
-from sdft_lightning.data.planned import HeldOut
 from sdft_lightning.endpoints import check_no_secrets
 from sdft_lightning.errors import UserError
 from sdft_lightning.foreign_text import printable, shown
@@ -121,8 +120,11 @@ def build_plan(options: Mapping[str, Any]) -> ContinualPlan:
         _stage(stage, f"stages[{place}].") for place, stage in enumerate(given["stages"])
     ]
     given["budget"] = Budget(**_fields(Budget, given["budget"], "budget."))
-    for name, held in given.get("held_out", {}).items():
-        _known(HeldOut, held, f"held_out.{name}.")  # jsonargparse drops unknown ones silently
+    if given.get("held_out"):
+        from sdft_lightning.data.planned import HeldOut
+
+        for name, held in given["held_out"].items():
+            _known(HeldOut, held, f"held_out.{name}.")  # jsonargparse drops unknown ones silently
     for seed in given.get("seeds", []):
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise UserError(f"seeds: got {shown(seed)}; seeds are whole numbers.")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torchmetrics.functional.text import squad
-
 from sdft_lightning.graders.judge.rubrics import judge_reference
 
 
@@ -21,6 +19,8 @@ def token_f1(text: str, reference: object) -> float:
     Raises:
         UserError: The reference has another form.
     """
+    from torchmetrics.functional.text import squad
+
     accepted = [judge_reference(reference)]
     if isinstance(reference, list | tuple) and all(isinstance(item, str) for item in reference):
         accepted = [str(item) for item in reference]

@@ -15,7 +15,7 @@ WORDS = "the ferry leaves harbour at seven and returns before tide turns while g
 START = """
 import sys, time
 from pathlib import Path
-from sdft_lightning.cli import DemonstrationDataModule
+from sdft_lightning.data import DemonstrationDataModule
 from sdft_lightning.prompts import PromptStyle
 
 begun = time.monotonic()

@@ -51,7 +51,7 @@ def test_help_names_the_command_and_its_options(capsys: pytest.CaptureFixture[st
     assert "RESULTS" in printed
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert "`report`" in capsys.readouterr().out
+    assert "\n    report " in capsys.readouterr().out
     with pytest.raises(SystemExit) as ended:
         main(["report"])
     assert ended.value.code == 2

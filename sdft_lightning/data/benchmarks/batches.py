@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset
 
-from sdft_lightning.data.benchmarks.harness_model import Part, Prompt
 from sdft_lightning.data.collate import pad
 from sdft_lightning.types import GenerationBatch, ScoringBatch
+
+if TYPE_CHECKING:
+    from sdft_lightning.data.benchmarks.harness_model import Part, Prompt
 
 # Padded tokens of continuations in a batch, so that long texts come a few at a time.
 _TOKENS = 1 << 14

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdft_lightning.data.benchmarks.batches import (
     GenerationPlan,
@@ -13,12 +13,6 @@ from sdft_lightning.data.benchmarks.batches import (
     ScoringPlan,
     generation_plans,
     scoring_plans,
-)
-from sdft_lightning.data.benchmarks.harness_model import (
-    Part,
-    RequestCollector,
-    RequestKey,
-    ResponsePlayer,
 )
 from sdft_lightning.data.benchmarks.options import Benchmarks
 from sdft_lightning.data.benchmarks.quiet_harness import quiet_harness
@@ -33,6 +27,14 @@ from sdft_lightning.types import (
     Measurement,
     RequestResponse,
 )
+
+if TYPE_CHECKING:
+    from sdft_lightning.data.benchmarks.harness_model import (
+        Part,
+        RequestCollector,
+        RequestKey,
+        ResponsePlayer,
+    )
 
 # Bootstrap draws for the standard error of metrics that are no plain mean; the harness's default
 # of 100,000 takes minutes for some.
@@ -55,6 +57,8 @@ class BenchmarkSuite:
         self, options: Benchmarks, model_name: str = "embedded", revision: str | None = None
     ) -> None:
         self.options = options
+        from sdft_lightning.data.benchmarks.harness_model import RequestCollector
+
         self.tokenizer = tokenizer = load_tokenizer(model_name, revision)
         self.max_length = max_length = load_max_length(model_name, tokenizer, revision)
         self.tasks = load_tasks(options)
@@ -112,6 +116,8 @@ class BenchmarkSuite:
         Raises:
             UserError: If requests were not answered, or more than once.
         """
+        from sdft_lightning.data.benchmarks.harness_model import ResponsePlayer
+
         given = [0] * len(self.scored)
         sums = [ContinuationScore(0.0, True) for _ in self.scored]
         texts: list[dict[int, str]] = [{} for _ in self.answered]

@@ -1,9 +1,8 @@
-"""The command line: LightningCLI's commands, `preflight`, `export`, `continual` and `report`."""
+"""The commands that build a model, a data module and a trainer, through LightningCLI."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import logging
 import signal
@@ -29,19 +28,15 @@ from sdft_lightning.callbacks import (
     WindowCheckpoint,
 )
 from sdft_lightning.checkpoint_io import WholeCheckpointIO
-from sdft_lightning.config_files import check_config_files
-from sdft_lightning.continual import run_continual
+from sdft_lightning.cli.entry import DESCRIPTIONS, INTRODUCTION, user_error
 from sdft_lightning.data import DemonstrationDataModule
 from sdft_lightning.data.benchmarks import Benchmarks
-from sdft_lightning.data.loader import dead_worker
 from sdft_lightning.endpoints import check_no_secrets
 from sdft_lightning.errors import UserError
-from sdft_lightning.foreign_text import harmless, printable
 from sdft_lightning.modules import PolicyModule
 from sdft_lightning.modules.monitors import check_monitors
 from sdft_lightning.modules.whole_windows import check_whole_windows
-from sdft_lightning.quiet import print_anything, quieten
-from sdft_lightning.report import report_command
+from sdft_lightning.quiet import quieten_transformers
 from sdft_lightning.run_config import SaveRunConfig
 from sdft_lightning.run_folder import (
     check_run_folder,
@@ -57,28 +52,27 @@ from sdft_lightning.run_trainer import RunTrainer
 from sdft_lightning.setup_errors import setup_error
 from sdft_lightning.shared_memory import clear_shared_memory
 from sdft_lightning.trainer_options import check_trainer_options, check_values
-from sdft_lightning.whole_files import check_can_make, no_room
+from sdft_lightning.whole_files import check_can_make
 from sdft_lightning.yaml_text import bound_config_files
 
 log = logging.getLogger(__name__)
 
 _LARGEST_SEED = 2**32 - 1
 # What a shell reports of a process that the signal ended.
-_TERMINATED, _INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT
-_DESCRIPTIONS = {
-    "fit": "Train: see configs/ for whole runs, e.g. --config configs/quickstart.yaml.",
-    "validate": "Accuracy of student and teacher on the validation split, and on held-out sets.",
-    "test": "Accuracy of student and teacher on the test split, and on held-out sets.",
-    "predict": "Answer the questions of data.predict greedily, into predictions.jsonl.",
-    "preflight": "Before training: is the teacher better than the student? go, warn or use SFT.",
-    "export": "Write a checkpoint as a save_pretrained folder for transformers and vLLM.",
-}
+_TERMINATED = 128 + signal.SIGTERM
 
 
 class SDFTCLI(LightningCLI):
-    """LightningCLI with one folder a run, and the model's name given once."""
+    """LightningCLI with one folder a run, and the model's name given once.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        args: `LightningCLI`'s.
+        command: The only command whose options are wanted; of all of them without it.
+        kwargs: `LightningCLI`'s.
+    """
+
+    def __init__(self, *args: Any, command: str | None = None, **kwargs: Any) -> None:
+        self._command = command
         with contextlib.ExitStack() as self._held:
             try:
                 super().__init__(*args, **kwargs)
@@ -127,6 +121,8 @@ class SDFTCLI(LightningCLI):
     def _prepare_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
     ) -> LightningArgumentParser:
+        if self._command not in (None, subcommand):  # reading the classes' options takes seconds
+            return self.init_parser(**kwargs)
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if "verbose" in self._subcommand_method_arguments[subcommand]:
             # `ResultTable` prints one table; Lightning would print one for each loader.
@@ -261,53 +257,21 @@ def _seed(value: Any) -> int:
     return 42 if isinstance(value, bool) else int(value)
 
 
-def main(args: ArgsType = None) -> None:
-    """Run a command.
+def run_command(args: ArgsType, command: str | None) -> None:
+    """Carry out a command of LightningCLI's or of our trainer's.
 
     Args:
         args: The command line as a list; that of the process without it.
-
-    Exits with code 2 and a message where the user gave something wrong, and with 128 plus
-    the signal's number after SIGTERM (143), SIGHUP (129) or Ctrl-C (130).
+        command: The command that it begins with; None where a config file names it.
     """
-    print_anything()
-    quieten()
-    given = sys.argv[1:] if args is None else args
-    words = list(given) if isinstance(given, list) else []
-    command = words[0] if words else None
+    quieten_transformers()
     try:
-        check_config_files(words)
-        # Two commands without a model and a trainer, which LightningCLI would build.
-        if command == "continual":
-            run_continual(words[1:], main, run_problem)
-        elif command == "report":
-            report_command(words[1:])
-        else:
-            _run_command(args)
+        _run_cli(args, command)
     except SIGTERMException as stop:
         raise SystemExit(stop.code or _TERMINATED) from stop
-    except KeyboardInterrupt as stop:
-        raise _interrupted() from stop
-    except SystemExit as stop:
-        if not isinstance(stop.__context__, KeyboardInterrupt):
-            raise
-        raise _interrupted() from stop  # Lightning makes it an exit with code 1
-    except (ArgumentError, ValueError, RuntimeError, OSError) as error:
-        found = _user_error(error)
-        if found is None and isinstance(error, OSError):  # of files that a library opens
-            found = _too_long(error) or no_room(error, error.filename or "a file of the run")
-        if found is None:
-            raise
-        print(f"error: {harmless(str(found))}", file=sys.stderr)
-        raise SystemExit(2) from error
 
 
-def _interrupted() -> SystemExit:
-    print("Interrupted.", file=sys.stderr)
-    return SystemExit(_INTERRUPTED)
-
-
-def _run_command(args: ArgsType) -> None:
+def _run_cli(args: ArgsType, command: str | None) -> None:
     bound_config_files()
     SDFTCLI(
         PolicyModule,
@@ -326,18 +290,17 @@ def _run_command(args: ArgsType) -> None:
         },
         save_config_callback=SaveRunConfig,
         parser_kwargs={
-            "description": "Self-distillation fine-tuning: a new skill, old ones kept. Besides the "
-            "commands below there are `continual` (methods x stages x seeds from one YAML) and "
-            "`report` (tables, plots and a page of its results).",
+            "description": INTRODUCTION,
             "exit_on_error": False,  # which prints a page of options before the error
             **{
                 name: {"description": text, "exit_on_error": False}
-                for name, text in _DESCRIPTIONS.items()
+                for name, text in DESCRIPTIONS.items()
             },
         },
         seed_everything_default=42,
         auto_configure_optimizers=False,
         args=args,
+        command=command,
     )
 
 
@@ -346,38 +309,13 @@ def run_problem(command: str, options: str) -> str:
     before, sys.argv = sys.argv, sys.argv[:1]
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            _run_command([command, f"--config={options}", "--print_config"])
+            _run_cli([command, f"--config={options}", "--print_config"], command)
     except SystemExit as stop:
         if stop.code in (None, 0):
             return ""
         return str(stop.__context__ or f"exit code {stop.code}")
     except (ArgumentError, ValueError) as error:
-        return str(_user_error(error) or error)
+        return str(user_error(error) or error)
     finally:
         sys.argv = before
     raise AssertionError("--print_config ends the command")
-
-
-def _too_long(error: OSError) -> UserError | None:
-    if error.errno != errno.ENAMETOOLONG:
-        return None
-    return UserError(
-        f"there is no file {printable(str(error.filename), 80)}: the name is longer than a file "
-        "system takes. Correct the option that names it."
-    )
-
-
-def _user_error(error: BaseException) -> BaseException | None:
-    """The error that the user can mend, also where jsonargparse or torch has wrapped it."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, UserError):
-            return cause
-        if isinstance(cause, RuntimeError) and dead_worker(cause) is not None:
-            return dead_worker(cause)  # raised wherever the program was when the worker died
-        cause = cause.__cause__ or cause.__context__
-    return error if isinstance(error, ArgumentError) else None
-
-
-if __name__ == "__main__":
-    main()

@@ -51,7 +51,7 @@ from sdft_lightning.tokenization import (
     resolve_model,
     vocabulary_size,
 )
-from sdft_lightning.types import Demonstration, PromptBatch, RowNeeds
+from sdft_lightning.types import Demonstration, PromptBatch, RowNeeds, TaskData
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class ModelVersion(NamedTuple):
         return self.name if self.revision is None else f"{self.name} at revision {self.revision}"
 
 
-class DemonstrationDataModule(L.LightningDataModule):
+class DemonstrationDataModule(L.LightningDataModule, TaskData):
     """Demonstrations for training, and graded questions for validation and test.
 
     Args:

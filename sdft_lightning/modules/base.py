@@ -47,6 +47,8 @@ from sdft_lightning.types import (
     Demonstration,
     OutputHead,
     RowNeeds,
+    TaskData,
+    task_data,
 )
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
@@ -122,12 +124,12 @@ class PolicyModule(EvaluatedModule):
         Raises:
             UserError: In a fit, if a monitor names nothing that will be logged.
         """
-        data = getattr(self.trainer, "datamodule", None)
+        data = task_data(self.trainer)
         if stage == "fit":
             check_monitors(self, self.trainer, data)
         self.plan_models(self.trainer, stage, data)
 
-    def plan_models(self, trainer: L.Trainer, command: str, data: Any) -> None:
+    def plan_models(self, trainer: L.Trainer, command: str, data: TaskData | None) -> None:
         """Decide whether a command needs a teacher; what it does not use is not loaded.
 
         Args:
@@ -139,7 +141,7 @@ class PolicyModule(EvaluatedModule):
         spread = isinstance(trainer.strategy, ModelParallelStrategy | DeepSpeedStrategy)
         self.loads_teacher = spread or self.uses_teacher(command, data)
 
-    def uses_teacher(self, command: str, data: Any) -> bool:
+    def uses_teacher(self, command: str, data: TaskData | None) -> bool:
         """Whether a command uses the models that stand beside the student.
 
         Args:
@@ -395,7 +397,8 @@ class PolicyModule(EvaluatedModule):
     def total_steps(self) -> int | None:
         """Optimizer steps of the whole run; None where neither steps nor epochs end it."""
         trainer = self.trainer
-        batches = getattr(getattr(trainer, "datamodule", None), "batches_per_epoch", None)
+        data = task_data(trainer)
+        batches = None if data is None else data.batches_per_epoch
         if batches is None:
             estimate = trainer.estimated_stepping_batches
             return int(estimate) if math.isfinite(estimate) else None

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.types import task_data
 
 
 class WindowCheckpoint(ModelCheckpoint):
@@ -99,7 +100,8 @@ class WholeWindows(L.Callback):
         """Check before the models are loaded, where the data module knows its batches."""
         if stage != "fit":
             return
-        batches = getattr(getattr(trainer, "datamodule", None), "batches_per_epoch", None)
+        data = task_data(trainer)
+        batches = None if data is None else data.batches_per_epoch
         if batches is not None:
             check_whole_windows(trainer, batches)
 

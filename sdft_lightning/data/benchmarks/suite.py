@@ -55,6 +55,7 @@ class BenchmarkSuite:
         self, options: Benchmarks, model_name: str = "embedded", revision: str | None = None
     ) -> None:
         self.options = options
+        self.every_n_validations = options.every_n_validations
         self.tokenizer = tokenizer = load_tokenizer(model_name, revision)
         self.max_length = max_length = load_max_length(model_name, tokenizer, revision)
         self.tasks = load_tasks(options)

@@ -12,7 +12,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.types import task_data
 
 
 class WindowCheckpoint(ModelCheckpoint):
@@ -95,15 +94,6 @@ class WholeWindows(L.Callback):
     def __init__(self) -> None:
         self._step = 0
         self._stop = False
-
-    def setup(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
-        """Check before the models are loaded, where the data module knows its batches."""
-        if stage != "fit":
-            return
-        data = task_data(trainer)
-        batches = None if data is None else data.batches_per_epoch
-        if batches is not None:
-            check_whole_windows(trainer, batches)
 
     def on_train_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
         """Check with what Lightning has counted; what was resumed from is saved already."""

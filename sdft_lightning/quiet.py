@@ -62,6 +62,30 @@ def print_anything() -> None:
             stream.reconfigure(errors="replace")
 
 
+def show_messages() -> None:
+    """Print the package's own messages in a script whose program has set up no logging.
+
+    As Lightning does with its own. Warnings of Lightning that mislead are dropped as well, unless
+    the program has a filter for them; loggers of others, and what the program has set, stay.
+    """
+    for pattern in _WARNINGS:
+        warnings.filterwarnings("ignore", message=pattern, append=True)
+    if not logging.getLogger().handlers:
+        _print_messages()
+
+
+def _print_messages() -> None:
+    ours = logging.getLogger("sdft_lightning")
+    if ours.handlers:
+        return
+    handler = _CurrentStderr()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    ours.addHandler(handler)
+    if ours.level == logging.NOTSET:
+        ours.setLevel(logging.INFO)
+    ours.propagate = False
+
+
 def quieten() -> None:
     """Drop known notices and transformers' progress bars; show the package's own messages."""
     quieten_notices()
@@ -78,13 +102,7 @@ def quieten_notices() -> None:
     # libraries that it does not find and of its own deprecated calls.
     logging.getLogger("torchao").setLevel(logging.ERROR)
     logging.getLogger("torch.utils._pytree").addFilter(_Drop())
-    ours = logging.getLogger("sdft_lightning")
-    if not ours.handlers:
-        handler = _CurrentStderr()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        ours.addHandler(handler)
-        ours.setLevel(logging.INFO)
-        ours.propagate = False
+    _print_messages()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

@@ -8,29 +8,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.foreign_text import printable
 from sdft_lightning.whole_files import held_lock
 
 log = logging.getLogger(__name__)
 
 _LONGEST = 200  # bytes of a folder's name; file systems take 255
-
-# The parts of a checkpoint, and what each is; the first five are in all of them.
-_PARTS: dict[str, type] = {
-    "state_dict": dict,
-    "global_step": int,
-    "epoch": int,
-    "loops": dict,
-    "pytorch-lightning_version": str,
-    "callbacks": dict,
-    "optimizer_states": list,
-    "lr_schedulers": list,
-}
-_OF_A_CHECKPOINT = set(list(_PARTS)[:5])
-
 
 LOCK = ".lock"  # while a command writes into the folder
 
@@ -128,6 +112,8 @@ def _last_whole(folder: Path) -> Path:
     Later alone would not do: a copied folder has new times, and further alone neither: a run that
     was put back to an older checkpoint is not where it once was.
     """
+    from sdft_lightning.checkpoint_io import load_checkpoint
+
     last = folder / "checkpoints" / "last.ckpt"
     steps: dict[Path, int] = {}
     for path in sorted(_checkpoints(folder), key=_written, reverse=True):
@@ -181,72 +167,6 @@ def requeued_checkpoint(folder: Path) -> str | None:
 def is_requeued() -> bool:
     """Whether SLURM has started this job again."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0) > 0
-
-
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint: tensors and plain values only, and lazily.
-
-    Args:
-        path: An existing file.
-
-    Returns:
-        Its content, on the CPU.
-
-    Raises:
-        UserError: If it cannot be read as a checkpoint.
-    """
-    if Path(path).is_dir():
-        raise UserError(
-            f"ckpt_path: {path} is a folder, as DeepSpeed writes them; this command reads files. "
-            "Export in the run itself, with the callback ExportModel."
-        )
-    if not Path(path).is_file():  # a pipe would be waited for, a device never ends
-        raise UserError(
-            f"ckpt_path: {path} is no file but a pipe or a device. Name a file of the run's "
-            "checkpoints/ folder."
-        )
-    import torch
-
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        found = dict(content)
-    except Exception as error:  # whatever a file that is none makes torch do
-        raise UserError(
-            f"ckpt_path: {path} cannot be read as a checkpoint ({type(error).__name__}); it may "
-            "have been cut short. Name an older one of the run's checkpoints/ folder."
-        ) from error
-    return found
-
-
-def load_whole_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint, as `load_checkpoint`, that has all parts that Lightning needs.
-
-    Raises:
-        UserError: Also if a part is missing, or is not what Lightning writes there.
-    """
-    from torch import Tensor
-
-    content = load_checkpoint(path)
-    missing = _OF_A_CHECKPOINT - content.keys()
-    if missing:
-        raise UserError(
-            f"ckpt_path: {path} is no checkpoint of a run: it has no {', '.join(sorted(missing))}. "
-            "Name one of the run's checkpoints/ folder."
-        )
-    for name, kind in _PARTS.items():
-        found = content.get(name, kind())
-        if not isinstance(found, kind) or (isinstance(found, int) and not 0 <= found < 2**63):
-            raise UserError(
-                f"ckpt_path: {path} is no checkpoint of a run: its {name} is "
-                f"{printable(repr(found), 80)}. Name one of the run's checkpoints/ folder."
-            )
-    odd = [name for name, each in content["state_dict"].items() if not isinstance(each, Tensor)]
-    if odd:
-        raise UserError(
-            f"ckpt_path: {path} is no checkpoint of a run: its state_dict has what is no tensor, "
-            f"{printable(repr(odd[0]), 80)}. Name one of the run's checkpoints/ folder."
-        )
-    return content
 
 
 def is_deepspeed_folder(path: str | Path) -> bool:

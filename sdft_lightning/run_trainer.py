@@ -7,12 +7,12 @@ from pathlib import Path
 import lightning as L
 
 from sdft_lightning.callbacks.export import ExportFormat, check_format, export_model
+from sdft_lightning.checkpoint_io import load_whole_checkpoint
 from sdft_lightning.data import DemonstrationDataModule
 from sdft_lightning.errors import UserError
 from sdft_lightning.json_text import json_text
 from sdft_lightning.modules import PolicyModule
-from sdft_lightning.preflight import Limits, judge, run_preflight
-from sdft_lightning.run_folder import load_whole_checkpoint
+from sdft_lightning.preflight import Limits, Report, judge, run_preflight
 from sdft_lightning.tokenization import load_max_length
 
 
@@ -66,22 +66,43 @@ class RunTrainer(L.Trainer):
         print(f"Exported {path} to {folder}")
         return folder
 
+    def check(self, model: PolicyModule, datamodule: DemonstrationDataModule, command: str) -> None:
+        """Read and check all data of a command, and its options, before a file is written.
+
+        Args:
+            model: The module.
+            datamodule: Its data.
+            command: fit, validate, test or predict.
+
+        Raises:
+            UserError: If a file, a row or an option is wrong.
+        """
+        self.strategy.connect(model)  # the data module asks the trainer for its module
+        datamodule.trainer = self
+        datamodule.prepare_data()
+        datamodule.setup(command)
+        model.check_ahead(self, command, datamodule)
+
     def preflight(
         self,
         model: PolicyModule,
         datamodule: DemonstrationDataModule,
         rows: int = 32,
         limits: Limits = Limits(),  # noqa: B008 - frozen
-    ) -> None:
+    ) -> Report:
         """Measure on a sample of training rows whether a run can work; nothing is trained.
 
-        Exits with code 0 (go), 1 (warn) or 2 (use SFT, or bad input); writes preflight.json.
+        Prints the report and the verdict, and writes both to preflight.json. The exit code of the
+        command is the verdict's: 0 (go), 1 (warn) or 2 (use SFT); 2 also for bad input.
 
         Args:
             model: Set from the model options; an SDFTModule itself.
             datamodule: Set from the data options.
             rows: Size of the sample.
             limits: What the verdict asks for.
+
+        Returns:
+            The report.
 
         Raises:
             UserError: If the module has no teacher, or one that is not shown demonstrations while
@@ -92,6 +113,9 @@ class RunTrainer(L.Trainer):
                 "model: preflight measures a teacher with demonstrations on completions of the "
                 f"student, and {type(model).__name__} has none. Give --model=SDFTModule."
             )
+        datamodule.for_preflight()
+        self.check(model, datamodule, "fit")
+        datamodule.check_training_references()
         model.configure_model()
         model.trainer = self
         model.to(self.strategy.root_device)
@@ -109,5 +133,4 @@ class RunTrainer(L.Trainer):
         print(report.table())
         print(f"\nVerdict: {verdict.name}" + "".join(f"\n- {why}" for why in verdict.reasons))
         print(f"Written to {path}")
-        if verdict.exit_code:
-            raise SystemExit(verdict.exit_code)
+        return report

@@ -1,4 +1,8 @@
-"""Lightning strategies by name: FSDP2 over all devices; what is asked of DeepSpeed."""
+"""Lightning strategies by name: FSDP2 over all devices; what is asked of DeepSpeed.
+
+Importing this file makes "fsdp2" a name that Trainer(strategy=...) takes. All modules for training
+import it; a script that has imported none of them yet, before it makes its Trainer, imports this.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,11 @@ from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any
 
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    StrategyRegistry,
+)
 from torch.distributed.constants import default_pg_timeout
 
 from sdft_lightning.errors import UserError
@@ -78,6 +86,20 @@ def check_strategy(strategy: Any) -> None:
             "trainer.strategy: DeepSpeed is not installed. Install the extra: "
             "pip install 'sdft-lightning[deepspeed]'."
         )
+
+
+def strategy_options(strategy: Any) -> dict[str, Any]:
+    """A trainer's strategy as `check_strategy` reads it.
+
+    Args:
+        strategy: One of Lightning's.
+    """
+    given: dict[str, Any] = {}
+    if isinstance(strategy, ModelParallelStrategy):
+        given["save_distributed_checkpoint"] = strategy._save_distributed_checkpoint
+    if isinstance(strategy, DeepSpeedStrategy):
+        given["stage"] = 3 if strategy.zero_stage_3 else 2
+    return {"class_path": type(strategy).__qualname__, "init_args": given}
 
 
 def _name(strategy: Any) -> str:

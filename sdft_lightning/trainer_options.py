@@ -7,8 +7,10 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
+from lightning.pytorch.callbacks import Timer
+
 from sdft_lightning.errors import UserError, check_at_least
-from sdft_lightning.strategies import check_strategy
+from sdft_lightning.strategies import check_strategy, strategy_options
 
 # Callbacks of Lightning that cannot work here, and what to do instead.
 _CALLBACKS = {
@@ -41,6 +43,15 @@ _BATCHES = {
     "test": "limit_test_batches",
     "predict": "limit_predict_batches",
 }
+# What a trainer keeps as it was given; an interval in hours it keeps elsewhere.
+_READ_AS_GIVEN = (
+    "gradient_clip_val",
+    "accumulate_grad_batches",
+    "overfit_batches",
+    "check_val_every_n_epoch",
+    "log_every_n_steps",
+    "val_check_interval",
+)
 _MOST = 2**53  # beyond it neither numpy nor a float counts
 
 
@@ -103,6 +114,29 @@ def check_trainer_options(options: Mapping[str, Any], command: str = "fit") -> N
             "order that a resumed run continues. To train on few rows set "
             "--trainer.limit_train_batches, or give data.train and data.validation a small file."
         )
+
+
+def check_trainer(trainer: Any, command: str) -> None:
+    """Refuse what `check_trainer_options` does, of a trainer that is there.
+
+    Except `num_nodes`: by the time a module is asked, Lightning has waited for the other machines.
+
+    Args:
+        trainer: Lightning's Trainer.
+        command: What it is to do.
+
+    Raises:
+        UserError: Names the option.
+    """
+    names = [*_READ_AS_GIVEN, *_BATCHES.values()]
+    options = {name: getattr(trainer, name, None) for name in names}
+    options["strategy"] = strategy_options(trainer.strategy)
+    # A Timer is what Lightning makes of max_time.
+    kinds = [type(each) for each in trainer.callbacks if not isinstance(each, Timer)]
+    options["callbacks"] = [
+        {"class_path": f"{kind.__module__}.{kind.__qualname__}"} for kind in kinds
+    ]
+    check_trainer_options(options, command)
 
 
 def _check_callbacks(callbacks: Any) -> None:

@@ -6,7 +6,10 @@ Masks are boolean, true = keep.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping
+from inspect import getattr_static
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -239,3 +242,74 @@ class TokenStatistics(NamedTuple):
     top1_agreement: Tensor
     student_log_probs: Tensor
     teacher_log_probs: Tensor
+
+
+class TaskData(Protocol):
+    """What a module and its callbacks may ask of a data module, after its `setup`.
+
+    A data module that subclasses it offers only what it has; the rest are the values here.
+
+    Attributes:
+        benchmark_suite: The benchmarks that are measured; None without any.
+        grade_thoughts: Whether graders also get the thoughts of an answer.
+        held_out: Graded sets beside the task, by name.
+        batch_size: Prompts of a training micro-batch on one device.
+    """
+
+    benchmark_suite: Any = None
+    grade_thoughts: bool = False
+    held_out: Mapping[str, Any] = MappingProxyType({})
+    batch_size: int = 1
+
+    @property
+    def judge(self) -> Any:
+        """Who is asked by the graders that ask a judge; None where none does."""
+        return None
+
+    @property
+    def batches_per_epoch(self) -> int | None:
+        """Training micro-batches of an epoch on this rank; None where nobody knows."""
+        return None
+
+    def training_rows(self) -> list[Demonstration]:
+        """The training rows that fit, after `setup("fit")`."""
+        return []
+
+    def graded(self, command: str) -> dict[str, bool]:
+        """The tasks whose answers a command grades.
+
+        Args:
+            command: validate or test; validate stands for the validations of a fit, too.
+
+        Returns:
+            By name, whether any of its questions comes with a demonstration.
+        """
+        return {}
+
+    def check_model_takes(self, new_tokens: int, eval_new_tokens: int) -> None:
+        """Refuse, or warn of, rows that leave the model no room for a completion.
+
+        Args:
+            new_tokens: Longest completion of a training prompt; 0 where none are sampled.
+            eval_new_tokens: Longest answer to a question that is graded.
+
+        Raises:
+            UserError: Names the longest row.
+        """
+
+
+_ASKED = tuple(name for name in vars(TaskData) if not name.startswith("_"))
+
+
+def task_data(trainer: Any) -> TaskData | None:
+    """The data module of a trainer, where it answers what modules ask; None for any other.
+
+    Args:
+        trainer: Who carries out a command; None without one.
+    """
+    data: Any = getattr(trainer, "datamodule", None)
+    missing = object()  # nothing is computed: what a property says is known after `setup` only
+    if any(getattr_static(data, name, missing) is missing for name in _ASKED):
+        return None
+    found: TaskData = data
+    return found

@@ -28,6 +28,7 @@ FLOORS: dict[str, float] = {
     "sandbox_launcher": 0,
     "types": 0,
     "whole_files": 0.5,
+    "checkpoint_io": 0.75,  # on whole_files
     "shared_memory": 0.75,  # on whole_files
     "yaml_text": 0.5,
     "uniforms": 0,
@@ -35,6 +36,7 @@ FLOORS: dict[str, float] = {
     "mismatch": 0.5,
     "sharding": 0.5,
     "strategies": 0.5,
+    "trainer_options": 0.75,  # on strategies
     "randomness": 0.5,
     "cached_steps": 0.6,
     "forward_paths": 0.75,
@@ -67,13 +69,11 @@ FLOORS: dict[str, float] = {
     "modules": 3,
     "preflight": 3.5,
     "callbacks": 4,
-    "checkpoint_io": 4.5,
     "run_folder": 4.5,
     "continual": 5,
     "report": 5.25,
     "config_files": 5,
     "setup_errors": 5,
-    "trainer_options": 5,
     "run_config": 5.25,
     "run_trainer": 5.5,
     "cli": 6,

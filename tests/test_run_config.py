@@ -85,7 +85,7 @@ def test_second_run_of_a_name_that_has_begun_meanwhile_is_refused(
         (run / "config.yaml").write_text("of the other")
 
     # What `before_fit` does takes a while; the other process begins then.
-    monkeypatch.setattr("sdft_lightning.cli.command.check_whole_windows", meanwhile)
+    monkeypatch.setattr("sdft_lightning.modules.base.check_run", meanwhile)
     with pytest.raises(SystemExit) as stop:
         run_cli(*fit_args, "--trainer.logger=false")
     assert stop.value.code == 2

@@ -94,7 +94,8 @@ def test_the_command_line_refuses_stage_3_before_it_loads_anything(
 
 
 def test_deepspeeds_folders_are_told_from_other_folders(tmp_path: Any) -> None:
-    from sdft_lightning.run_folder import is_deepspeed_folder, load_checkpoint
+    from sdft_lightning.checkpoint_io import load_checkpoint
+    from sdft_lightning.run_folder import is_deepspeed_folder
 
     with pytest.raises(UserError, match=r"is a folder, as DeepSpeed writes.*ExportModel"):
         load_checkpoint(tmp_path)

@@ -2,6 +2,7 @@
 
 from sdft_lightning.callbacks.collapse_guard import CollapseGuard
 from sdft_lightning.callbacks.completion_log import CompletionLog
+from sdft_lightning.callbacks.defaults import default_callbacks
 from sdft_lightning.callbacks.drift import DriftMonitor
 from sdft_lightning.callbacks.export import ExportModel
 from sdft_lightning.callbacks.item_scores import ItemScores
@@ -12,7 +13,7 @@ from sdft_lightning.callbacks.progress import RunProgressBar
 from sdft_lightning.callbacks.result_table import ResultTable
 from sdft_lightning.callbacks.save_on_signal import SaveOnSignal
 from sdft_lightning.callbacks.token_budget import TokenBudget
-from sdft_lightning.callbacks.validate_at_ends import ValidateAtEnds
+from sdft_lightning.modules.validate_at_ends import ValidateAtEnds
 from sdft_lightning.modules.whole_windows import WindowCheckpoint
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "TokenBudget",
     "ValidateAtEnds",
     "WindowCheckpoint",
+    "default_callbacks",
 ]

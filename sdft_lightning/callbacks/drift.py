@@ -18,7 +18,7 @@ from sdft_lightning.lora import base_copy
 from sdft_lightning.masking import sequence_weights
 from sdft_lightning.policy import check_model, load_policy
 from sdft_lightning.products import takes_float32
-from sdft_lightning.types import OutputHead, Rollout
+from sdft_lightning.types import OutputHead, Rollout, task_data
 
 
 class _BaseAnswers(NamedTuple):
@@ -64,7 +64,8 @@ class DriftMonitor(L.Callback):
         Raises:
             UserError: If the data module has no such set.
         """
-        known = list(getattr(trainer.datamodule, "held_out", {}))  # type: ignore[attr-defined]
+        data = task_data(trainer)
+        known = [] if data is None else list(data.held_out)
         for name in self.held_out:
             if name not in known:
                 raise UserError(

@@ -9,6 +9,7 @@ import lightning as L
 
 from sdft_lightning.callbacks.run_files import append_lines, run_folder, unused_path
 from sdft_lightning.json_text import json_text
+from sdft_lightning.types import task_data
 
 BENCHMARKS_FILE = "benchmarks.json"
 
@@ -46,7 +47,8 @@ class ItemScores(L.Callback):
 
     def on_test_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
         """Write down which metrics of the benchmarks count, in benchmarks.json."""
-        suite = getattr(getattr(trainer, "datamodule", None), "benchmark_suite", None)
+        data = task_data(trainer)
+        suite = None if data is None else data.benchmark_suite
         if suite is not None and trainer.is_global_zero:
             path = unused_path(run_folder(trainer) / BENCHMARKS_FILE)
             path.write_text(json_text(suite.counted) + "\n", encoding="utf-8")

@@ -11,38 +11,27 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError
-from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from sdft_lightning.callbacks import (
-    MetricsLog,
-    PredictionWriter,
-    ResultTable,
-    RunProgressBar,
-    SaveOnSignal,
-    ValidateAtEnds,
-    WindowCheckpoint,
-)
-from sdft_lightning.checkpoint_io import WholeCheckpointIO
+from sdft_lightning.callbacks import WindowCheckpoint, default_callbacks
+from sdft_lightning.callbacks.defaults import CHECKPOINT_OPTIONS
+from sdft_lightning.checkpoint_io import load_whole_checkpoint
 from sdft_lightning.cli.entry import DESCRIPTIONS, INTRODUCTION, user_error
 from sdft_lightning.data import DemonstrationDataModule
-from sdft_lightning.data.benchmarks import Benchmarks
 from sdft_lightning.endpoints import check_no_secrets
 from sdft_lightning.errors import UserError
 from sdft_lightning.modules import PolicyModule
-from sdft_lightning.modules.monitors import check_monitors
-from sdft_lightning.modules.whole_windows import check_whole_windows
+from sdft_lightning.preflight import Limits, judge
 from sdft_lightning.quiet import quieten_transformers
 from sdft_lightning.run_config import SaveRunConfig
 from sdft_lightning.run_folder import (
     check_run_folder,
     command_folder,
     is_deepspeed_folder,
-    load_whole_checkpoint,
     named_folder,
     one_writer,
     requeued_checkpoint,
@@ -70,6 +59,8 @@ class SDFTCLI(LightningCLI):
         command: The only command whose options are wanted; of all of them without it.
         kwargs: `LightningCLI`'s.
     """
+
+    trainer: RunTrainer
 
     def __init__(self, *args: Any, command: str | None = None, **kwargs: Any) -> None:
         self._command = command
@@ -107,11 +98,7 @@ class SDFTCLI(LightningCLI):
         parser.add_argument("--run.root", type=str, default="runs", help="Folder of all runs.")
         parser.add_lightning_class_args(WindowCheckpoint, "checkpoint")
         parser.set_defaults(
-            {
-                "checkpoint.filename": "step-{step}",
-                "checkpoint.auto_insert_metric_name": False,
-                "checkpoint.save_last": True,
-            }
+            {f"checkpoint.{name}": value for name, value in CHECKPOINT_OPTIONS.items()}
         )
         for name in ("model_name", "revision"):
             parser.link_arguments(f"model.init_args.{name}", f"data.{name}")
@@ -179,29 +166,15 @@ class SDFTCLI(LightningCLI):
         """As `before_fit`."""
         self._check("predict")
 
-    def before_preflight(self) -> None:
-        """As `before_fit`, without the benchmarks, which it does not measure.
-
-        Rows that are too long do not end it: it says how many there are.
-        """
-        self.datamodule.benchmarks = Benchmarks()
-        self.datamodule.count_too_long = True
-        self._check("fit")
-        self.datamodule.check_training_references()
+    def preflight(self, limits: Limits, **options: Any) -> None:
+        """Measure, and exit with the verdict's code unless it is 0 (go)."""
+        report = self.trainer.preflight(limits=limits, **options)
+        code = judge(report, limits).exit_code
+        if code:
+            raise SystemExit(code)
 
     def _check(self, command: str) -> None:
-        self.datamodule.trainer = self.trainer
-        self.datamodule.row_needs = self.model.row_needs
-        self.datamodule.prepare_data()
-        self.datamodule.setup(command)
-        if not self.datamodule.count_too_long:  # preflight tells it among other things
-            self.datamodule.check_model_takes(self.model.new_tokens, self.model.eval_max_new_tokens)
-        if command == "fit":
-            self.model.check_before_fit(self.datamodule.training_rows())
-            check_whole_windows(self.trainer, self.datamodule.batches_per_epoch)
-            check_monitors(self.model, self.trainer, self.datamodule)
-            ends = self.trainer.max_steps != -1 or self.trainer.max_epochs not in (None, -1)
-            self.model.schedule.check_end(ends)
+        self.trainer.check(self.model, self.datamodule, command)
         path = self._get(self.config, "ckpt_path")
         if command != "fit":
             self._tell_weights(path)
@@ -232,10 +205,7 @@ class SDFTCLI(LightningCLI):
         options = self._get(self.config_init, "trainer")
         if options["max_epochs"] is None and options["max_steps"] == -1:
             kwargs["max_epochs"] = 1  # as in the paper; Lightning would take 1000
-        trainer = super().instantiate_trainer(**kwargs)
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the user named no other
-            trainer.strategy.checkpoint_io = WholeCheckpointIO()
-        return trainer
+        return super().instantiate_trainer(**kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         # What is always on would contradict the options that turn it off.
@@ -278,16 +248,7 @@ def _run_cli(args: ArgsType, command: str | None) -> None:
         DemonstrationDataModule,
         subclass_mode_model=True,
         trainer_class=RunTrainer,
-        trainer_defaults={
-            "callbacks": [
-                MetricsLog(),
-                PredictionWriter(),
-                ResultTable(),
-                RunProgressBar(),
-                SaveOnSignal(),
-                ValidateAtEnds(),
-            ]
-        },
+        trainer_defaults={"callbacks": default_callbacks(checkpoints=False)},
         save_config_callback=SaveRunConfig,
         parser_kwargs={
             "description": INTRODUCTION,

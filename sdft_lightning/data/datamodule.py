@@ -43,6 +43,7 @@ from sdft_lightning.errors import UserError, check_at_least
 from sdft_lightning.foreign_text import harmless
 from sdft_lightning.graders import JUDGED, Judge, JudgeSettings, check_reference
 from sdft_lightning.prompts import PromptStyle, check_headers
+from sdft_lightning.quiet import show_messages
 from sdft_lightning.tokenization import (
     has_rotary_positions,
     load_max_length,
@@ -51,7 +52,7 @@ from sdft_lightning.tokenization import (
     resolve_model,
     vocabulary_size,
 )
-from sdft_lightning.types import Demonstration, PromptBatch, RowNeeds
+from sdft_lightning.types import Demonstration, PromptBatch, RowNeeds, TaskData
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class ModelVersion(NamedTuple):
         return self.name if self.revision is None else f"{self.name} at revision {self.revision}"
 
 
-class DemonstrationDataModule(L.LightningDataModule):
+class DemonstrationDataModule(L.LightningDataModule, TaskData):
     """Demonstrations for training, and graded questions for validation and test.
 
     Args:
@@ -125,6 +126,7 @@ class DemonstrationDataModule(L.LightningDataModule):
         seed: int = 42,
     ) -> None:
         super().__init__()
+        show_messages()
         self.model_name = model_name
         self.revision = revision
         self.grader: str | None = grader
@@ -146,11 +148,8 @@ class DemonstrationDataModule(L.LightningDataModule):
         self._planned: dict[str, PlannedSet] = {}  # what each of them was made from
         self._tokenized_for: ModelVersion | None = None
         self._left_out: dict[str, int] = {}
-        # Set by `preflight`: rows at which a fit would stop are counted instead.
-        self.count_too_long = False
+        self._counts_too_long = False  # see `for_preflight`
         self.too_long: list[str] = []
-        # Where nobody sets it, the trainer's module is asked.
-        self.row_needs: RowNeeds | None = None
         self._tokenizer: Tokenizer | None = None
         self._pad_id = 0
         for name in ("batch_size", "eval_batch_size", "max_megabytes"):
@@ -158,6 +157,11 @@ class DemonstrationDataModule(L.LightningDataModule):
         check_at_least("data.num_workers", num_workers, 0)
         check_workers(num_workers)
         self._task_sets.check(judge)
+
+    def for_preflight(self) -> None:
+        """Count the rows at which a fit would stop as too long, and leave the benchmarks out."""
+        self._counts_too_long = True
+        self.benchmarks = Benchmarks()
 
     def prepare_data(self) -> None:
         """Fetch the tokenizer into the cache (for the embedded model: the model).
@@ -214,8 +218,6 @@ class DemonstrationDataModule(L.LightningDataModule):
             self.benchmark_suite = BenchmarkSuite(self.benchmarks, name, revision)
         module = getattr(self.trainer, "lightning_module", None)
         needs: RowNeeds = getattr(module, "row_needs", RowNeeds())
-        if self.row_needs is not None:
-            needs = self.row_needs
         needed = self._task_sets.needed(stage, bool(self.benchmarks.tasks), needs)
         # Another method may need more of the same rows.
         sets = [planned for planned in needed if self._planned.get(planned.key) != planned]
@@ -283,7 +285,7 @@ class DemonstrationDataModule(L.LightningDataModule):
             lengths=planned.lengths or tokenizer.lengths,
             needs=planned.needs,
         )
-        tokenized = tokenize_rows(rows, tokenizer, self.count_too_long)
+        tokenized = tokenize_rows(rows, tokenizer, self._counts_too_long)
         self._left_out[planned.key] = tokenized.skipped + tokenized.truncated
         if tokenized.first_too_long and tokenizer.lengths.too_long == "error":
             self._left_out[planned.key] = 0  # a fit leaves none out: it stops
@@ -344,7 +346,7 @@ class DemonstrationDataModule(L.LightningDataModule):
         Raises:
             UserError: Names the longest row.
         """
-        if not self._sets:
+        if not self._sets or self._counts_too_long:
             return
         assert self._tokenizer is not None
         name, revision = self.model_version

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sdft_lightning.attention_kernel import autocast_if_needed_, plain_attention
+from sdft_lightning.checkpoint_io import write_whole_checkpoints
 from sdft_lightning.errors import UserError
 from sdft_lightning.foreign_text import printable
 from sdft_lightning.forward_paths import NotComputed
@@ -32,15 +33,17 @@ from sdft_lightning.modules.identity import (
     model_identity,
 )
 from sdft_lightning.modules.last_checkpoint import LastCheckpoint
-from sdft_lightning.modules.monitors import check_monitors
 from sdft_lightning.modules.precision import clipping_without_scale, warn_of_slow_precision
+from sdft_lightning.modules.run_checks import check_run
 from sdft_lightning.modules.run_length import RunLength
 from sdft_lightning.modules.schedule import Schedule
 from sdft_lightning.modules.step_values import StepValues
+from sdft_lightning.modules.validate_at_ends import ValidateAtEnds
 from sdft_lightning.modules.whole_windows import WholeWindows, limited_batches
 from sdft_lightning.policy import WeightsDtype, check_model, load_policy, moved_not_cast
 from sdft_lightning.products import takes_float32
 from sdft_lightning.quantization import Quantization
+from sdft_lightning.quiet import show_messages
 from sdft_lightning.rollout.weights import SamplingDtype
 from sdft_lightning.sharding import check_takes_shards, data_parallel_mesh, is_sharded, shard_
 from sdft_lightning.teacher import Teacher
@@ -48,6 +51,8 @@ from sdft_lightning.types import (
     Demonstration,
     OutputHead,
     RowNeeds,
+    TaskData,
+    task_data,
 )
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
@@ -98,6 +103,7 @@ class PolicyModule(EvaluatedModule):
         seed: int = 42,
     ) -> None:
         super().__init__(eval_max_new_tokens, sampling_dtype)
+        show_messages()
         self.model_name = model_name
         self.revision = revision
         self.weights_dtype: WeightsDtype = weights_dtype
@@ -111,6 +117,7 @@ class PolicyModule(EvaluatedModule):
         self.loads_teacher = True
         self._optimizer_states: list[dict[str, Any]] | None = None  # of a checkpoint
         self._is_checked = False
+        self._checked_ahead: tuple[L.Trainer, str] | None = None
         self.step_values = StepValues()
         self._in_window = 0  # micro-batches whose gradients have been added up
         self._dropped_at = 0  # optimizer step after which gradients were dropped
@@ -118,17 +125,33 @@ class PolicyModule(EvaluatedModule):
     # --- the policy -------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Decide which models this command needs, before they are loaded.
+        """Check the run, and decide which models it needs, before they are loaded.
 
         Raises:
-            UserError: In a fit, if a monitor names nothing that will be logged.
+            UserError: See `check_run`.
         """
-        data = getattr(self.trainer, "datamodule", None)
-        if stage == "fit":
-            check_monitors(self, self.trainer, data)
-        self.plan_models(self.trainer, stage, data)
+        command, data = str(getattr(stage, "value", stage)), task_data(self.trainer)
+        if self._checked_ahead != (self.trainer, command):
+            check_run(self, data, self.trainer, command)
+        self._checked_ahead = None
+        write_whole_checkpoints(self.trainer)
+        self.plan_models(self.trainer, command, data)
 
-    def plan_models(self, trainer: L.Trainer, command: str, data: Any) -> None:
+    def check_ahead(self, trainer: L.Trainer, command: str, data: TaskData | None) -> None:
+        """Check a run before the trainer begins it and writes files; `setup` does not repeat it.
+
+        Args:
+            trainer: Who will carry out the command.
+            command: fit, validate, test or predict.
+            data: The data module, set up; None for one that is not asked.
+
+        Raises:
+            UserError: See `check_run`.
+        """
+        check_run(self, data, trainer, command)
+        self._checked_ahead = (trainer, command)
+
+    def plan_models(self, trainer: L.Trainer, command: str, data: TaskData | None) -> None:
         """Decide whether a command needs a teacher; what it does not use is not loaded.
 
         Args:
@@ -140,7 +163,7 @@ class PolicyModule(EvaluatedModule):
         spread = isinstance(trainer.strategy, ModelParallelStrategy | DeepSpeedStrategy)
         self.loads_teacher = spread or self.uses_teacher(command, data)
 
-    def uses_teacher(self, command: str, data: Any) -> bool:
+    def uses_teacher(self, command: str, data: TaskData | None) -> bool:
         """Whether a command uses the models that stand beside the student.
 
         Args:
@@ -381,8 +404,14 @@ class PolicyModule(EvaluatedModule):
         self.sampling_weights.forget()
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Each run is told whether its updates arrive, keeps its last step, and whole windows."""
-        return [EffectiveUpdate(), LastCheckpoint(), RunLength(), WholeWindows()]
+        """What every run has: benchmarks at both ends, its last step saved, whole windows."""
+        return [
+            ValidateAtEnds(),
+            EffectiveUpdate(),
+            LastCheckpoint(),
+            RunLength(),
+            WholeWindows(),
+        ]
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the student's trainable parameters, and its schedule."""
@@ -402,7 +431,8 @@ class PolicyModule(EvaluatedModule):
     def total_steps(self) -> int | None:
         """Optimizer steps of the whole run; None where neither steps nor epochs end it."""
         trainer = self.trainer
-        batches = getattr(getattr(trainer, "datamodule", None), "batches_per_epoch", None)
+        data = task_data(trainer)
+        batches = None if data is None else data.batches_per_epoch
         if batches is None:
             estimate = trainer.estimated_stepping_batches
             return int(estimate) if math.isfinite(estimate) else None

@@ -17,6 +17,7 @@ from sdft_lightning.types import (
     Measurement,
     RequestResponse,
     ScoringBatch,
+    task_data,
 )
 from sdft_lightning.uniforms import row_uniforms
 
@@ -28,6 +29,7 @@ class Suite(Protocol):
     """What a data module offers as `benchmark_suite`."""
 
     fingerprint: str
+    every_n_validations: int
 
     def metrics(self, responses: list[RequestResponse]) -> dict[str, Measurement]:
         """What the benchmarks came to, by name."""
@@ -113,8 +115,9 @@ class CapabilityTrack:
         if trainer.sanity_checking:
             self.due = False
             return
-        options = getattr(getattr(trainer, "datamodule", None), "benchmarks", None)
-        every = getattr(options, "every_n_validations", 1)
+        data = task_data(trainer)
+        suite: Suite | None = None if data is None else data.benchmark_suite
+        every = 1 if suite is None else suite.every_n_validations
         in_fit = trainer.state.fn == "fit"
         self.due = not in_fit or self.forced or self._validations % every == 0
         self.forced = False

@@ -17,7 +17,14 @@ from sdft_lightning.rollout import SamplingWeights, greedy_rollout
 from sdft_lightning.rollout.sampling import MOST_NEW_TOKENS
 from sdft_lightning.rollout.weights import SamplingDtype
 from sdft_lightning.sharding import is_sharded
-from sdft_lightning.types import Demonstration, GenerationBatch, PromptBatch, Rollout, ScoringBatch
+from sdft_lightning.types import (
+    Demonstration,
+    GenerationBatch,
+    PromptBatch,
+    Rollout,
+    ScoringBatch,
+    task_data,
+)
 
 EvaluationBatch = PromptBatch | ScoringBatch | GenerationBatch
 
@@ -123,7 +130,8 @@ class EvaluatedModule(TimedModule):
             prompt_ids: `(B, P)`, padded on the left; they may open a thought.
             prompt_mask: `(B, P)`.
         """
-        if getattr(getattr(self.trainer, "datamodule", None), "grade_thoughts", False):
+        data = task_data(self.trainer)
+        if data is not None and data.grade_thoughts:
             return completions
         return [
             self.reader.answer(text, self.reader.opened(ids[mask.bool()].tolist()))
@@ -191,8 +199,8 @@ class EvaluatedModule(TimedModule):
     @property
     def _judge(self) -> Judge | None:
         """Who is asked by the graders that ask: the data module knows."""
-        judge: Judge | None = getattr(getattr(self.trainer, "datamodule", None), "judge", None)
-        return judge
+        data = task_data(self.trainer)
+        return None if data is None else data.judge
 
     def _log_scores(self, stage: str) -> None:
         if self._judge is not None:
@@ -200,7 +208,8 @@ class EvaluatedModule(TimedModule):
         for name, accuracy in self.accuracies.take(self.device).items():
             for suffix, value in zip(("", "_low", "_high"), accuracy, strict=True):
                 self.log(f"{stage}/task/{name}{suffix}", value, rank_zero_only=False)
-        suite = getattr(getattr(self.trainer, "datamodule", None), "benchmark_suite", None)
+        data = task_data(self.trainer)
+        suite = None if data is None else data.benchmark_suite
         if suite is not None and self.capability.due:
             measured = self._capability_scores.take(suite)
             for name, value in self.capability.record(

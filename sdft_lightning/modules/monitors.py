@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from sdft_lightning.errors import UserError
 from sdft_lightning.modules.judging import usage_names
 from sdft_lightning.modules.whole_windows import WindowCheckpoint, validates_in_fit
+from sdft_lightning.types import TaskData
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class _Watch(NamedTuple):
     also: tuple[str, ...] = ()  # names that are allowed, too
 
 
-def check_monitors(module: Any, trainer: Any, data: Any) -> None:
+def check_monitors(module: Any, trainer: Any, data: TaskData | None) -> None:
     """Refuse a monitor, or a file name of checkpoints, that names nothing that a fit logs.
 
     Where a module, data module or callback of somebody else may log more, a warning is given.
@@ -41,7 +42,7 @@ def check_monitors(module: Any, trainer: Any, data: Any) -> None:
     Args:
         module: The `PolicyModule`.
         trainer: Of a fit.
-        data: The data module, set up.
+        data: The data module, set up; None for one that is not asked.
 
     Raises:
         UserError: Says which names there are, the nearest first.
@@ -54,10 +55,10 @@ def check_monitors(module: Any, trainer: Any, data: Any) -> None:
         return
     callbacks = [*trainer.callbacks, *module.configure_callbacks()]
     measured = validation_names(module, data, callbacks)
-    validated = validates_in_fit(trainer, getattr(data, "batches_per_epoch", None))
+    validated = validates_in_fit(trainer, None if data is None else data.batches_per_epoch)
     names = training_names(module, trainer, callbacks) + measured
     never = "" if validated else _never_validated(trainer)
-    all_known = all(_is_known(each) for each in (module, data, *trainer.callbacks))
+    all_known = data is not None and all(map(_is_known, (module, data, *trainer.callbacks)))
     for option, name, also in watched:
         if name in also or (name in names and not (never and name in measured)):
             continue
@@ -85,23 +86,22 @@ def training_names(module: Any, trainer: Any, callbacks: Iterable[Any]) -> list[
     return sorted(set(found))
 
 
-def validation_names(module: Any, data: Any, callbacks: Iterable[Any]) -> list[str]:
+def validation_names(module: Any, data: TaskData | None, callbacks: Iterable[Any]) -> list[str]:
     """What the validations of a fit log.
 
     Args:
         module: The `PolicyModule`.
-        data: The data module, set up; another one is asked nothing.
+        data: The data module, set up; None for one that is not asked.
         callbacks: All that run.
     """
     found: list[str] = []
-    for task, taught in getattr(data, "graded", lambda _: {})("validate").items():
+    for task, taught in ({} if data is None else data.graded("validate")).items():
         roles = ["accuracy"] + (["teacher_accuracy"] if module.grades_in_fit(taught) else [])
         found += [f"task/{task}/{role}{end}" for role in roles for end in ("", "_low", "_high")]
-    if getattr(data, "judge", None) is not None:
+    if data is not None and data.judge is not None:
         found += [f"judge/{name}" for name in usage_names(data.judge)]
-    suite = getattr(data, "benchmark_suite", None)
-    if suite is not None:
-        found += [f"capability/{name}" for name in suite.metric_names()]
+    if data is not None and data.benchmark_suite is not None:
+        found += [f"capability/{name}" for name in data.benchmark_suite.metric_names()]
     for callback in callbacks:
         found += getattr(callback, "validation_names", [])
     return sorted({f"val/{name}" for name in found})
@@ -167,7 +167,7 @@ def _nearest(name: str, names: list[str]) -> str:
 
 def _is_known(part: Any) -> bool:
     """Whether all that an object logs is known: it is Lightning's or this package's."""
-    return part is None or type(part).__module__.partition(".")[0] in _KNOWN_HOUSES
+    return type(part).__module__.partition(".")[0] in _KNOWN_HOUSES
 
 
 def _warn_of_mode(callback: Any) -> None:

@@ -25,7 +25,7 @@ from sdft_lightning.rollout.weights import SamplingDtype
 from sdft_lightning.sharding import is_sharded
 from sdft_lightning.teacher import FrozenTeacher
 from sdft_lightning.tokenization import load_config, load_stop_ids, load_tokenizer
-from sdft_lightning.types import Demonstration, PromptBatch, Rollout
+from sdft_lightning.types import Demonstration, PromptBatch, Rollout, task_data
 
 COMPLETIONS_KEY = "sdft_lightning_completions"
 # Completions belong to a row and not to a step: their random numbers are those of this one.
@@ -135,8 +135,8 @@ class OfflineDistillationModule(SDFTModule):
     def on_fit_start(self) -> None:
         """Take the completions that are given, if any."""
         super().on_fit_start()
-        known = getattr(getattr(self.trainer, "datamodule", None), "training_rows", list)
-        self.check_before_fit(known())
+        data = task_data(self.trainer)
+        self.check_before_fit([] if data is None else data.training_rows())
         # Later one process may have texts to write while another has none.
         if is_sharded(self.student) and self.completions is None:
             self.gather_teacher()

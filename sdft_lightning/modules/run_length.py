@@ -8,6 +8,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
+from sdft_lightning.types import task_data
+
 log = logging.getLogger(__name__)
 
 # The paper's shortest runs have some hundred optimizer steps.
@@ -20,11 +22,12 @@ class RunLength(L.Callback):
     @rank_zero_only
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Tell it before the first step, where the rows are those of our data module."""
-        data: Any = getattr(trainer, "datamodule", None)
+        data = task_data(trainer)
         total = pl_module.total_steps()
-        if total is None or not hasattr(data, "training_rows"):
+        batches = None if data is None else data.batches_per_epoch
+        if total is None or data is None or batches is None:
             return
-        rows, batches = len(data.training_rows()), data.batches_per_epoch
+        rows = len(data.training_rows())
         window = trainer.accumulate_grad_batches
         prompts = data.batch_size * window * trainer.world_size
         log.info(

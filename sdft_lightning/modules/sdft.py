@@ -33,7 +33,7 @@ from sdft_lightning.rollout.weights import SamplingDtype
 from sdft_lightning.sharding import is_sharded
 from sdft_lightning.teacher import EMATeacher, FrozenTeacher, Teacher
 from sdft_lightning.tokenization import token_id
-from sdft_lightning.types import PromptBatch, Rollout, TokenStatistics
+from sdft_lightning.types import PromptBatch, Rollout, TaskData, TokenStatistics
 
 # Enough of a prompt's end to hold the assistant header.
 _HEADER_TOKENS = 8
@@ -203,9 +203,9 @@ class SDFTModule(OnPolicyModule):
         if is_sharded(self.student) and self.grades_teacher:
             self.gather_teacher()
 
-    def uses_teacher(self, command: str, data: Any) -> bool:
+    def uses_teacher(self, command: str, data: TaskData | None) -> bool:
         """In a fit, and where questions are graded that the teacher answers, too."""
-        if command in ("validate", "test") and hasattr(data, "graded"):
+        if command in ("validate", "test") and data is not None:
             return any(map(self._is_shown, data.graded(command).values()))
         return command not in ("predict", "export")
 

@@ -95,14 +95,6 @@ class WholeWindows(L.Callback):
         self._step = 0
         self._stop = False
 
-    def setup(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
-        """Check before the models are loaded, where the data module knows its batches."""
-        if stage != "fit":
-            return
-        batches = getattr(getattr(trainer, "datamodule", None), "batches_per_epoch", None)
-        if batches is not None:
-            check_whole_windows(trainer, batches)
-
     def on_train_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
         """Check with what Lightning has counted; what was resumed from is saved already."""
         if math.isfinite(trainer.num_training_batches):

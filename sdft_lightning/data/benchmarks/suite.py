@@ -59,6 +59,7 @@ class BenchmarkSuite:
         self.options = options
         from sdft_lightning.data.benchmarks.harness_model import RequestCollector
 
+        self.every_n_validations = options.every_n_validations
         self.tokenizer = tokenizer = load_tokenizer(model_name, revision)
         self.max_length = max_length = load_max_length(model_name, tokenizer, revision)
         self.tasks = load_tasks(options)

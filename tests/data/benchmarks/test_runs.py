@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch.callbacks import Callback
+
+from sdft_lightning.data.benchmarks import Benchmarks
 
 
 def validations(run: Path) -> list[dict[str, Any]]:
@@ -36,6 +39,23 @@ def test_a_fit_measures_before_the_first_step_and_at_the_end(
         assert record["val/capability/mean"] == record["val/capability/tiny_choice/acc"]
     if found[0]["val/capability/mean"] > 0:
         assert found[0]["val/capability/retention"] == 1.0
+
+
+def test_a_fit_of_a_script_measures_before_the_first_step_and_at_the_end(
+    fit_module: Callable[..., Any], task_folder: Path
+) -> None:
+    found: list[tuple[int, dict[str, float]]] = []
+
+    class Look(Callback):
+        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            found.append((trainer.global_step, metrics))
+
+    tasks = Benchmarks([str(task_folder / "choice.yaml")])
+    fit_module(data={"benchmarks": tasks}, max_steps=2, callbacks=[Look()])
+    assert [step for step, _ in found] == [0, 2]
+    for _, metrics in found:
+        assert 0 <= metrics["val/capability/tiny_choice/acc"] <= 1
 
 
 def test_only_every_nth_validation_measures(

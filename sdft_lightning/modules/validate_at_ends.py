@@ -6,6 +6,8 @@ from typing import Any
 
 import lightning as L
 
+from sdft_lightning.types import task_data
+
 
 class ValidateAtEnds(L.Callback):
     """Runs a validation at both ends of a fit that has benchmarks; other fits are left alone."""
@@ -21,7 +23,8 @@ class ValidateAtEnds(L.Callback):
             self._validate(trainer, module)
 
     def _validate(self, trainer: Any, module: Any) -> None:
-        if getattr(trainer.datamodule, "benchmark_suite", None) is None:
+        data = task_data(trainer)
+        if data is None or data.benchmark_suite is None:
             return
         module.capability.forced = True
         # As Lightning's own epoch loop runs a validation in the middle of a fit.

@@ -1,0 +1,40 @@
+"""The callbacks of a run: those of the command line, for scripts as well."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+
+from sdft_lightning.callbacks.metrics_log import MetricsLog
+from sdft_lightning.callbacks.predictions import PredictionWriter
+from sdft_lightning.callbacks.progress import RunProgressBar
+from sdft_lightning.callbacks.result_table import ResultTable
+from sdft_lightning.callbacks.save_on_signal import SaveOnSignal
+from sdft_lightning.modules.whole_windows import WindowCheckpoint
+
+# How checkpoints are named, and that the newest is also there as last.ckpt.
+CHECKPOINT_OPTIONS: dict[str, Any] = {
+    "filename": "step-{step}",
+    "auto_insert_metric_name": False,
+    "save_last": True,
+}
+
+
+def default_callbacks(checkpoints: bool = True) -> list[L.Callback]:
+    """New callbacks as the command line gives them to its trainer.
+
+    They write metrics.jsonl, predictions.jsonl and, after a signal, checkpoints/last.ckpt into the
+    trainer's `default_root_dir`: give each run one of its own.
+
+    Args:
+        checkpoints: Also the one that writes checkpoints; False with one of your own.
+    """
+    callbacks: list[L.Callback] = [
+        MetricsLog(),
+        PredictionWriter(),
+        ResultTable(),
+        RunProgressBar(),
+        SaveOnSignal(),
+    ]
+    return [*callbacks, WindowCheckpoint(**CHECKPOINT_OPTIONS)] if checkpoints else callbacks

@@ -89,7 +89,7 @@ class DriftMonitor(L.Callback):
             self._answers[key] = self._answer(module, batch)
         answers = self._answers[key]
         mask = answers.rollout.completion_mask  # (B, T)
-        student = module.whole_student
+        student = module.gather_student()
         plain = takes_float32(student)
         with nullcontext() if plain else trainer.precision_plugin.forward_context():
             hidden = completion_hidden_states(

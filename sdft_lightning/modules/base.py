@@ -287,9 +287,8 @@ class PolicyModule(EvaluatedModule):
         """Longest completion that is sampled in training; 0 where none is."""
         return 0
 
-    @property
-    def student_head(self) -> OutputHead:
-        """The student's output head."""
+    def gather_head(self) -> OutputHead:
+        """The student's output head; under fsdp2 this takes all processes at once."""
         return output_head(self.student)
 
     def on_fit_start(self) -> None:

@@ -66,11 +66,11 @@ class EvaluatedModule(TimedModule):
         self.capability = CapabilityTrack()
         self._capability_scores = CapabilityScores()
 
-    @property
-    def whole_student(self) -> Any:
+    def gather_student(self) -> Any:
         """The student as a model that this process can call alone, not to be trained.
 
-        Under fsdp2 this is the copy to sample with, which `gather` brings up to date.
+        Under fsdp2 this is the copy to sample with. Where the weights have moved since it was
+        last brought up to date, this takes all processes at once.
         """
         if not is_sharded(self.student):
             return self.student
@@ -78,8 +78,7 @@ class EvaluatedModule(TimedModule):
 
     def gather(self) -> None:
         """Bring the whole copies up to date on all processes at once, before they go their ways."""
-        if is_sharded(self.student):
-            self.sampling_weights.model(self.student, self.trainer.global_step)
+        self.gather_student()
 
     def greedy_completions(self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor) -> Rollout:
         """The likeliest completions under `model`, with sampling weights where they are faster.

@@ -159,10 +159,9 @@ class OnPolicyModule(PolicyModule):
             return None
         return self.sampling_weights.rounded(self.student, self.trainer.global_step)
 
-    @property
-    def student_head(self) -> OutputHead:
+    def gather_head(self) -> OutputHead:
         """The student's output head, with what the sampler has rounded of it."""
-        head, rounded = super().student_head, self.rounded_student
+        head, rounded = super().gather_head(), self.rounded_student
         if rounded is None:
             return head
         return head._replace(rounded=rounded.get_output_embeddings().weight)
@@ -242,7 +241,7 @@ class OnPolicyModule(PolicyModule):
         with self.timed("sampler_check"):
             trained = trained_log_probs(
                 student,
-                self.student_head,
+                self.gather_head(),
                 rollout.completion_ids[keep],
                 self.sampling,
                 self.engine.truncates_log_probs,

@@ -131,9 +131,9 @@ class SFTKLModule(SupervisedModule):
         with self.timed("divergence"):
             return bounded_divergence(
                 base,
-                self.base.head,
+                self.base.gather_head(),
                 student,
-                self.student_head,
+                self.gather_head(),
                 target_ids[keep],  # (N,)
                 sequence_weights(keep)[keep],  # (N,)
                 self.penalised,

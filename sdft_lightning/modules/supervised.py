@@ -61,7 +61,7 @@ class SupervisedModule(PolicyModule):
         with self.timed("divergence"):
             return bounded_cross_entropy(
                 student,
-                self.student_head,
+                self.gather_head(),
                 target_ids[keep],  # (N,)
                 sequence_weights(keep)[keep],  # (N,)
                 token_loss=token_loss,

@@ -8,6 +8,7 @@ import io
 import logging
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from sdft_lightning.callbacks import (
 from sdft_lightning.checkpoint_io import WholeCheckpointIO
 from sdft_lightning.config_files import check_config_files
 from sdft_lightning.continual import run_continual
-from sdft_lightning.data import DemonstrationDataModule
+from sdft_lightning.data import BenchmarkDataModule, DemonstrationDataModule, ModelDataModule
 from sdft_lightning.data.benchmarks import Benchmarks
 from sdft_lightning.data.loader import dead_worker
 from sdft_lightning.endpoints import check_no_secrets
@@ -65,6 +66,9 @@ log = logging.getLogger(__name__)
 _LARGEST_SEED = 2**32 - 1
 # What a shell reports of a process that the signal ended.
 _TERMINATED, _INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT
+_DATA_MODULES: dict[str, type[ModelDataModule]] = {
+    each.__name__: each for each in (DemonstrationDataModule, BenchmarkDataModule)
+}
 _DESCRIPTIONS = {
     "fit": "Train: see configs/ for whole runs, e.g. --config configs/quickstart.yaml.",
     "validate": "Accuracy of student and teacher on the validation split, and on held-out sets.",
@@ -121,7 +125,8 @@ class SDFTCLI(LightningCLI):
         )
         for name in ("model_name", "revision"):
             parser.link_arguments(f"model.init_args.{name}", f"data.{name}")
-        for target in ("model.init_args.seed", "data.seed"):
+        has_seed = self.datamodule_class is DemonstrationDataModule
+        for target in ("model.init_args.seed", *(["data.seed"] if has_seed else [])):
             parser.link_arguments("seed_everything", target, compute_fn=_seed)
 
     def _prepare_subcommand_parser(
@@ -188,17 +193,25 @@ class SDFTCLI(LightningCLI):
 
         Rows that are too long do not end it: it says how many there are.
         """
-        self.datamodule.benchmarks = Benchmarks()
-        self.datamodule.count_too_long = True
+        if self._has_rows:
+            self.datamodule.benchmark_data.benchmarks = Benchmarks()
+            self.datamodule.count_too_long = True
         self._check("fit")
         self.datamodule.check_training_references()
 
+    @property
+    def _has_rows(self) -> bool:
+        """Whether there is more than benchmarks."""
+        return isinstance(self.datamodule, DemonstrationDataModule)
+
     def _check(self, command: str) -> None:
         self.datamodule.trainer = self.trainer
-        self.datamodule.row_needs = self.model.row_needs
+        if self._has_rows:
+            self.datamodule.row_needs = self.model.row_needs
         self.datamodule.prepare_data()
         self.datamodule.setup(command)
-        if not self.datamodule.count_too_long:  # preflight tells it among other things
+        # Rows that are too long `preflight` tells among other things.
+        if self._has_rows and not self.datamodule.count_too_long:
             self.datamodule.check_model_takes(self.model.new_tokens, self.model.eval_max_new_tokens)
         if command == "fit":
             self.model.check_before_fit(self.datamodule.training_rows())
@@ -307,11 +320,37 @@ def _interrupted() -> SystemExit:
     return SystemExit(_INTERRUPTED)
 
 
+def _chosen_data_module(args: ArgsType) -> tuple[type[ModelDataModule], ArgsType]:
+    """The class that `--data=<class>` names, and the other arguments.
+
+    The parser is made for one class, so that `--help` explains its options.
+    """
+    words = sys.argv[1:] if args is None else args
+    chosen: type[ModelDataModule] = DemonstrationDataModule
+    if not isinstance(words, list):
+        return chosen, args
+    words, left = list(words), []
+    for place in reversed([place for place, word in enumerate(words) if word == "--data"]):
+        words[place : place + 2] = ["=".join(words[place : place + 2])]
+    for word in words:
+        option, _, value = word.partition("=")
+        found = _DATA_MODULES.get(value.rpartition(".")[2]) if option == "--data" else None
+        if found is None:
+            left.append(word)
+        else:
+            chosen = found
+    if len(left) == len(words):
+        return chosen, args
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    return chosen, left
+
+
 def _run_command(args: ArgsType) -> None:
     bound_config_files()
+    data_module, args = _chosen_data_module(args)
     SDFTCLI(
         PolicyModule,
-        DemonstrationDataModule,
+        data_module,
         subclass_mode_model=True,
         trainer_class=RunTrainer,
         trainer_defaults={

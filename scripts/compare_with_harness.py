@@ -38,7 +38,11 @@ class _Module:
     """As much of a LightningModule as responses need."""
 
     def __init__(self, policy: Any) -> None:
-        self.whole_student, self.tokenizer, self.stop_ids = policy
+        self.student, self.tokenizer, self.stop_ids = policy
+
+    def gather_student(self) -> Any:
+        """The model that answers."""
+        return self.student
 
 
 def compare(

@@ -26,11 +26,12 @@ if TYPE_CHECKING:
         TokenBudget,
         ValidateAtEnds,
         WindowCheckpoint,
+        default_callbacks,
     )
     from sdft_lightning.callbacks.collapse_signs import CollapseLimits
     from sdft_lightning.callbacks.export import export_model
     from sdft_lightning.cli.entry import main
-    from sdft_lightning.data import Columns, DemonstrationDataModule, HubSource
+    from sdft_lightning.data import BenchmarkDataModule, Columns, DemonstrationDataModule, HubSource
     from sdft_lightning.data.benchmarks.options import Benchmarks, BenchmarkTask
     from sdft_lightning.data.planned import HeldOut
     from sdft_lightning.data.tokenize import Lengths
@@ -70,6 +71,7 @@ __version__ = "0.1.0"
 
 # Where the names of the block above are at run time.
 _PLACES = {
+    "BenchmarkDataModule": "data",
     "BenchmarkTask": "data.benchmarks.options",
     "Benchmarks": "data.benchmarks.options",
     "CPTModule": "modules",
@@ -119,11 +121,13 @@ _PLACES = {
     "VLLMServerEngine": "rollout",
     "ValidateAtEnds": "callbacks",
     "WindowCheckpoint": "callbacks",
+    "default_callbacks": "callbacks",
     "export_model": "callbacks.export",
     "main": "cli.entry",
 }
 
 __all__ = [
+    "BenchmarkDataModule",
     "BenchmarkTask",
     "Benchmarks",
     "CPTModule",
@@ -173,6 +177,7 @@ __all__ = [
     "VLLMServerEngine",
     "ValidateAtEnds",
     "WindowCheckpoint",
+    "default_callbacks",
     "export_model",
     "main",
 ]

@@ -8,7 +8,7 @@ import lightning as L
 
 from sdft_lightning.callbacks.export import ExportFormat, check_format, export_model
 from sdft_lightning.checkpoint_io import load_whole_checkpoint
-from sdft_lightning.data import DemonstrationDataModule
+from sdft_lightning.data import DemonstrationDataModule, ModelDataModule
 from sdft_lightning.errors import UserError
 from sdft_lightning.json_text import json_text
 from sdft_lightning.modules import PolicyModule
@@ -66,7 +66,7 @@ class RunTrainer(L.Trainer):
         print(f"Exported {path} to {folder}")
         return folder
 
-    def check(self, model: PolicyModule, datamodule: DemonstrationDataModule, command: str) -> None:
+    def check(self, model: PolicyModule, datamodule: ModelDataModule, command: str) -> None:
         """Read and check all data of a command, and its options, before a file is written.
 
         Args:
@@ -113,7 +113,8 @@ class RunTrainer(L.Trainer):
                 "model: preflight measures a teacher with demonstrations on completions of the "
                 f"student, and {type(model).__name__} has none. Give --model=SDFTModule."
             )
-        datamodule.for_preflight()
+        if isinstance(datamodule, DemonstrationDataModule):  # benchmarks alone end in a sentence
+            datamodule.for_preflight()
         self.check(model, datamodule, "fit")
         datamodule.check_training_references()
         model.configure_model()

@@ -119,9 +119,8 @@ class Teacher(nn.Module):
             raise RuntimeError("The teacher has no model yet: call copy_from(student) first.")
         return self.model
 
-    @property
-    def head(self) -> OutputHead:
-        """The teacher's output head."""
+    def gather_head(self) -> OutputHead:
+        """The teacher's output head; a teacher in shards takes all processes at once."""
         return output_head(self.network)
 
     @torch.no_grad()

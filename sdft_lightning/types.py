@@ -296,6 +296,7 @@ class TaskData(Protocol):
         Raises:
             UserError: Names the longest row.
         """
+        return
 
 
 _ASKED = tuple(name for name in vars(TaskData) if not name.startswith("_"))

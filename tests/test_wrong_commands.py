@@ -114,7 +114,9 @@ CASES = {
         ["--config=twice.yaml"], ["twice.yaml, line 3: max_steps stands twice"]
     ),
     "config_of_no_text": Case(["--config=bytes.yaml"], ["bytes.yaml cannot be read as YAML"]),
-    "aliases_that_multiply": Case(["--config=bomb.yaml"], ["bomb.yaml has more than", "aliases"]),
+    "aliases_that_multiply": Case(
+        ["--config=bomb.yaml"], ["bomb.yaml: its aliases (*name) come to more than"]
+    ),
     "option_that_is_none": Case(["--trainer.foo=1"], ["--trainer.foo=1"]),
     # evaluation
     "nothing_to_validate": Case([], ["data.validation: `validate` needs it"], "validate"),

@@ -16,6 +16,7 @@ from sdft_lightning.errors import UserError
 from sdft_lightning.hidden import completion_hidden_states, output_head
 from sdft_lightning.lora import base_copy
 from sdft_lightning.masking import sequence_weights
+from sdft_lightning.modules.metrics import NamedMetrics, WeightedMean
 from sdft_lightning.policy import check_model, load_policy
 from sdft_lightning.products import takes_float32
 from sdft_lightning.types import OutputHead, Rollout, task_data
@@ -51,7 +52,7 @@ class DriftMonitor(L.Callback):
         self._base: Any = None
         self._head: OutputHead | None = None
         self._answers: dict[tuple[str, int], _BaseAnswers] = {}
-        self._sums: dict[str, Tensor] = {}
+        self._drift = NamedMetrics(WeightedMean)
 
     @property
     def validation_names(self) -> list[str]:
@@ -90,7 +91,7 @@ class DriftMonitor(L.Callback):
             self._answers[key] = self._answer(module, batch)
         answers = self._answers[key]
         mask = answers.rollout.completion_mask  # (B, T)
-        student = module.whole_student
+        student = module.gather_student()
         plain = takes_float32(student)
         with nullcontext() if plain else trainer.precision_plugin.forward_context():
             hidden = completion_hidden_states(
@@ -112,8 +113,7 @@ class DriftMonitor(L.Callback):
             Divergence("forward_kl"),
         )
         rows = len(batch.rows)
-        sums = torch.stack([mean.detach() * rows, torch.full_like(mean, rows)])  # (2,)
-        self._sums[batch.task] = self._sums.get(batch.task, torch.zeros_like(sums)) + sums
+        self._drift.of(batch.task, module.device).update(mean.detach(), rows)
 
     def on_test_batch_end(
         self,
@@ -136,10 +136,8 @@ class DriftMonitor(L.Callback):
         self._log(trainer, module, "test")
 
     def _log(self, trainer: L.Trainer, module: Any, stage: str) -> None:
-        for name, sums in self._sums.items():
-            total, rows = trainer.strategy.reduce(sums, reduce_op="sum")
-            module.log(f"{stage}/drift/{name}", total / rows, rank_zero_only=False)
-        self._sums = {}
+        for name, mean in self._drift.compute(module.device).items():
+            module.log(f"{stage}/drift/{name}", mean, rank_zero_only=False)
         self._base = None  # its answers are kept; they take a few megabytes
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ import io
 import logging
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from sdft_lightning.callbacks import WindowCheckpoint, default_callbacks
 from sdft_lightning.callbacks.defaults import CHECKPOINT_OPTIONS
 from sdft_lightning.checkpoint_io import load_whole_checkpoint
 from sdft_lightning.cli.entry import DESCRIPTIONS, INTRODUCTION, user_error
-from sdft_lightning.data import DemonstrationDataModule
+from sdft_lightning.data import BenchmarkDataModule, DemonstrationDataModule, ModelDataModule
 from sdft_lightning.endpoints import check_no_secrets
 from sdft_lightning.errors import UserError
 from sdft_lightning.modules import PolicyModule
@@ -49,6 +50,9 @@ log = logging.getLogger(__name__)
 _LARGEST_SEED = 2**32 - 1
 # What a shell reports of a process that the signal ended.
 _TERMINATED = 128 + signal.SIGTERM
+_DATA_MODULES: dict[str, type[ModelDataModule]] = {
+    each.__name__: each for each in (DemonstrationDataModule, BenchmarkDataModule)
+}
 
 
 class SDFTCLI(LightningCLI):
@@ -102,7 +106,8 @@ class SDFTCLI(LightningCLI):
         )
         for name in ("model_name", "revision"):
             parser.link_arguments(f"model.init_args.{name}", f"data.{name}")
-        for target in ("model.init_args.seed", "data.seed"):
+        has_seed = self.datamodule_class is DemonstrationDataModule
+        for target in ("model.init_args.seed", *(["data.seed"] if has_seed else [])):
             parser.link_arguments("seed_everything", target, compute_fn=_seed)
 
     def _prepare_subcommand_parser(
@@ -241,11 +246,37 @@ def run_command(args: ArgsType, command: str | None) -> None:
         raise SystemExit(stop.code or _TERMINATED) from stop
 
 
+def _chosen_data_module(args: ArgsType) -> tuple[type[ModelDataModule], ArgsType]:
+    """The class that `--data=<class>` names, and the other arguments.
+
+    The parser is made for one class, so that `--help` explains its options.
+    """
+    words = sys.argv[1:] if args is None else args
+    chosen: type[ModelDataModule] = DemonstrationDataModule
+    if not isinstance(words, list):
+        return chosen, args
+    words, left = list(words), []
+    for place in reversed([place for place, word in enumerate(words) if word == "--data"]):
+        words[place : place + 2] = ["=".join(words[place : place + 2])]
+    for word in words:
+        option, _, value = word.partition("=")
+        found = _DATA_MODULES.get(value.rpartition(".")[2]) if option == "--data" else None
+        if found is None:
+            left.append(word)
+        else:
+            chosen = found
+    if len(left) == len(words):
+        return chosen, args
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    return chosen, left
+
+
 def _run_cli(args: ArgsType, command: str | None) -> None:
     bound_config_files()
+    data_module, args = _chosen_data_module(args)
     SDFTCLI(
         PolicyModule,
-        DemonstrationDataModule,
+        data_module,
         subclass_mode_model=True,
         trainer_class=RunTrainer,
         trainer_defaults={"callbacks": default_callbacks(checkpoints=False)},

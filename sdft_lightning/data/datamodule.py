@@ -6,27 +6,25 @@ import logging
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import lightning as L
 from torch.utils.data import DataLoader
 
 from sdft_lightning.chat_template import known_thoughts
+from sdft_lightning.data.benchmark_data import BenchmarkDataModule
 from sdft_lightning.data.benchmarks import Benchmarks, BenchmarkSuite
 from sdft_lightning.data.bounded_rows import MAX_MEGABYTES
 from sdft_lightning.data.collate import collate
 from sdft_lightning.data.composed import compose, wanted_columns
 from sdft_lightning.data.gold import gold_report
 from sdft_lightning.data.loader import (
-    EvaluationSampler,
     PromptDataset,
     ResumableLoader,
-    TellingLoader,
     WindowSampler,
     check_rows_for_all,
-    check_workers,
     rows_left_out,
 )
+from sdft_lightning.data.model_data import ModelDataModule, ModelVersion
 from sdft_lightning.data.planned import HeldOut, PlannedSet, TaskSets
 from sdft_lightning.data.rows import Columns, columns_of_questions, parse_rows
 from sdft_lightning.data.set_warnings import set_warnings
@@ -39,36 +37,23 @@ from sdft_lightning.data.tokenize import (
     tokenize_rows,
 )
 from sdft_lightning.embedded import cache_folder
-from sdft_lightning.errors import UserError, check_at_least
+from sdft_lightning.errors import check_at_least
 from sdft_lightning.foreign_text import harmless
 from sdft_lightning.graders import JUDGED, Judge, JudgeSettings, check_reference
 from sdft_lightning.prompts import PromptStyle, check_headers
-from sdft_lightning.quiet import show_messages
 from sdft_lightning.tokenization import (
     has_rotary_positions,
     load_max_length,
     load_stop_ids,
     load_tokenizer,
-    resolve_model,
     vocabulary_size,
 )
-from sdft_lightning.types import Demonstration, PromptBatch, RowNeeds, TaskData
+from sdft_lightning.types import Demonstration, PromptBatch, RowNeeds
 
 log = logging.getLogger(__name__)
 
 
-class ModelVersion(NamedTuple):
-    """A model, and its branch, tag or commit on the Hub."""
-
-    name: str
-    revision: str | None
-
-    def __str__(self) -> str:
-        """As a user reads it."""
-        return self.name if self.revision is None else f"{self.name} at revision {self.revision}"
-
-
-class DemonstrationDataModule(L.LightningDataModule, TaskData):
+class DemonstrationDataModule(ModelDataModule):
     """Demonstrations for training, and graded questions for validation and test.
 
     Args:
@@ -125,23 +110,18 @@ class DemonstrationDataModule(L.LightningDataModule, TaskData):
         max_megabytes: int = MAX_MEGABYTES,
         seed: int = 42,
     ) -> None:
-        super().__init__()
-        show_messages()
-        self.model_name = model_name
-        self.revision = revision
+        super().__init__(model_name, revision, num_workers)
         self.grader: str | None = grader
         self.held_out = dict(held_out or {})
         sources = {"train": train, "validation": validation, "test": test, "predict": predict}
         self._task_sets = TaskSets(name, sources, columns, grader, self.held_out, obtain)
         self.judge_settings = judge
-        self.benchmarks = benchmarks
-        self.benchmark_suite: BenchmarkSuite | None = None
+        self.benchmark_data = BenchmarkDataModule(model_name, revision, benchmarks, num_workers)
         self.prompts = prompts
         self.lengths = lengths
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.grade_thoughts = grade_thoughts
-        self.num_workers = num_workers
         self.max_megabytes = max_megabytes
         self.seed = seed
         self._sets: dict[str, PromptDataset] = {}
@@ -154,50 +134,22 @@ class DemonstrationDataModule(L.LightningDataModule, TaskData):
         self._pad_id = 0
         for name in ("batch_size", "eval_batch_size", "max_megabytes"):
             check_at_least(f"data.{name}", getattr(self, name), 1)
-        check_at_least("data.num_workers", num_workers, 0)
-        check_workers(num_workers)
         self._task_sets.check(judge)
 
     def for_preflight(self) -> None:
         """Count the rows at which a fit would stop as too long, and leave the benchmarks out."""
         self._counts_too_long = True
-        self.benchmarks = Benchmarks()
-
-    def prepare_data(self) -> None:
-        """Fetch the tokenizer into the cache (for the embedded model: the model).
-
-        Raises:
-            UserError: If this is not the model of the module that is trained, or there is none.
-        """
-        load_tokenizer(*self.model_version)
+        self.benchmark_data.benchmarks = Benchmarks()
 
     @property
-    def model_version(self) -> ModelVersion:
-        """Whose tokenizer is used: the module's model, which an own name may only repeat.
+    def benchmarks(self) -> Benchmarks:
+        """Which benchmarks are measured beside the rows, and how."""
+        return self.benchmark_data.benchmarks
 
-        Raises:
-            UserError: If the module has another model, or neither of them names one.
-        """
-        module = getattr(self.trainer, "lightning_module", None)
-        name: str | None = getattr(module, "model_name", None)
-        if name is None:
-            if self.model_name is None:
-                raise UserError(
-                    "data.model_name: not given, and there is no module to take it from. Name the "
-                    "model that is trained, DemonstrationDataModule(model_name=...), or give the "
-                    "data module to a Trainer with such a module."
-                )
-            return ModelVersion(self.model_name, self.revision)
-        version = ModelVersion(name, getattr(module, "revision", None))
-        same_name = self.model_name is None or _is_same_model(self.model_name, version.name)
-        if not same_name or self.revision not in (None, version.revision):
-            own = ModelVersion(self.model_name or version.name, self.revision)
-            raise UserError(
-                f"data.model_name: the data module has {own}, and the module that is trained has "
-                f"{version}: rows would be tokenized for another model. Leave model_name and "
-                "revision out of the data module, which then takes the module's."
-            )
-        return version
+    @property
+    def benchmark_suite(self) -> BenchmarkSuite | None:
+        """Their tasks with their requests, after `setup`; None without tasks."""
+        return self.benchmark_data.benchmark_suite
 
     def setup(self, stage: str) -> None:
         """Read, check, render and tokenize what a stage needs; report the lengths.
@@ -211,11 +163,11 @@ class DemonstrationDataModule(L.LightningDataModule, TaskData):
         stage = getattr(stage, "value", stage)  # Lightning passes an enum
         name, revision = version = self.model_version
         if version != self._tokenized_for:
-            self._sets, self._planned, self.benchmark_suite = {}, {}, None
+            self._sets, self._planned = {}, {}
             self._tokenized_for = version
-        if stage != "predict" and self.benchmarks.tasks and self.benchmark_suite is None:
-            self._check_all_batches(stage)
-            self.benchmark_suite = BenchmarkSuite(self.benchmarks, name, revision)
+        if stage != "predict":
+            self.benchmark_data.trainer = self.trainer
+            self.benchmark_data.load(stage)
         module = getattr(self.trainer, "lightning_module", None)
         needs: RowNeeds = getattr(module, "row_needs", RowNeeds())
         needed = self._task_sets.needed(stage, bool(self.benchmarks.tasks), needs)
@@ -250,15 +202,6 @@ class DemonstrationDataModule(L.LightningDataModule, TaskData):
             return None
         folder = self.judge_settings.cache or cache_folder() / "judge"
         return Judge(self.judge_settings, Path(folder))
-
-    def _check_all_batches(self, stage: str) -> None:
-        name = "limit_test_batches" if stage == "test" else "limit_val_batches"
-        limit = getattr(self.trainer, name, 1.0)
-        if limit not in (0, 1.0) or (isinstance(limit, int) and limit == 1):
-            raise UserError(
-                f"trainer.{name}: got {limit}, and benchmarks need all of their requests answered. "
-                "Leave it at 1.0 and use data.benchmarks.limit, or set data.benchmarks.tasks to []."
-            )
 
     def _load(self, planned: PlannedSet, tokenizer: Tokenizer) -> PromptDataset:
         wanted = wanted_columns(planned.columns)
@@ -370,10 +313,6 @@ class DemonstrationDataModule(L.LightningDataModule, TaskData):
         """Training micro-batches of an epoch on this rank; known without starting workers."""
         return len(self._train_sampler())
 
-    @property
-    def _world_size(self) -> int:
-        return self.trainer.world_size if self.trainer else 1
-
     def _train_sampler(self) -> WindowSampler:
         trainer = self.trainer
         return WindowSampler(
@@ -410,31 +349,10 @@ class DemonstrationDataModule(L.LightningDataModule, TaskData):
 
     def predict_dataloader(self) -> DataLoader[PromptBatch]:
         """The questions to answer."""
-        return self._eval_loader(self._sets["predict"])
+        return self.evaluation_loader(self._sets["predict"], self.eval_batch_size)
 
     def _eval_loaders(self, split: str) -> list[DataLoader[Any]]:
         keys = [split, *(f"held_out.{name}" for name in self.held_out)]
-        loaders = [self._eval_loader(self._sets[key]) for key in keys if key in self._sets]
-        if self.benchmark_suite is not None:
-            loaders.append(self._eval_loader(self.benchmark_suite.dataset, 1, at_least_one=True))
-        return loaders
-
-    def _eval_loader(
-        self, rows: Any, batch_size: int | None = None, at_least_one: bool = False
-    ) -> DataLoader[Any]:
-        trainer = self.trainer
-        sampler = EvaluationSampler(
-            max(len(rows), self._world_size) if at_least_one else len(rows),
-            batch_size or self.eval_batch_size,
-            trainer.global_rank if trainer else 0,
-            self._world_size,
-        )
-        return TellingLoader(rows, batch_size=None, sampler=sampler, num_workers=self.num_workers)
-
-
-def _is_same_model(one: str, other: str) -> bool:
-    """Whether two names stand for the same model; a folder may be named by several paths."""
-    if one == other:
-        return True
-    paths = [Path(resolve_model(name)) for name in (one, other)]
-    return all(path.is_dir() for path in paths) and paths[0].samefile(paths[1])
+        sets = [self._sets[key] for key in keys if key in self._sets]
+        loaders = [self.evaluation_loader(rows, self.eval_batch_size) for rows in sets]
+        return loaders + self.benchmark_data.loaders()

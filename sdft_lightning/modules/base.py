@@ -316,9 +316,8 @@ class PolicyModule(EvaluatedModule):
         """Longest completion that is sampled in training; 0 where none is."""
         return 0
 
-    @property
-    def student_head(self) -> OutputHead:
-        """The student's output head."""
+    def gather_head(self) -> OutputHead:
+        """The student's output head; under fsdp2 this takes all processes at once."""
         return output_head(self.student)
 
     def on_fit_start(self) -> None:
@@ -360,12 +359,12 @@ class PolicyModule(EvaluatedModule):
         super().on_train_start()
         self._dropped_at = self.trainer.global_step
         self._in_window = 0
-        self.step_values.clear()
+        self.step_values.reset()
 
     def on_before_backward(self, loss: Tensor) -> None:
         """Log what the window of an optimizer step shows, before any callback asks for it."""
         if self.window_ends:
-            for name, value in self.step_values.take(self.trainer.strategy).items():
+            for name, value in self.step_values.take().items():
                 self.log(f"train/{name}", value, prog_bar=name in ("loss", "kl"))
         super().on_before_backward(loss)
 

@@ -51,13 +51,13 @@ class CapabilityScores:
         if not batch.requests:
             return
         if isinstance(batch, ScoringBatch):
-            scores = score_continuations(module.whole_student, batch)
+            scores = score_continuations(module.gather_student(), batch)
             self.responses += [
                 RequestResponse(request, 0, score, None)
                 for request, score in zip(batch.requests, scores, strict=True)
             ]
             return
-        model = module.whole_student
+        model = module.gather_student()
         # As the harness stops: where the model's own files say so.
         stops = stop_ids(module.tokenizer, getattr(model, "generation_config", None))
         texts = answer_requests(model, module.tokenizer, batch, stops)

@@ -9,9 +9,9 @@ from torch import Tensor
 from sdft_lightning.chat_template import AnswerReader
 from sdft_lightning.errors import UserError
 from sdft_lightning.graders import Judge, grade_rows
-from sdft_lightning.modules.accuracy import TaskAccuracies
 from sdft_lightning.modules.capability import CapabilityScores, CapabilityTrack
 from sdft_lightning.modules.judging import log_usage
+from sdft_lightning.modules.metrics import NamedMetrics, TaskAccuracy
 from sdft_lightning.modules.timing import TimedModule
 from sdft_lightning.rollout import SamplingWeights, greedy_rollout
 from sdft_lightning.rollout.sampling import MOST_NEW_TOKENS
@@ -69,15 +69,15 @@ class EvaluatedModule(TimedModule):
         self.stop_ids: list[int] = []
         self._reader: AnswerReader | None = None
         self.sampling_weights = SamplingWeights(sampling_dtype)
-        self.accuracies = TaskAccuracies()
+        self.accuracies = NamedMetrics(TaskAccuracy)
         self.capability = CapabilityTrack()
         self._capability_scores = CapabilityScores()
 
-    @property
-    def whole_student(self) -> Any:
+    def gather_student(self) -> Any:
         """The student as a model that this process can call alone, not to be trained.
 
-        Under fsdp2 this is the copy to sample with, which `gather` brings up to date.
+        Under fsdp2 this is the copy to sample with. Where the weights have moved since it was
+        last brought up to date, this takes all processes at once.
         """
         if not is_sharded(self.student):
             return self.student
@@ -85,8 +85,7 @@ class EvaluatedModule(TimedModule):
 
     def gather(self) -> None:
         """Bring the whole copies up to date on all processes at once, before they go their ways."""
-        if is_sharded(self.student):
-            self.sampling_weights.model(self.student, self.trainer.global_step)
+        self.gather_student()
 
     def greedy_completions(self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor) -> Rollout:
         """The likeliest completions under `model`, with sampling weights where they are faster.
@@ -148,7 +147,7 @@ class EvaluatedModule(TimedModule):
         if batch.grader:
             answers = self.answers(completions, prompt_ids, prompt_mask)
             scores = grade_rows(batch.grader, answers, batch.rows, self._judge)
-            self.accuracies.count(f"{batch.task}/{metric}", scores, self.device)
+            self.accuracies.of(f"{batch.task}/{metric}", self.device).update(scores)
         return Graded(batch.task, batch.rows, completions, scores, rollout.truncated.tolist())
 
     def validation_step(
@@ -205,7 +204,9 @@ class EvaluatedModule(TimedModule):
     def _log_scores(self, stage: str) -> None:
         if self._judge is not None:
             log_usage(self, self._judge, stage)
-        for name, accuracy in self.accuracies.take(self.device).items():
+        for name, accuracy in self.accuracies.compute(self.device).items():
+            if accuracy is None:  # a judge gave no verdict on any answer
+                continue
             for suffix, value in zip(("", "_low", "_high"), accuracy, strict=True):
                 self.log(f"{stage}/task/{name}{suffix}", value, rank_zero_only=False)
         data = task_data(self.trainer)

@@ -162,10 +162,9 @@ class OnPolicyModule(PolicyModule):
             return None
         return self.sampling_weights.rounded(self.student, self.trainer.global_step)
 
-    @property
-    def student_head(self) -> OutputHead:
+    def gather_head(self) -> OutputHead:
         """The student's output head, with what the sampler has rounded of it."""
-        head, rounded = super().student_head, self.rounded_student
+        head, rounded = super().gather_head(), self.rounded_student
         if rounded is None:
             return head
         return head._replace(rounded=rounded.get_output_embeddings().weight)
@@ -245,7 +244,7 @@ class OnPolicyModule(PolicyModule):
         with self.timed("sampler_check"):
             trained = trained_log_probs(
                 student,
-                self.student_head,
+                self.gather_head(),
                 rollout.completion_ids[keep],
                 self.sampling,
                 self.engine.truncates_log_probs,
@@ -255,8 +254,8 @@ class OnPolicyModule(PolicyModule):
         statistics = self.mismatch_correction.statistics(difference, weights)
         largest = statistics.pop("log_prob_difference_max")
         for name, value in statistics.items():
-            self.step_values.add(f"sampler/{name}", value, weights.sum())
-        self.step_values.add_largest("sampler/log_prob_difference_max", largest)
+            self.step_values.update(f"sampler/{name}", value, weights.sum())
+        self.step_values.update_largest("sampler/log_prob_difference_max", largest)
         return self.mismatch_correction.weights(difference, keep)
 
     def log_step(
@@ -277,14 +276,14 @@ class OnPolicyModule(PolicyModule):
                 "as all of its completions end within model.num_loss_tokens_to_skip tokens; it "
                 "counts as loss 0. This is told once."
             )
-        self.step_values.add("loss", loss)
+        self.step_values.update("loss", loss)
         weights = sequence_weights(keep)[keep]  # (N,)
         for name in ("kl", "student_entropy", "teacher_entropy", "top1_agreement"):
-            self.step_values.add(name, getattr(tokens, name), weights)
+            self.step_values.update(name, getattr(tokens, name), weights)
         mask = rollout.completion_mask  # (R, T)
-        self.step_values.add("completion_length", mask.sum(dim=1))
-        self.step_values.add("truncated_fraction", rollout.truncated)
-        self.step_values.add_bigrams("distinct_2", rollout.completion_ids, mask)
+        self.step_values.update("completion_length", mask.sum(dim=1))
+        self.step_values.update("truncated_fraction", rollout.truncated)
+        self.step_values.update_bigrams("distinct_2", rollout.completion_ids, mask)
         self.completion_tokens = int(mask.sum())
 
 

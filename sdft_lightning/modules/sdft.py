@@ -180,19 +180,14 @@ class SDFTModule(OnPolicyModule):
         super().forget_copies()
         self._teacher_weights.forget()
 
-    @property
-    def whole_teacher(self) -> Any:
-        """The teacher as a model that this process can call alone, to sample or to be graded."""
-        return self.gather_teacher()
-
     def gather_teacher(self) -> Any:
-        """Bring the teacher's whole copy up to date, and return it.
+        """The teacher as a model that this process can call alone, to sample or to be graded.
 
         Where the teacher is spread over processes and its weights have moved, this takes all
         processes at once.
         """
         if self.teacher.network is self.student:
-            return self.whole_student
+            return self.gather_student()
         # A frozen teacher is gathered once, and the processes need not ask for it together again.
         step = 0 if isinstance(self.teacher, FrozenTeacher) else self.trainer.global_step
         return self._teacher_weights.model(self.teacher.network, step)
@@ -252,7 +247,9 @@ class SDFTModule(OnPolicyModule):
         """Completions of the student, or of the teacher where `generate_from_teacher` says so."""
         if not self.generate_from_teacher:
             return super().sampled(request)
-        return TransformersEngine().generate(self.whole_teacher, SamplingWeights("same"), request)
+        return TransformersEngine().generate(
+            self.gather_teacher(), SamplingWeights("same"), request
+        )
 
     def teacher_prompts(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
         """Ids and mask `(B, Q)` of what the teacher sees: question and demonstration."""
@@ -315,9 +312,9 @@ class SDFTModule(OnPolicyModule):
         with self.timed("divergence"):
             return bounded_divergence(
                 teacher,
-                self.teacher.head,
+                self.teacher.gather_head(),
                 student,
-                self.student_head,
+                self.gather_head(),
                 rollout.completion_ids[keep],  # (N,)
                 weights,
                 self.divergence,
@@ -332,7 +329,7 @@ class SDFTModule(OnPolicyModule):
         if batch.grader and taught.any() and self.grades_teacher:
             rows = [row for row, shown in zip(batch.rows, taught.tolist(), strict=True) if shown]
             outputs["teacher"] = self.graded_completions(
-                self.whole_teacher,
+                self.gather_teacher(),
                 prompt_ids[taught],
                 prompt_mask[taught],
                 batch._replace(rows=rows),

@@ -107,7 +107,7 @@ class SFTKLModule(SupervisedModule):
         base = self.base_hidden(batch)  # (N, D), no gradient
         loss, tokens = self.penalised_cross_entropy(student, base, target, keep)
         self.log_step(loss, tokens, keep)
-        self.step_values.add("kl", tokens.kl, sequence_weights(keep)[keep])
+        self.step_values.update("kl", tokens.kl, sequence_weights(keep)[keep])
         return loss
 
     def base_hidden(self, batch: PromptBatch) -> Tensor:
@@ -131,9 +131,9 @@ class SFTKLModule(SupervisedModule):
         with self.timed("divergence"):
             return bounded_divergence(
                 base,
-                self.base.head,
+                self.base.gather_head(),
                 student,
-                self.student_head,
+                self.gather_head(),
                 target_ids[keep],  # (N,)
                 sequence_weights(keep)[keep],  # (N,)
                 self.penalised,

@@ -61,7 +61,7 @@ class SupervisedModule(PolicyModule):
         with self.timed("divergence"):
             return bounded_cross_entropy(
                 student,
-                self.student_head,
+                self.gather_head(),
                 target_ids[keep],  # (N,)
                 sequence_weights(keep)[keep],  # (N,)
                 token_loss=token_loss,
@@ -76,8 +76,8 @@ class SupervisedModule(PolicyModule):
             keep: `(B, T)` the tokens in the loss.
         """
         weights = sequence_weights(keep)[keep]  # (N,)
-        self.step_values.add("loss", loss)
-        self.step_values.add("cross_entropy", -tokens.student_log_probs, weights)
-        self.step_values.add("student_entropy", tokens.student_entropy, weights)
-        self.step_values.add("completion_length", keep.sum(dim=1))
+        self.step_values.update("loss", loss)
+        self.step_values.update("cross_entropy", -tokens.student_log_probs, weights)
+        self.step_values.update("student_entropy", tokens.student_entropy, weights)
+        self.step_values.update("completion_length", keep.sum(dim=1))
         self.completion_tokens = int(keep.sum())

@@ -201,8 +201,7 @@ def test_every_micro_batchs_loss_counts_and_the_head_is_not_asked_for(
     fit_module: FitModule, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     step, asked = SDFTModule.training_step, []
-    head = SDFTModule.student_head.fget
-    assert head is not None
+    head = SDFTModule.gather_head
 
     def broken(module: Any, batch: Any, batch_idx: int) -> Any:
         outputs = step(module, batch, batch_idx)
@@ -215,7 +214,7 @@ def test_every_micro_batchs_loss_counts_and_the_head_is_not_asked_for(
         return head(module)
 
     monkeypatch.setattr(SDFTModule, "training_step", broken)
-    monkeypatch.setattr(SDFTModule, "student_head", property(counted))
+    monkeypatch.setattr(SDFTModule, "gather_head", counted)
     guard = CollapseGuard(steps=50)
     fit_module(max_steps=3, max_epochs=-1, accumulate_grad_batches=2, callbacks=[guard])
     stopped = json.loads((tmp_path / "stopped.json").read_text())

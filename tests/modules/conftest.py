@@ -30,6 +30,8 @@ def recorded(self, batch, batch_idx):
         for row, ids, mask in zip(batch.rows, rollout.completion_ids, rollout.completion_mask):
             record = [self.trainer.global_step, row.id, ids[mask].tolist()]
             file.write(json.dumps(record) + "\\n")
+    if sys.flags.optimize:
+        open(f"{self.trainer.default_root_dir}/optimized{self.global_rank}", "w").close()
     return outputs
 
 SDFTModule.training_step = recorded
@@ -51,6 +53,10 @@ class Run:
             for line in file.read_text(encoding="utf-8").splitlines()
         ]
         return sorted(lines)
+
+    def optimized(self) -> list[str]:
+        """Of each process that ran without asserts, the name of the file that says so."""
+        return sorted(file.name for file in self.folder.rglob("optimized*"))
 
     def logged(self, name: str, stage: str = "train") -> list[float]:
         """The values of a metric, step by step."""
@@ -87,7 +93,7 @@ def process_folder(
 def command(process_folder: Path, model_folder: Path) -> Callable[..., Run]:
     """Runs a command in a process of its own, which starts the others, and returns its run."""
 
-    def run(command: str, name: str, devices: int, *more: str) -> Run:
+    def run(command: str, name: str, devices: int, *more: str, optimized: bool = False) -> Run:
         arguments = [
             command,
             "--model=SDFTModule",
@@ -100,7 +106,9 @@ def command(process_folder: Path, model_folder: Path) -> Callable[..., Run]:
             f"--trainer.devices={devices}",
             f"--run.name={name}",
         ]
-        _run_group([sys.executable, "worker.py", *arguments, *more], process_folder)
+        given = [sys.executable, "worker.py", *arguments, *more]
+        # As -O, also for the processes that Lightning starts.
+        _run_group(given, process_folder, {"PYTHONOPTIMIZE": "1"} if optimized else {})
         return Run(process_folder / "runs" / name)
 
     return run
@@ -111,7 +119,9 @@ def fit(command: Callable[..., Run]) -> Callable[..., Run]:
     """Runs `fit` of SDFT for ten steps on so many processes; one that was made is not repeated."""
     known: dict[str, Run] = {}
 
-    def run(name: str, devices: int, *more: str, strategy: str = "ddp") -> Run:
+    def run(
+        name: str, devices: int, *more: str, strategy: str = "ddp", optimized: bool = False
+    ) -> Run:
         arguments = [
             # With 42 a uniform number of step 7 falls on a token's boundary, within rounding, and
             # the completion differs between one process and two: no property of either.
@@ -128,15 +138,15 @@ def fit(command: Callable[..., Run]) -> Callable[..., Run]:
             *([f"--trainer.strategy={strategy}"] if devices > 1 else []),
             *more,
         ]
-        key = repr((name, devices, arguments))
+        key = repr((name, devices, arguments, optimized))
         if key not in known:
-            known[key] = command("fit", name, devices, *arguments)
+            known[key] = command("fit", name, devices, *arguments, optimized=optimized)
         return known[key]
 
     return run
 
 
-def _run_group(arguments: list[str], folder: Path) -> None:
+def _run_group(arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
     """Run a command to its end; one that hangs is stopped together with its children."""
     process = subprocess.Popen(
         arguments,
@@ -145,7 +155,7 @@ def _run_group(arguments: list[str], folder: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
     try:
         output, errors = process.communicate(timeout=280)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -196,44 +195,3 @@ def test_resumed_run_counts_from_the_start_of_the_run(
     lost = EffectiveUpdate()
     lost.on_train_start(module.trainer, module)
     assert lost.state_dict() == {}
-
-
-def test_accuracy_counts_thousands_also_where_bfloat16_is_the_default_dtype() -> None:
-    from sdft_lightning.modules.accuracy import TaskAccuracies
-
-    counted = TaskAccuracies()
-    torch.set_default_dtype(torch.bfloat16)  # as Lightning's bf16-true does in a step
-    try:
-        for _ in range(1000):
-            counted.count("a/accuracy", [1.0, 0.0, 0.0], torch.device("cpu"))
-        found = counted.take(torch.device("cpu"))["a/accuracy"]
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert found.value == pytest.approx(1 / 3, abs=1e-6)
-    assert found.high - found.low < 0.04
-
-
-def test_ranks_with_unlike_tasks_add_up_the_same_names_in_the_same_order(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from sdft_lightning.modules import accuracy
-
-    def gather(of_ranks: list[list[str]], mine: list[str]) -> None:
-        assert mine == ["b", "a"]
-        of_ranks[:] = [["c", "a"], mine]  # this rank is the second
-
-    two_ranks = {
-        "is_available": lambda: True,
-        "is_initialized": lambda: True,
-        "get_world_size": lambda: 2,
-        "all_gather_object": gather,
-    }
-    monkeypatch.setattr(accuracy, "distributed", SimpleNamespace(**two_ranks))
-    counted = accuracy.TaskAccuracies()
-    for name in ("b", "a"):
-        counted.count(name, [1.0, 0.0], torch.device("cpu"))
-    found = counted.take(torch.device("cpu"))
-    # Each task is two collectives; a rank that leaves c out would wait in another than the rest.
-    assert list(counted._sums) == ["b", "a", "c"]
-    assert list(found) == ["a", "b"]
-    assert found["a"].value == 0.5

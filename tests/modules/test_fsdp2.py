@@ -77,7 +77,7 @@ def test_export_of_a_run_with_fsdp2_loads_with_the_trained_weights(
         assert torch.equal(tensor, trained[f"student.{name}"]), name
 
 
-def evaluated(fit: Any, folder: Path, devices: int) -> Any:
+def evaluated(fit: Any, folder: Path, devices: int, optimized: bool = False) -> Any:
     """Two steps with all that is evaluated; five rows, so that the ranks get unequal shares."""
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()][:5]
     (folder / "five.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -94,7 +94,7 @@ def evaluated(fit: Any, folder: Path, devices: int) -> Any:
     held_out = {"general": {"source": "five.jsonl", "grader": "contains"}}
     benchmarks = {"tasks": [{"name": "choice.yaml", "metric": "acc"}], "batch_size": 2}
     return fit(
-        f"evaluated{devices}",
+        f"evaluated{devices}{'-O' if optimized else ''}",
         devices,
         "--trainer.max_steps=2",
         "--model.optimizer.lr=1e-2",
@@ -109,15 +109,18 @@ def evaluated(fit: Any, folder: Path, devices: int) -> Any:
         f"--data.benchmarks={json.dumps(benchmarks)}",
         f"--trainer.callbacks={json.dumps(callbacks)}",
         strategy="fsdp2",
+        optimized=optimized,
     )
 
 
+@pytest.mark.parametrize("optimized", [False, True], ids=["python", "python -O"])
 def test_evaluation_and_export_at_the_end_are_those_of_one_process(
-    fit: Any, process_folder: Path
+    fit: Any, process_folder: Path, optimized: bool
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    one, two = (evaluated(fit, process_folder, devices) for devices in (1, 2))
+    one, two = evaluated(fit, process_folder, 1), evaluated(fit, process_folder, 2, optimized)
+    assert two.optimized() == (["optimized0", "optimized1"] if optimized else [])
     names = (
         "val/drift/general",
         "val/capability/tiny_choice/acc",

@@ -96,9 +96,9 @@ def test_after_a_cast_both_roles_see_the_same_far_positions(model_folder: Path) 
         student = completion_hidden_states(module.student, *given)  # (N, D)
     _, tokens = bounded_divergence(
         module.teacher(*given),
-        module.teacher.head,
+        module.teacher.gather_head(),
         student,
-        module.student_head,
+        module.gather_head(),
         answer[0],
         torch.full((8,), 1 / 8),
         Divergence(),

@@ -66,7 +66,7 @@ def test_student_is_computed_with_the_weights_that_were_rounded_to_sample_with(
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             outputs = super().training_step(batch, batch_idx)
-            copied, head = self.rounded_student, self.student_head
+            copied, head = self.rounded_student, self.gather_head()
             assert (copied is None) is (dtype == "same")
             assert (head.rounded is None) is (dtype == "same")
             for name, weight in self.student.named_parameters() if copied is not None else ():

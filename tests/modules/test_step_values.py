@@ -271,29 +271,32 @@ def test_run_resumed_inside_a_window_logs_and_weighs_the_micro_batches_that_are_
     torch.testing.assert_close(after.gradients[0], alone.gradients[3], rtol=1e-4, atol=1e-7)
 
 
-class TwoRanks:
-    """A strategy whose other rank has the same values once more."""
-
-    def reduce(self, values: Tensor, reduce_op: str) -> Tensor:
-        return values * 2 if reduce_op == "sum" else values
+def of_two_ranks() -> StepValues:
+    """Values of a rank whose other one has the same once more."""
+    values = StepValues()
+    values.dist_sync_fn = lambda value, group: [value, value]
+    values.distributed_available_fn = lambda: True
+    return values
 
 
 def test_means_weigh_and_empty_ones_are_zero() -> None:
-    values = StepValues()
-    values.add("mean", torch.tensor([1.0, 3.0]), torch.tensor([1.0, 3.0]))
-    values.add("mean", torch.tensor([5.0]))
-    values.add("empty", torch.zeros(0))
-    values.add_largest("largest", torch.tensor(2.0))
-    values.add_largest("largest", torch.tensor(1.0))
-    values.add_bigrams("distinct", torch.zeros(2, 1).long(), torch.ones(2, 1).bool())
-    found = {name: float(value) for name, value in values.take(TwoRanks()).items()}
+    values = of_two_ranks()
+    values.update("mean", torch.tensor([1.0, 3.0]), torch.tensor([1.0, 3.0]))
+    values.update("mean", torch.tensor([5.0]))
+    values.update("empty", torch.zeros(0))
+    values.update_largest("largest", torch.tensor(2.0))
+    values.update_largest("largest", torch.tensor(1.0))
+    values.update_bigrams("distinct", torch.zeros(2, 1).long(), torch.ones(2, 1).bool())
+    found = {name: float(value) for name, value in values.take().items()}
     assert found == {"mean": 3.0, "empty": 0.0, "largest": 2.0, "distinct": 1.0}
-    assert values.take(TwoRanks()) == {}
+    assert values.take() == {}
+    values.update("other", torch.tensor([4.0]))
+    assert values.take() == {"other": 4.0}, "a name of the last window stays there"
 
 
 def test_what_is_no_number_stays_seen() -> None:
-    values = StepValues()
+    values = of_two_ranks()
     for value in (1.0, torch.nan, 2.0):
-        values.add("mean", torch.tensor(value))
-        values.add_largest("largest", torch.tensor(value))
-    assert all(bool(value.isnan()) for value in values.take(TwoRanks()).values())
+        values.update("mean", torch.tensor(value))
+        values.update_largest("largest", torch.tensor(value))
+    assert all(bool(value.isnan()) for value in values.take().values())

@@ -21,7 +21,7 @@ class _Module:
     """As much of a module as responses need."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        self.whole_student = model
+        self.gather_student = lambda: model
         self.tokenizer = tokenizer
         self.stop_ids = [tokenizer.eos_token_id]
 

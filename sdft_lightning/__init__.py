@@ -24,7 +24,6 @@ if TYPE_CHECKING:
         RunProgressBar,
         SaveOnSignal,
         TokenBudget,
-        ValidateAtEnds,
         WindowCheckpoint,
         default_callbacks,
     )
@@ -51,6 +50,7 @@ if TYPE_CHECKING:
         SFTModule,
     )
     from sdft_lightning.modules.schedule import Schedule
+    from sdft_lightning.modules.validate_at_ends import ValidateAtEnds
     from sdft_lightning.preflight import Limits
     from sdft_lightning.prompts import PromptStyle
     from sdft_lightning.rollout import (
@@ -119,7 +119,7 @@ _PLACES = {
     "UserError": "errors",
     "VLLMEngine": "rollout",
     "VLLMServerEngine": "rollout",
-    "ValidateAtEnds": "callbacks",
+    "ValidateAtEnds": "modules.validate_at_ends",
     "WindowCheckpoint": "callbacks",
     "default_callbacks": "callbacks",
     "export_model": "callbacks.export",

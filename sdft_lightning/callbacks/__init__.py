@@ -13,7 +13,6 @@ from sdft_lightning.callbacks.progress import RunProgressBar
 from sdft_lightning.callbacks.result_table import ResultTable
 from sdft_lightning.callbacks.save_on_signal import SaveOnSignal
 from sdft_lightning.callbacks.token_budget import TokenBudget
-from sdft_lightning.modules.validate_at_ends import ValidateAtEnds
 from sdft_lightning.modules.whole_windows import WindowCheckpoint
 
 __all__ = [
@@ -29,7 +28,6 @@ __all__ = [
     "RunProgressBar",
     "SaveOnSignal",
     "TokenBudget",
-    "ValidateAtEnds",
     "WindowCheckpoint",
     "default_callbacks",
 ]

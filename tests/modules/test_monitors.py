@@ -12,7 +12,7 @@ import lightning as L
 import pytest
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from sdft_lightning.callbacks import CollapseGuard, DriftMonitor, ValidateAtEnds
+from sdft_lightning.callbacks import CollapseGuard, DriftMonitor
 from sdft_lightning.data import Columns
 from sdft_lightning.data.benchmarks import Benchmarks
 from sdft_lightning.data.benchmarks.options import BenchmarkTask
@@ -29,6 +29,7 @@ from sdft_lightning.modules import (
     SFTModule,
 )
 from sdft_lightning.modules.monitors import training_names, validation_names
+from sdft_lightning.modules.validate_at_ends import ValidateAtEnds
 from sdft_lightning.rollout import Sampling
 from sdft_lightning.teacher import FrozenTeacher
 

@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml scripts/setup.sh
 	@touch $(STAMP)
 
 model: $(STAMP) ## fetch and convert the embedded model into the cache (first time about 1 minute)
-	$(PYTHON_BIN) -m sdft_lightning.embedded
+	$(PYTHON_BIN) -m sdft_lightning.models.embedded
 
 test: model ## run all tests on the CPU (15 to 26 minutes)
 	$(PYTHON_BIN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
@@ -41,7 +41,7 @@ models: $(STAMP) ## compare every architecture of transformers with plain passes
 	rm -rf .models
 
 demo: model ## teach the embedded model facts on the CPU (16 to 24 minutes)
-	$(PYTHON_BIN) -m sdft_lightning.demo
+	$(PYTHON_BIN) -m sdft_lightning.cli.demo
 
 perf: model ## time our step, loss and sampling against TRL's and plain ones (one to two hours)
 	$(PYTHON_BIN) -m pip freeze --exclude-editable > .venv/.installed # none of these may change

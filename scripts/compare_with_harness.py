@@ -25,9 +25,9 @@ from sdft_lightning.data.benchmarks.harness_model import request_key
 from sdft_lightning.data.benchmarks.quiet_harness import quiet_harness
 from sdft_lightning.data.benchmarks.seeded_grading import seeded_grading
 from sdft_lightning.data.benchmarks.tasks import FEWSHOT_SEED
+from sdft_lightning.forward.policy import load_policy
+from sdft_lightning.models.tokenization import load_max_length
 from sdft_lightning.modules.capability import CapabilityScores
-from sdft_lightning.policy import load_policy
-from sdft_lightning.tokenization import load_max_length
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "benchmarks"
 SCORED = "arc_easy hellaswag truthfulqa_mc1 truthfulqa_mc2 mmlu winogrande wikitext"

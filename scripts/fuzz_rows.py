@@ -17,12 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sdft_lightning.data.prompts import PromptStyle
 from sdft_lightning.data.rows import Columns, parse_rows
 from sdft_lightning.data.sources import read_rows
 from sdft_lightning.data.tokenize import Lengths, Tokenizer, tokenize_rows
 from sdft_lightning.errors import UserError
 from sdft_lightning.graders import GRADERS, check_reference, get_grader
-from sdft_lightning.prompts import PromptStyle
 from sdft_lightning.types import RowNeeds
 
 CALLS = [{"Action": "open", "Action_Input": '{"door": "yellow"}'}]

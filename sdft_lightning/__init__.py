@@ -30,15 +30,16 @@ if TYPE_CHECKING:
     from sdft_lightning.callbacks.collapse_signs import CollapseLimits
     from sdft_lightning.callbacks.export import export_model
     from sdft_lightning.cli.entry import main
+    from sdft_lightning.cli.run_trainer import RunTrainer
     from sdft_lightning.data import BenchmarkDataModule, Columns, DemonstrationDataModule, HubSource
     from sdft_lightning.data.benchmarks.options import Benchmarks, BenchmarkTask
     from sdft_lightning.data.planned import HeldOut
+    from sdft_lightning.data.prompts import PromptStyle
     from sdft_lightning.data.tokenize import Lengths
-    from sdft_lightning.divergence import Divergence
     from sdft_lightning.errors import UserError
     from sdft_lightning.graders import JudgeSettings
-    from sdft_lightning.lora import LoRA
-    from sdft_lightning.mismatch import MismatchCorrection, SamplerAlarm
+    from sdft_lightning.losses.divergence import Divergence
+    from sdft_lightning.models.lora import LoRA
     from sdft_lightning.modules import (
         CPTModule,
         DFTModule,
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
     from sdft_lightning.modules.schedule import Schedule
     from sdft_lightning.modules.validate_at_ends import ValidateAtEnds
     from sdft_lightning.preflight import Limits
-    from sdft_lightning.prompts import PromptStyle
     from sdft_lightning.rollout import (
         Engine,
         Sampling,
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
         VLLMEngine,
         VLLMServerEngine,
     )
-    from sdft_lightning.run_trainer import RunTrainer
+    from sdft_lightning.rollout.mismatch import MismatchCorrection, SamplerAlarm
     from sdft_lightning.teacher import EMATeacher, FrozenTeacher, LiveTeacher, Teacher
 
 # Linux: large tensors in pages of 2 MB. A decoding step on a CPU reads all weights, and finding
@@ -81,7 +81,7 @@ _PLACES = {
     "CompletionLog": "callbacks",
     "DFTModule": "modules",
     "DemonstrationDataModule": "data",
-    "Divergence": "divergence",
+    "Divergence": "losses.divergence",
     "DriftMonitor": "callbacks",
     "EMATeacher": "teacher",
     "Engine": "rollout",
@@ -95,21 +95,21 @@ _PLACES = {
     "Lengths": "data.tokenize",
     "Limits": "preflight",
     "LiveTeacher": "teacher",
-    "LoRA": "lora",
+    "LoRA": "models.lora",
     "MetricsLog": "callbacks",
-    "MismatchCorrection": "mismatch",
+    "MismatchCorrection": "rollout.mismatch",
     "OfflineDistillationModule": "modules",
     "PolicyModule": "modules",
     "PredictionWriter": "callbacks",
-    "PromptStyle": "prompts",
+    "PromptStyle": "data.prompts",
     "ReinvokeModule": "modules",
     "ResultTable": "callbacks",
     "RunProgressBar": "callbacks",
-    "RunTrainer": "run_trainer",
+    "RunTrainer": "cli.run_trainer",
     "SDFTModule": "modules",
     "SFTKLModule": "modules",
     "SFTModule": "modules",
-    "SamplerAlarm": "mismatch",
+    "SamplerAlarm": "rollout.mismatch",
     "Sampling": "rollout",
     "SaveOnSignal": "callbacks",
     "Schedule": "modules.schedule",

@@ -171,7 +171,7 @@ def make_model(tokenizer: Any) -> Callable[..., Any]:
 @pytest.fixture
 def make_adapted(tokenizer: Any) -> Callable[..., Any]:
     """Build a tiny model with adapters that have moved from their start (unless `moved=False`)."""
-    from sdft_lightning.lora import LoRA, add_adapter_
+    from sdft_lightning.models.lora import LoRA, add_adapter_
 
     def make(lora: LoRA | None = None, moved: bool = True, **changes: Any) -> Any:
         model = build_model(tokenizer, **changes)
@@ -262,9 +262,9 @@ def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products in bfloat16 also where oneDNN does not multiply it: slowly, by torch itself."""
     import torch
 
-    from sdft_lightning import products
-    from sdft_lightning.fused.laid_out import LaidOut
-    from sdft_lightning.fused.weights import joined
+    from sdft_lightning.forward.fused.laid_out import LaidOut
+    from sdft_lightning.forward.fused.weights import joined
+    from sdft_lightning.models import products
 
     if products.multiplies_bfloat16():
         return
@@ -283,7 +283,7 @@ def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor that does not multiply bfloat16, whichever this is."""
-    from sdft_lightning import products
+    from sdft_lightning.models import products
 
     monkeypatch.setattr(products, "multiplies_bfloat16", lambda: False)
 
@@ -301,8 +301,8 @@ def fit_module(model_folder: Path, train_file: Path, tmp_path: Path) -> Callable
     import lightning as L
 
     from sdft_lightning.data import Columns, DemonstrationDataModule
+    from sdft_lightning.data.prompts import PromptStyle
     from sdft_lightning.modules import SDFTModule
-    from sdft_lightning.prompts import PromptStyle
     from sdft_lightning.rollout import Sampling
 
     def fit(

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdft_lightning import hidden as hidden_file
-from sdft_lightning.attention_kernel import training_attention
-from sdft_lightning.hidden import completion_hidden_states
+from sdft_lightning.forward import hidden as hidden_file
+from sdft_lightning.forward.attention_kernel import training_attention
+from sdft_lightning.forward.hidden import completion_hidden_states
 
 
 def takes_flash() -> bool:

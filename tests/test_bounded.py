@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdft_lightning.bounded import bounded_divergence
-from sdft_lightning.divergence import Divergence, log_probs
+from sdft_lightning.losses.bounded import bounded_divergence
+from sdft_lightning.losses.divergence import Divergence, log_probs
 from sdft_lightning.types import OutputHead, TokenStatistics
 
 N, D, V = 11, 6, 40

@@ -13,8 +13,8 @@ import pytest
 SCRIPT = """
 import sys
 import torch
-from sdft_lightning.bounded import bounded_divergence
-from sdft_lightning.divergence import Divergence
+from sdft_lightning.losses.bounded import bounded_divergence
+from sdft_lightning.losses.divergence import Divergence
 from sdft_lightning.types import OutputHead
 
 def status(name):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from sdft_lightning.bounded import bounded_cross_entropy, bounded_divergence
-from sdft_lightning.divergence import Divergence
+from sdft_lightning.losses.bounded import bounded_cross_entropy, bounded_divergence
+from sdft_lightning.losses.divergence import Divergence
 from sdft_lightning.types import OutputHead
 
 N, D, V = 13, 16, 50

@@ -110,7 +110,7 @@ def test_adapter_format_without_adapters_is_refused_before_training(
 def test_merged_format_of_quantized_weights_names_the_other() -> None:
     from sdft_lightning.callbacks.export import check_format
     from sdft_lightning.errors import UserError
-    from sdft_lightning.lora import LoRA
+    from sdft_lightning.models.lora import LoRA
     from sdft_lightning.modules import SFTModule
 
     module = SFTModule(lora=LoRA(), quantization="nf4")

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdft_lightning import chunked
-from sdft_lightning.bounded import _chunk_tokens, bounded_cross_entropy, bounded_divergence
-from sdft_lightning.closed_form import closed_form
-from sdft_lightning.divergence import Divergence
-from sdft_lightning.token_losses import cross_entropy, probability_weighted
+from sdft_lightning.losses import chunked
+from sdft_lightning.losses.bounded import _chunk_tokens, bounded_cross_entropy, bounded_divergence
+from sdft_lightning.losses.closed_form import closed_form
+from sdft_lightning.losses.divergence import Divergence
+from sdft_lightning.losses.token_losses import cross_entropy, probability_weighted
 from sdft_lightning.types import OutputHead
 
 N, V, D = 7, 50, 8

@@ -82,7 +82,7 @@ def test_low_memory_takes_the_place_of_the_runs_optimizer_and_leaves_its_teacher
     low = CONFIGS / "model" / "low_memory.yaml"
     model = parse([f"--config={CONFIGS / 'quickstart.yaml'}", f"--config={low}"])["model"]
     options = model["init_args"]
-    assert options["optimizer"]["class_path"] == "sdft_lightning.low_memory.LowMemoryAdamW"
+    assert options["optimizer"]["class_path"] == "sdft_lightning.models.low_memory.LowMemoryAdamW"
     assert options["optimizer"]["init_args"]["eight_bit"] is True
     assert options["optimizer"]["init_args"]["seed"] is None  # follows seed_everything
     assert options["weights_dtype"] == "bfloat16"
@@ -324,7 +324,7 @@ def test_paper_lengths_leave_no_question_of_the_released_sets_out(
 ) -> None:
     from transformers import AutoTokenizer
 
-    from sdft_lightning.embedded import embedded_model_path
+    from sdft_lightning.models.embedded import embedded_model_path
 
     lengths = parse([f"--config={CONFIGS / 'paper_tooluse.yaml'}"])["data"]["lengths"]
     assert lengths["too_long"] == "error"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sdft_lightning.demo import DemoResult, Point, findings, points_of, run_demo, table
+from sdft_lightning.cli.demo import DemoResult, Point, findings, points_of, run_demo, table
 
 BASE = Point(0, 0.0, 0.8, 0.0)
 GOOD = Point(80, 0.8, 0.78, 0.3)

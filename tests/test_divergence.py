@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdft_lightning.divergence import forward_kl, generalized_jsd, log_probs, reverse_kl
 from sdft_lightning.errors import UserError
+from sdft_lightning.losses.divergence import forward_kl, generalized_jsd, log_probs, reverse_kl
 
 Function = Callable[..., Tensor]
 Array = np.ndarray

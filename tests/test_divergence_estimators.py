@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdft_lightning.bounded import bounded_divergence
-from sdft_lightning.divergence import (
+from sdft_lightning.errors import UserError
+from sdft_lightning.losses.bounded import bounded_divergence
+from sdft_lightning.losses.divergence import (
     Divergence,
     forward_kl,
     generalized_jsd,
@@ -19,7 +20,6 @@ from sdft_lightning.divergence import (
     sampled_token,
     topk,
 )
-from sdft_lightning.errors import UserError
 from sdft_lightning.types import OutputHead
 
 TEACHER = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()

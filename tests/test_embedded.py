@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sdft_lightning import embedded
+from sdft_lightning.models import embedded
 
 FAKE_WEIGHTS = b"not really weights"
 

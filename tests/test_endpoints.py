@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from sdft_lightning.endpoints import TooLongError, check_address, check_variable_name, fetch
 from sdft_lightning.errors import UserError
+from sdft_lightning.files.endpoints import TooLongError, check_address, check_variable_name, fetch
 
 pytestmark = pytest.mark.attack
 

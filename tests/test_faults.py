@@ -335,7 +335,7 @@ def checkpoint(path: Path, step: int, written: int) -> Path:
 
 
 def test_last_stands_for_what_was_written_later_and_is_further_on(tmp_path: Path) -> None:
-    from sdft_lightning.run_folder import resolve_checkpoint
+    from sdft_lightning.files.run_folder import resolve_checkpoint
 
     folder = tmp_path / "checkpoints"
     last = checkpoint(folder / "last.ckpt", 4, 100)
@@ -350,7 +350,7 @@ def test_last_stands_for_what_was_written_later_and_is_further_on(tmp_path: Path
 
 
 def test_last_of_deepspeed_is_its_folder(tmp_path: Path) -> None:
-    from sdft_lightning.run_folder import resolve_checkpoint
+    from sdft_lightning.files.run_folder import resolve_checkpoint
 
     (tmp_path / "checkpoints" / "last.ckpt" / "checkpoint").mkdir(parents=True)
     found = resolve_checkpoint("last", tmp_path)
@@ -406,7 +406,7 @@ def test_full_disk_where_a_library_writes_is_told_too(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "config.yaml")
 
-    monkeypatch.setattr("sdft_lightning.run_config.SaveRunConfig.setup", full)
+    monkeypatch.setattr("sdft_lightning.cli.run_config.SaveRunConfig.setup", full)
     with pytest.raises(SystemExit) as stop:
         run_cli(*run_args("a"))
     assert stop.value.code == 2
@@ -431,8 +431,8 @@ import time
 time.sleep = lambda seconds: None  # the Hub's client waits 23 s before it gives a host up
 from sdft_lightning.data.sources import HubSource, read_rows
 from sdft_lightning.errors import UserError
-from sdft_lightning.policy import load_policy
-from sdft_lightning.tokenization import load_max_length, load_stop_ids, load_tokenizer
+from sdft_lightning.forward.policy import load_policy
+from sdft_lightning.models.tokenization import load_max_length, load_stop_ids, load_tokenizer
 
 class Eos:
     eos_token_id = 1

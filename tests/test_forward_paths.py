@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from sdft_lightning import forward_paths
 from sdft_lightning.errors import UserError
-from sdft_lightning.forward_paths import ForwardPaths, paths_of
-from sdft_lightning.policy import load_policy
+from sdft_lightning.forward import forward_paths
+from sdft_lightning.forward.forward_paths import ForwardPaths, paths_of
+from sdft_lightning.forward.policy import load_policy
 from sdft_lightning.rollout.weights import SamplingWeights
 
 EVERY = ForwardPaths()

@@ -13,12 +13,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sdft_lightning.data.prompts import PromptStyle, render_student, render_teacher
 from sdft_lightning.data.rows import Columns, parse_rows
 from sdft_lightning.data.sources import Rows, read_rows
 from sdft_lightning.errors import UserError
 from sdft_lightning.graders import GRADERS, check_reference, get_grader
-from sdft_lightning.masking import completion_mask, loss_mask, position_ids, sequence_weights
-from sdft_lightning.prompts import PromptStyle, render_student, render_teacher
+from sdft_lightning.losses.masking import completion_mask, loss_mask, position_ids, sequence_weights
 from sdft_lightning.types import Demonstration, RowNeeds
 
 # One machine's slowness is no failure, and the same examples are tried every time.

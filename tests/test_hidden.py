@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.hidden import (
+from sdft_lightning.forward.hidden import (
     apply_head,
     check_output_head,
     completion_hidden_states,
     hidden_states,
     output_head,
 )
-from sdft_lightning.masking import position_ids
+from sdft_lightning.losses.masking import position_ids
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sdft_lightning.callbacks.run_files import append_lines
 from sdft_lightning.continual.whole import append_record
-from sdft_lightning.json_text import json_text
+from sdft_lightning.files.json_text import json_text
 
 
 def test_what_is_no_number_is_null_at_every_depth() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sdft_lightning.kv_cache import cache_argument, cache_of
+from sdft_lightning.forward.kv_cache import cache_argument, cache_of
 
 
 class Old:

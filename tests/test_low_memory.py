@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sdft_lightning.low_memory import LowMemoryAdamW
+from sdft_lightning.models.low_memory import LowMemoryAdamW
 from sdft_lightning.modules.effective_update import effective_movement
 from sdft_lightning.teacher import EMATeacher, ema_
 

@@ -22,11 +22,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sdft_lightning.chat_template import limits, render
 from sdft_lightning.cli import main
 from sdft_lightning.data.sources import read_rows
 from sdft_lightning.errors import UserError
 from sdft_lightning.graders import Answer, Judge, JudgeSettings
+from sdft_lightning.models.chat_template import limits, render
 from sdft_lightning.rollout import RolloutRequest, Sampling, SamplingWeights, VLLMServerEngine
 
 RunCli = Callable[..., None]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.masking import (
+from sdft_lightning.losses.masking import (
     completion_mask,
     loss_mask,
     masked_mean,

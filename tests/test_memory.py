@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sdft_lightning import memory
+from sdft_lightning.forward import memory
 
 HAS_TRIM = sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim")
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.mismatch import MismatchCorrection, SamplerAlarm
 from sdft_lightning.modules.sampler_watch import SamplerWatch
+from sdft_lightning.rollout.mismatch import MismatchCorrection, SamplerAlarm
 
 # Two completions of three and one token, of which the first one's first is not in the loss.
 KEEP = torch.tensor([[False, True, True], [True, False, False]])

@@ -12,8 +12,13 @@ import pytest
 
 from sdft_lightning.cli import main
 from sdft_lightning.errors import UserError
-from sdft_lightning.policy import load_policy
-from sdft_lightning.tokenization import load_config, load_max_length, load_stop_ids, load_tokenizer
+from sdft_lightning.forward.policy import load_policy
+from sdft_lightning.models.tokenization import (
+    load_config,
+    load_max_length,
+    load_stop_ids,
+    load_tokenizer,
+)
 
 Spoil = Callable[[Path], object]
 

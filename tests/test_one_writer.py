@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from sdft_lightning import whole_files
 from sdft_lightning.continual.identity import claim_folder
 from sdft_lightning.continual.units import plan_folder
 from sdft_lightning.errors import UserError
-from sdft_lightning.run_folder import LOCK, check_run_folder, named_folder, one_writer
-from sdft_lightning.whole_files import held_lock, whole_file, whole_folder
+from sdft_lightning.files import whole_files
+from sdft_lightning.files.run_folder import LOCK, check_run_folder, named_folder, one_writer
+from sdft_lightning.files.whole_files import held_lock, whole_file, whole_folder
 
 pytestmark = pytest.mark.attack
 
@@ -130,7 +130,7 @@ def test_lock_that_is_removed_while_another_waits_is_made_anew(
 HOLDER = """
 import sys, time
 from pathlib import Path
-from sdft_lightning.run_folder import one_writer
+from sdft_lightning.files.run_folder import one_writer
 with one_writer(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from sdft_lightning.data import Columns, DemonstrationDataModule
+from sdft_lightning.data.prompts import PromptStyle
 from sdft_lightning.errors import UserError
 from sdft_lightning.modules import SDFTModule
-from sdft_lightning.prompts import PromptStyle
 from sdft_lightning.rollout import Sampling
 
 RunCli = Callable[..., None]

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.hidden import completion_hidden_states
-from sdft_lightning.policy import check_vocabulary, load_policy
+from sdft_lightning.forward.hidden import completion_hidden_states
+from sdft_lightning.forward.policy import check_vocabulary, load_policy
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from sdft_lightning.hidden import completion_hidden_states
-from sdft_lightning.masking import position_ids
-from sdft_lightning.prefix import can_share, split_prompts
-from sdft_lightning.prompt_cache import PromptCache
+from sdft_lightning.forward.hidden import completion_hidden_states
+from sdft_lightning.forward.prefix import can_share, split_prompts
+from sdft_lightning.forward.prompt_cache import PromptCache
+from sdft_lightning.losses.masking import position_ids
 
 
 def enable_checkpointing(model: Any) -> None:

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from sdft_lightning import products
-from sdft_lightning.bounded import bounded_divergence
-from sdft_lightning.chunked import cast_side
-from sdft_lightning.divergence import Divergence
-from sdft_lightning.hidden import apply_head, completion_hidden_states
-from sdft_lightning.products import product_dtype, without_slow_autocast
-from sdft_lightning.scoring import score_continuations
+from sdft_lightning.forward.hidden import apply_head, completion_hidden_states
+from sdft_lightning.forward.scoring import score_continuations
+from sdft_lightning.losses.bounded import bounded_divergence
+from sdft_lightning.losses.chunked import cast_side
+from sdft_lightning.losses.divergence import Divergence
+from sdft_lightning.models import products
+from sdft_lightning.models.products import product_dtype, without_slow_autocast
 from sdft_lightning.teacher import FrozenTeacher
 from sdft_lightning.types import OutputHead, ScoringBatch
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from sdft_lightning.errors import UserError
-from sdft_lightning.prompts import (
+from sdft_lightning.data.prompts import (
     PromptStyle,
     check_same_header,
     demonstration_text,
@@ -16,6 +15,7 @@ from sdft_lightning.prompts import (
     render_teacher,
     teacher_messages,
 )
+from sdft_lightning.errors import UserError
 from sdft_lightning.types import Demonstration
 
 # METHOD §2, with its leading and its trailing newline.

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from sdft_lightning.data.prompts import PromptStyle, render_student, render_target, render_teacher
 from sdft_lightning.data.tokenize import Lengths, Tokenizer
-from sdft_lightning.prompts import PromptStyle, render_student, render_target, render_teacher
 from sdft_lightning.types import Demonstration
 
 QUESTION = [{"role": "user", "content": "What is 1 + 1?"}]

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.lora import LoRA, adapter_parameters
-from sdft_lightning.policy import load_policy
-from sdft_lightning.quantization import quantization_options
+from sdft_lightning.forward.policy import load_policy
+from sdft_lightning.models.lora import LoRA, adapter_parameters
+from sdft_lightning.models.quantization import quantization_options
 
 
 @pytest.fixture

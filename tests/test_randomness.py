@@ -13,8 +13,8 @@ import transformers
 from torch import nn
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.policy import load_policy
-from sdft_lightning.randomness import base_config, check_no_randomness, turn_off_randomness_
+from sdft_lightning.forward.policy import load_policy
+from sdft_lightning.models.randomness import base_config, check_no_randomness, turn_off_randomness_
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 _SMALL = {"vocab_size": 272, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -142,7 +142,7 @@ def test_both_roles_are_quiet_and_the_exported_config_is_that_of_the_base(
     fit_module: Callable[..., Any], make_model_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     from sdft_lightning.callbacks.export import export_model
-    from sdft_lightning.lora import LoRA
+    from sdft_lightning.models.lora import LoRA
 
     base = make_model_folder("base", attention_dropout=0.25)
     for lora in (None, LoRA(r=2)):

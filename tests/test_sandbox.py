@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from sdft_lightning.data.benchmarks.sandbox import SandboxLimits, run_program
 from sdft_lightning.errors import UserError
-from sdft_lightning.sandbox import SandboxLimits, run_program
 
 
 def sandbox_works() -> bool:

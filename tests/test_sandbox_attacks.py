@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from sdft_lightning import sandbox
+from sdft_lightning.data.benchmarks import sandbox
+from sdft_lightning.data.benchmarks.sandbox import CheckedProgram, SandboxLimits, run_program
+from sdft_lightning.data.benchmarks.sandbox_filter import REFUSED
 from sdft_lightning.errors import UserError
-from sdft_lightning.sandbox import CheckedProgram, SandboxLimits, run_program
-from sdft_lightning.sandbox_filter import REFUSED
 
 pytestmark = pytest.mark.attack
 
@@ -300,8 +300,8 @@ def test_where_the_kernel_has_no_such_limit_a_sentence_stands_for_a_run(name: st
     script = f"""
 import ctypes
 from sdft_lightning.errors import UserError
-from sdft_lightning.sandbox import run_program
-from sdft_lightning.sandbox_launcher import install_filter
+from sdft_lightning.data.benchmarks.sandbox import run_program
+from sdft_lightning.data.benchmarks.sandbox_launcher import install_filter
 ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)
 install_filter(bytes.fromhex({program.hex()!r}))
 try:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from sdft_lightning.data.benchmarks.sandbox_filter import LOOKED_AT, REFUSED, filter_program
 from sdft_lightning.errors import UserError
-from sdft_lightning.sandbox_filter import LOOKED_AT, REFUSED, filter_program
 
 pytestmark = pytest.mark.attack
 

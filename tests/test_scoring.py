@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sdft_lightning.data.collate import pad
-from sdft_lightning.scoring import score_continuations
+from sdft_lightning.forward.scoring import score_continuations
 from sdft_lightning.types import ScoringBatch
 
 
@@ -110,7 +110,7 @@ def test_logits_in_pieces_give_the_same(
     model = make_model()
     batch = make_batch([[9, 5], [7]], [5, 8])
     expected = score_continuations(model, batch)
-    monkeypatch.setattr("sdft_lightning.scoring._LOGITS_AT_A_TIME", 272 * 2)
+    monkeypatch.setattr("sdft_lightning.forward.scoring._LOGITS_AT_A_TIME", 272 * 2)
     for ours, theirs in zip(score_continuations(model, batch), expected, strict=True):
         assert ours.log_likelihood == pytest.approx(theirs.log_likelihood, abs=1e-5)
         assert ours.is_greedy == theirs.is_greedy

@@ -22,16 +22,16 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from sdft_lightning import checkpoint_io
 from sdft_lightning.callbacks import WindowCheckpoint, default_callbacks
 from sdft_lightning.cli import SDFTCLI
 from sdft_lightning.data import Columns, DemonstrationDataModule
+from sdft_lightning.data.prompts import PromptStyle
 from sdft_lightning.errors import UserError
+from sdft_lightning.errors.quiet import show_messages
+from sdft_lightning.files import checkpoint_io
 from sdft_lightning.modules import SDFTModule
-from sdft_lightning.prompts import PromptStyle
-from sdft_lightning.quiet import show_messages
+from sdft_lightning.modules.trainer_options import check_trainer
 from sdft_lightning.rollout import Sampling, VLLMEngine
-from sdft_lightning.trainer_options import check_trainer
 from sdft_lightning.types import task_data
 
 RunCli = Callable[..., None]

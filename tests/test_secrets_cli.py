@@ -11,10 +11,10 @@ import pytest
 
 from sdft_lightning.callbacks.result_table import result_table
 from sdft_lightning.continual.plan_file import build_plan
-from sdft_lightning.endpoints import check_no_secrets
+from sdft_lightning.continual.report.records import plain
 from sdft_lightning.errors import UserError
+from sdft_lightning.files.endpoints import check_no_secrets
 from sdft_lightning.graders import check_reference
-from sdft_lightning.report.records import plain
 
 pytestmark = pytest.mark.attack
 

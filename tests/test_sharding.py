@@ -12,8 +12,14 @@ import pytest
 import torch
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.prefix import can_share
-from sdft_lightning.sharding import data_parallel_mesh, empty_copy, gathered, is_sharded, shard_
+from sdft_lightning.forward.prefix import can_share
+from sdft_lightning.models.sharding import (
+    data_parallel_mesh,
+    empty_copy,
+    gathered,
+    is_sharded,
+    shard_,
+)
 from sdft_lightning.teacher import FrozenTeacher
 
 # Each process takes its own row; both compare what is sharded with a plain model on both rows.
@@ -23,10 +29,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM
-from sdft_lightning.bounded import bounded_cross_entropy
-from sdft_lightning.hidden import completion_hidden_states, output_head
+from sdft_lightning.losses.bounded import bounded_cross_entropy
+from sdft_lightning.forward.hidden import completion_hidden_states, output_head
 from sdft_lightning.rollout.weights import SamplingWeights
-from sdft_lightning.sharding import shard_
+from sdft_lightning.models.sharding import shard_
 from sdft_lightning.teacher import EMATeacher
 
 rank = int(os.environ["RANK"])
@@ -182,7 +188,7 @@ def test_cached_prompts_are_refused_before_anything_is_cut(model: Any) -> None:
 
 
 def test_adapters_are_refused_before_anything_is_cut(fit_module: Any) -> None:
-    from sdft_lightning.lora import LoRA
+    from sdft_lightning.models.lora import LoRA
 
     module = fit_module(model={"lora": LoRA(r=2)})
     with pytest.raises(UserError, match=r"model\.lora: adapters under fsdp2"):
@@ -192,8 +198,8 @@ def test_adapters_are_refused_before_anything_is_cut(fit_module: Any) -> None:
 def test_what_cannot_take_shards_is_refused_before_a_model_is_loaded() -> None:
     from types import SimpleNamespace
 
-    from sdft_lightning.lora import LoRA
-    from sdft_lightning.low_memory import LowMemoryAdamW
+    from sdft_lightning.models.lora import LoRA
+    from sdft_lightning.models.low_memory import LowMemoryAdamW
     from sdft_lightning.modules import SDFTModule
     from sdft_lightning.rollout import TransformersEngine, VLLMEngine
 

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from sdft_lightning import shared_memory
-from sdft_lightning.shared_memory import clear_shared_memory, new_weights_folder
+from sdft_lightning.files import shared_memory
+from sdft_lightning.files.shared_memory import clear_shared_memory, new_weights_folder
 
 pytestmark = pytest.mark.attack
 
 OTHER_RUN = """
 import sys
 from pathlib import Path
-from sdft_lightning.shared_memory import new_weights_folder
+from sdft_lightning.files.shared_memory import new_weights_folder
 folder, lock = new_weights_folder(Path(sys.argv[1]))
 (folder / "weights-1").mkdir()
 print(folder, flush=True)

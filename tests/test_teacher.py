@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.randomness import turn_off_randomness_
+from sdft_lightning.models.randomness import turn_off_randomness_
 from sdft_lightning.teacher import EMATeacher, FrozenTeacher, LiveTeacher, Teacher, ema_
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.lora import LoRA, adapter_parameters, add_adapter_, merged_copy
-from sdft_lightning.policy import moved_not_cast
+from sdft_lightning.forward.policy import moved_not_cast
+from sdft_lightning.models.lora import LoRA, adapter_parameters, add_adapter_, merged_copy
 from sdft_lightning.teacher import EMATeacher, FrozenTeacher, LiveTeacher, Teacher
 
 Make = Callable[..., Any]

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from sdft_lightning.callbacks.run_files import append_lines
-from sdft_lightning.checkpoint_io import WholeCheckpointIO
 from sdft_lightning.errors import UserError
-from sdft_lightning.whole_files import whole_file, whole_folder
+from sdft_lightning.files.checkpoint_io import WholeCheckpointIO
+from sdft_lightning.files.whole_files import whole_file, whole_folder
 
 
 @contextmanager

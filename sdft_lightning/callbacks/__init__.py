@@ -13,7 +13,7 @@ from sdft_lightning.callbacks.progress import RunProgressBar
 from sdft_lightning.callbacks.result_table import ResultTable
 from sdft_lightning.callbacks.save_on_signal import SaveOnSignal
 from sdft_lightning.callbacks.token_budget import TokenBudget
-from sdft_lightning.modules.whole_windows import WindowCheckpoint
+from sdft_lightning.files.whole_windows import WindowCheckpoint
 
 __all__ = [
     "CollapseGuard",

@@ -21,7 +21,7 @@ from sdft_lightning.callbacks.kept_checkpoint import (
 )
 from sdft_lightning.callbacks.run_files import append_lines, run_folder, unused_path
 from sdft_lightning.errors import UserError
-from sdft_lightning.sharding import local
+from sdft_lightning.models.sharding import local
 
 log = logging.getLogger(__name__)
 _IN_VALIDATION = ("teacher_no_better",)

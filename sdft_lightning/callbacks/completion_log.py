@@ -7,8 +7,8 @@ from typing import Any
 import lightning as L
 
 from sdft_lightning.callbacks.run_files import append_lines, run_folder, tensorboard
+from sdft_lightning.data.prompts import demonstration_text
 from sdft_lightning.errors import check_at_least
-from sdft_lightning.prompts import demonstration_text
 from sdft_lightning.types import Demonstration
 
 

@@ -11,7 +11,7 @@ from sdft_lightning.callbacks.predictions import PredictionWriter
 from sdft_lightning.callbacks.progress import RunProgressBar
 from sdft_lightning.callbacks.result_table import ResultTable
 from sdft_lightning.callbacks.save_on_signal import SaveOnSignal
-from sdft_lightning.modules.whole_windows import WindowCheckpoint
+from sdft_lightning.files.whole_windows import WindowCheckpoint
 
 # How checkpoints are named, and that the newest is also there as last.ckpt.
 CHECKPOINT_OPTIONS: dict[str, Any] = {

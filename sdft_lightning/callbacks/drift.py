@@ -9,16 +9,16 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from sdft_lightning.attention_kernel import autocast_if_needed_
-from sdft_lightning.bounded import bounded_divergence
-from sdft_lightning.divergence import Divergence
 from sdft_lightning.errors import UserError
-from sdft_lightning.hidden import completion_hidden_states, output_head
-from sdft_lightning.lora import base_copy
-from sdft_lightning.masking import sequence_weights
-from sdft_lightning.modules.metrics import NamedMetrics, WeightedMean
-from sdft_lightning.policy import check_model, load_policy
-from sdft_lightning.products import takes_float32
+from sdft_lightning.forward.attention_kernel import autocast_if_needed_
+from sdft_lightning.forward.hidden import completion_hidden_states, output_head
+from sdft_lightning.forward.policy import check_model, load_policy
+from sdft_lightning.graders.metrics import NamedMetrics, WeightedMean
+from sdft_lightning.losses.bounded import bounded_divergence
+from sdft_lightning.losses.divergence import Divergence
+from sdft_lightning.losses.masking import sequence_weights
+from sdft_lightning.models.lora import base_copy
+from sdft_lightning.models.products import takes_float32
 from sdft_lightning.types import OutputHead, Rollout, task_data
 
 

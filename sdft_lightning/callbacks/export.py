@@ -9,12 +9,12 @@ import lightning as L
 
 from sdft_lightning.callbacks.run_files import run_folder, unused_path
 from sdft_lightning.errors import UserError, check_at_least, check_choice
-from sdft_lightning.lora import is_adapted, merged_copy, save_adapter
-from sdft_lightning.modules.finite_weights import check_export
-from sdft_lightning.randomness import base_config
-from sdft_lightning.sharding import is_sharded, whole_state_dict
-from sdft_lightning.tokenization import resolve_model
-from sdft_lightning.whole_files import whole_folder
+from sdft_lightning.files.finite_weights import check_export
+from sdft_lightning.files.whole_files import whole_folder
+from sdft_lightning.models.lora import is_adapted, merged_copy, save_adapter
+from sdft_lightning.models.randomness import base_config
+from sdft_lightning.models.sharding import is_sharded, whole_state_dict
+from sdft_lightning.models.tokenization import resolve_model
 
 ExportFormat = Literal["merged", "adapter"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 
 from sdft_lightning.callbacks.run_files import append_lines, run_folder, unused_path
-from sdft_lightning.json_text import json_text
+from sdft_lightning.files.json_text import json_text
 from sdft_lightning.types import task_data
 
 BENCHMARKS_FILE = "benchmarks.json"

@@ -9,8 +9,8 @@ from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from sdft_lightning.modules.finite_weights import has_finite_weights
-from sdft_lightning.modules.whole_windows import is_below
+from sdft_lightning.files.finite_weights import has_finite_weights
+from sdft_lightning.files.whole_windows import is_below
 
 
 def best_checkpoint(trainer: Any) -> Path | None:

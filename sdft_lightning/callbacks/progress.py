@@ -10,7 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from sdft_lightning.errors import check_at_least
-from sdft_lightning.foreign_text import printable
+from sdft_lightning.errors.foreign_text import printable
 
 
 class RunProgressBar(TQDMProgressBar):

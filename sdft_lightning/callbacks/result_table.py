@@ -11,7 +11,7 @@ import lightning as L
 
 from sdft_lightning.callbacks.metrics_log import measured_prefixes
 from sdft_lightning.callbacks.run_files import run_folder
-from sdft_lightning.foreign_text import printable
+from sdft_lightning.errors.foreign_text import printable
 
 # A standard error times this is half of a 95 % interval.
 _NORMAL_95 = 1.96

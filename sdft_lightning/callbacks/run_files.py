@@ -8,8 +8,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from sdft_lightning.json_text import json_text
-from sdft_lightning.whole_files import append_whole
+from sdft_lightning.files.json_text import json_text
+from sdft_lightning.files.whole_files import append_whole
 
 
 def run_folder(trainer: L.Trainer) -> Path:

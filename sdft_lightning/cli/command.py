@@ -20,16 +20,16 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sdft_lightning.callbacks import WindowCheckpoint, default_callbacks
 from sdft_lightning.callbacks.defaults import CHECKPOINT_OPTIONS
-from sdft_lightning.checkpoint_io import load_whole_checkpoint
 from sdft_lightning.cli.entry import DESCRIPTIONS, INTRODUCTION, user_error
+from sdft_lightning.cli.run_config import SaveRunConfig
+from sdft_lightning.cli.run_trainer import RunTrainer
+from sdft_lightning.cli.setup_errors import setup_error
 from sdft_lightning.data import BenchmarkDataModule, DemonstrationDataModule, ModelDataModule
-from sdft_lightning.endpoints import check_no_secrets
 from sdft_lightning.errors import UserError
-from sdft_lightning.modules import PolicyModule
-from sdft_lightning.preflight import Limits, judge
-from sdft_lightning.quiet import quieten_transformers
-from sdft_lightning.run_config import SaveRunConfig
-from sdft_lightning.run_folder import (
+from sdft_lightning.errors.quiet import quieten_transformers
+from sdft_lightning.files.checkpoint_io import load_whole_checkpoint
+from sdft_lightning.files.endpoints import check_no_secrets
+from sdft_lightning.files.run_folder import (
     check_run_folder,
     command_folder,
     is_deepspeed_folder,
@@ -38,12 +38,12 @@ from sdft_lightning.run_folder import (
     requeued_checkpoint,
     resolve_checkpoint,
 )
-from sdft_lightning.run_trainer import RunTrainer
-from sdft_lightning.setup_errors import setup_error
-from sdft_lightning.shared_memory import clear_shared_memory
-from sdft_lightning.trainer_options import check_trainer_options, check_values
-from sdft_lightning.whole_files import check_can_make
-from sdft_lightning.yaml_text import bound_config_files
+from sdft_lightning.files.shared_memory import clear_shared_memory
+from sdft_lightning.files.whole_files import check_can_make
+from sdft_lightning.files.yaml_text import bound_config_files
+from sdft_lightning.modules import PolicyModule
+from sdft_lightning.modules.trainer_options import check_trainer_options, check_values
+from sdft_lightning.preflight import Limits, judge
 
 log = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ import sys
 from argparse import ArgumentError, ArgumentParser
 from typing import TYPE_CHECKING, NoReturn
 
+from sdft_lightning.cli.config_files import check_config_files
 from sdft_lightning.cli.option_names import check_trainer_names
-from sdft_lightning.config_files import check_config_files
 from sdft_lightning.errors import UserError
-from sdft_lightning.foreign_text import harmless, printable
-from sdft_lightning.quiet import print_anything, quieten_notices
-from sdft_lightning.whole_files import no_room
+from sdft_lightning.errors.foreign_text import harmless, printable
+from sdft_lightning.errors.quiet import print_anything, quieten_notices
+from sdft_lightning.files.whole_files import no_room
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import ArgsType
@@ -88,7 +88,7 @@ def _dispatch(words: list[str], args: ArgsType) -> None:
 
         run_continual(words[1:], main, _run_problem)
     elif command == "report":
-        from sdft_lightning.report import report_command
+        from sdft_lightning.continual.report import report_command
 
         report_command(words[1:])
     elif command in DESCRIPTIONS:

@@ -25,8 +25,8 @@ from sdft_lightning.continual.stage_callbacks import FIT_RESULT
 from sdft_lightning.continual.units import Shard, Unit, chains_of, plan_folder, share_of
 from sdft_lightning.continual.whole import append_record, repair_records, write_whole
 from sdft_lightning.errors import UserError
-from sdft_lightning.foreign_text import harmless
-from sdft_lightning.whole_files import held_lock
+from sdft_lightning.errors.foreign_text import harmless
+from sdft_lightning.files.whole_files import held_lock
 
 # The locks that a command's process keeps -> how it is carried out.
 MakeCommand = Callable[[tuple[int, ...]], Command]

@@ -14,8 +14,8 @@ from sdft_lightning.continual.plan import ContinualPlan
 from sdft_lightning.continual.whole import write_whole
 from sdft_lightning.data.sources import EXAMPLE_PREFIX, example_path
 from sdft_lightning.errors import UserError
-from sdft_lightning.foreign_text import shown
-from sdft_lightning.whole_files import check_can_make, held_lock
+from sdft_lightning.errors.foreign_text import shown
+from sdft_lightning.files.whole_files import check_can_make, held_lock
 
 # What changes no result: where it runs, how often it can resume, and which seeds there are.
 _NO_MATTER = ("name", "root", "seeds", "resume_every", "keep_checkpoints", "processes")

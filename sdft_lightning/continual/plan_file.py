@@ -11,10 +11,10 @@ import yaml
 
 from sdft_lightning.continual.options import merged
 from sdft_lightning.continual.plan import Budget, ContinualPlan, Method, Stage
-from sdft_lightning.endpoints import check_no_secrets
 from sdft_lightning.errors import UserError
-from sdft_lightning.foreign_text import printable, shown
-from sdft_lightning.yaml_text import check_yaml
+from sdft_lightning.errors.foreign_text import printable, shown
+from sdft_lightning.files.endpoints import check_no_secrets
+from sdft_lightning.files.yaml_text import check_yaml
 
 # Not jsonargparse: it looks for classes in every `class_path` below a plan's methods, which
 # belong to the runs, are parsed by the runs' own command, and there by short name, too.

@@ -25,9 +25,9 @@ from sdft_lightning.data import DemonstrationDataModule
 from sdft_lightning.data.composed import compose, wanted_columns
 from sdft_lightning.data.rows import Columns
 from sdft_lightning.data.sources import read_rows
+from sdft_lightning.models.tokenization import resolve_model
 from sdft_lightning.modules.on_policy import OnPolicyModule
 from sdft_lightning.rollout import Sampling
-from sdft_lightning.tokenization import resolve_model
 
 _CHARACTERS_A_TOKEN = 4
 _TEMPLATE_TOKENS = 20

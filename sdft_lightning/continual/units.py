@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from sdft_lightning.continual.plan import ContinualPlan, Method, Stage
 from sdft_lightning.errors import UserError
-from sdft_lightning.run_folder import named_folder
+from sdft_lightning.files.run_folder import named_folder
 
 
 class Unit(NamedTuple):

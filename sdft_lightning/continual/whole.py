@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.json_text import json_text
+from sdft_lightning.files.json_text import json_text
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from sdft_lightning.chat_template import conversation_ids, known_thoughts
 from sdft_lightning.errors import UserError
+from sdft_lightning.models.chat_template import conversation_ids, known_thoughts
 from sdft_lightning.types import Demonstration, Message
 
 

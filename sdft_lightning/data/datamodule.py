@@ -10,7 +10,6 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from sdft_lightning.chat_template import known_thoughts
 from sdft_lightning.data.benchmark_data import BenchmarkDataModule
 from sdft_lightning.data.benchmarks import Benchmarks, BenchmarkSuite
 from sdft_lightning.data.bounded_rows import MAX_MEGABYTES
@@ -26,6 +25,7 @@ from sdft_lightning.data.loader import (
 )
 from sdft_lightning.data.model_data import ModelDataModule, ModelVersion
 from sdft_lightning.data.planned import HeldOut, PlannedSet, TaskSets
+from sdft_lightning.data.prompts import PromptStyle, check_headers
 from sdft_lightning.data.rows import Columns, columns_of_questions, parse_rows
 from sdft_lightning.data.set_warnings import set_warnings
 from sdft_lightning.data.sources import Source, read_rows
@@ -36,12 +36,12 @@ from sdft_lightning.data.tokenize import (
     length_report,
     tokenize_rows,
 )
-from sdft_lightning.embedded import cache_folder
 from sdft_lightning.errors import check_at_least
-from sdft_lightning.foreign_text import harmless
+from sdft_lightning.errors.foreign_text import harmless
 from sdft_lightning.graders import JUDGED, Judge, JudgeSettings, check_reference
-from sdft_lightning.prompts import PromptStyle, check_headers
-from sdft_lightning.tokenization import (
+from sdft_lightning.models.chat_template import known_thoughts
+from sdft_lightning.models.embedded import cache_folder
+from sdft_lightning.models.tokenization import (
     has_rotary_positions,
     load_max_length,
     load_stop_ids,

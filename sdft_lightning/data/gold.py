@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sdft_lightning.chat_template import Markers, without_thoughts
+from sdft_lightning.data.prompts import demonstration_text
 from sdft_lightning.graders import (
     JUDGED,
     GoldSelfTest,
@@ -13,7 +13,7 @@ from sdft_lightning.graders import (
     gold_text,
     judged_answers,
 )
-from sdft_lightning.prompts import demonstration_text
+from sdft_lightning.models.chat_template import Markers, without_thoughts
 from sdft_lightning.types import Demonstration
 
 

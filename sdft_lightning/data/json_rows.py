@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from sdft_lightning.data.bounded_rows import MAX_ROW_BYTES, Reading, RowList, Rows
 from sdft_lightning.errors import UserError
-from sdft_lightning.foreign_text import printable
+from sdft_lightning.errors.foreign_text import printable
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LONE_HALF = re.compile("[\ud800-\udfff]")

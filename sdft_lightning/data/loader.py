@@ -17,7 +17,7 @@ from sdft_lightning.data.collate import collate
 from sdft_lightning.data.token_store import TokenizedRow, stored
 from sdft_lightning.data.worker import start_worker
 from sdft_lightning.errors import UserError
-from sdft_lightning.foreign_text import shown
+from sdft_lightning.errors.foreign_text import shown
 from sdft_lightning.types import PromptBatch
 
 # More processes than these prepare nothing sooner.

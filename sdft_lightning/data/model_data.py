@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 
 from sdft_lightning.data.loader import EvaluationSampler, TellingLoader, check_workers
 from sdft_lightning.errors import UserError, check_at_least
-from sdft_lightning.quiet import show_messages
-from sdft_lightning.tokenization import load_tokenizer, resolve_model
+from sdft_lightning.errors.quiet import show_messages
+from sdft_lightning.models.tokenization import load_tokenizer, resolve_model
 from sdft_lightning.types import TaskData
 
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from sdft_lightning.data.prompts import PromptStyle
 from sdft_lightning.data.rows import Columns
 from sdft_lightning.data.sources import Source
 from sdft_lightning.data.tokenize import Lengths
 from sdft_lightning.errors import UserError, check_choice
 from sdft_lightning.graders import JUDGED, JudgeSettings, get_grader, grader_names
-from sdft_lightning.prompts import PromptStyle
 from sdft_lightning.types import RowNeeds
 
 _SPLITS = {

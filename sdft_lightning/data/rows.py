@@ -9,7 +9,7 @@ from typing import Any
 from sdft_lightning.data.bounded_rows import Rows
 from sdft_lightning.data.json_messages import ROLES, messages_from_json
 from sdft_lightning.errors import UserError
-from sdft_lightning.foreign_text import printable, shown
+from sdft_lightning.errors.foreign_text import printable, shown
 from sdft_lightning.types import Demonstration, Message, RowNeeds
 
 # What a turn may say besides its content; no text is made of it.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from sdft_lightning.data.control_tokens import ControlTokens
 from sdft_lightning.data.planned import PlannedSet
+from sdft_lightning.data.prompts import demonstration_text
 from sdft_lightning.data.token_store import stored
 from sdft_lightning.data.tokenize import TokenizedRows, Tokenizer
-from sdft_lightning.prompts import demonstration_text
 from sdft_lightning.types import Demonstration
 
 

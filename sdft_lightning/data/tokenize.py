@@ -12,19 +12,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, NamedTuple, get_args
 
-from sdft_lightning.chat_template import (
-    Conversation,
-    Rendering,
-    continuation_ids,
-    template_error,
-    try_all,
-)
 from sdft_lightning.data.control_tokens import ControlTokens
-from sdft_lightning.data.segments import encode_texts
-from sdft_lightning.data.token_store import TokenizedRow, TokenStore, stored
-from sdft_lightning.errors import UserError, check_choice
-from sdft_lightning.foreign_text import shown
-from sdft_lightning.prompts import (
+from sdft_lightning.data.prompts import (
     PromptStyle,
     answered_conversation,
     check_shown,
@@ -32,6 +21,17 @@ from sdft_lightning.prompts import (
     student_conversation,
     target_text,
     teacher_conversation,
+)
+from sdft_lightning.data.segments import encode_texts
+from sdft_lightning.data.token_store import TokenizedRow, TokenStore, stored
+from sdft_lightning.errors import UserError, check_choice
+from sdft_lightning.errors.foreign_text import shown
+from sdft_lightning.models.chat_template import (
+    Conversation,
+    Rendering,
+    continuation_ids,
+    template_error,
+    try_all,
 )
 from sdft_lightning.types import Demonstration, Message, RowNeeds
 

@@ -1,7 +1,7 @@
 """The reference form that `contains` and `exact` share: the texts that count as right."""
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.foreign_text import shown
+from sdft_lightning.errors.foreign_text import shown
 from sdft_lightning.graders.folding import fold_text
 
 _FORM = "the reference must be a text, or a list of accepted texts"

@@ -4,7 +4,7 @@ import re
 import unicodedata
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.foreign_text import shown
+from sdft_lightning.errors.foreign_text import shown
 from sdft_lightning.graders.choice_patterns import BOLD_PICK, LABEL, MENTIONS, STATEMENTS, UNDECIDED
 from sdft_lightning.graders.folding import stream_safe
 

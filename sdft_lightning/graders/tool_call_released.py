@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.foreign_text import shown
+from sdft_lightning.errors.foreign_text import shown
 
 _NAME = re.compile(r"Action:\s*(?P<name>\w+)")
 _ARGUMENTS = re.compile(r"Action Input:\s*(?P<json>\{[^}]*\})")

@@ -7,10 +7,11 @@ from typing import Any, Protocol
 from torch import distributed
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.foreign_text import printable
+from sdft_lightning.errors.foreign_text import printable
+from sdft_lightning.forward.scoring import score_continuations
+from sdft_lightning.models.tokenization import stop_ids
 from sdft_lightning.rollout import Sampling, StopTexts, generate_rollout
-from sdft_lightning.scoring import score_continuations
-from sdft_lightning.tokenization import stop_ids
+from sdft_lightning.rollout.uniforms import row_uniforms
 from sdft_lightning.types import (
     ContinuationScore,
     GenerationBatch,
@@ -19,7 +20,6 @@ from sdft_lightning.types import (
     ScoringBatch,
     task_data,
 )
-from sdft_lightning.uniforms import row_uniforms
 
 # The harness's answers are drawn with one seed in all runs, so that two runs can be compared.
 _ANSWER_SEED = 1234

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from sdft_lightning.losses.token_losses import probability_weighted
 from sdft_lightning.modules.supervised import SupervisedModule
-from sdft_lightning.token_losses import probability_weighted
 from sdft_lightning.types import PromptBatch
 
 

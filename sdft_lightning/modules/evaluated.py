@@ -6,17 +6,17 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from sdft_lightning.chat_template import AnswerReader
 from sdft_lightning.errors import UserError
 from sdft_lightning.graders import Judge, grade_rows
+from sdft_lightning.graders.metrics import NamedMetrics, TaskAccuracy
+from sdft_lightning.models.chat_template import AnswerReader
+from sdft_lightning.models.sharding import is_sharded
 from sdft_lightning.modules.capability import CapabilityScores, CapabilityTrack
 from sdft_lightning.modules.judging import log_usage
-from sdft_lightning.modules.metrics import NamedMetrics, TaskAccuracy
 from sdft_lightning.modules.timing import TimedModule
 from sdft_lightning.rollout import SamplingWeights, greedy_rollout
 from sdft_lightning.rollout.sampling import MOST_NEW_TOKENS
 from sdft_lightning.rollout.weights import SamplingDtype
-from sdft_lightning.sharding import is_sharded
 from sdft_lightning.types import (
     Demonstration,
     GenerationBatch,

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.foreign_text import printable
-from sdft_lightning.lora import adapter_identity
-from sdft_lightning.tokenization import load_config, load_tokenizer
+from sdft_lightning.errors.foreign_text import printable
+from sdft_lightning.models.lora import adapter_identity
+from sdft_lightning.models.tokenization import load_config, load_tokenizer
 
 IDENTITY_KEY = "sdft_lightning"
 

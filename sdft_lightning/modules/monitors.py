@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.files.whole_windows import WindowCheckpoint, validates_in_fit
 from sdft_lightning.modules.judging import usage_names
-from sdft_lightning.modules.whole_windows import WindowCheckpoint, validates_in_fit
 from sdft_lightning.types import TaskData
 
 log = logging.getLogger(__name__)

@@ -7,8 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from sdft_lightning.divergence import Divergence
-from sdft_lightning.lora import LoRA
+from sdft_lightning.forward.policy import WeightsDtype
+from sdft_lightning.losses.divergence import Divergence
+from sdft_lightning.models.lora import LoRA
+from sdft_lightning.models.quantization import Quantization
+from sdft_lightning.models.sharding import is_sharded
+from sdft_lightning.models.tokenization import load_config, load_stop_ids, load_tokenizer
 from sdft_lightning.modules.base import OptimizerFactory
 from sdft_lightning.modules.given_completions import (
     CompletionTokens,
@@ -18,13 +22,9 @@ from sdft_lightning.modules.given_completions import (
 from sdft_lightning.modules.kept_completions import KeptCompletions
 from sdft_lightning.modules.schedule import Schedule
 from sdft_lightning.modules.sdft import SDFTModule
-from sdft_lightning.policy import WeightsDtype
-from sdft_lightning.quantization import Quantization
 from sdft_lightning.rollout import Sampling
 from sdft_lightning.rollout.weights import SamplingDtype
-from sdft_lightning.sharding import is_sharded
 from sdft_lightning.teacher import FrozenTeacher
-from sdft_lightning.tokenization import load_config, load_stop_ids, load_tokenizer
 from sdft_lightning.types import Demonstration, PromptBatch, Rollout, task_data
 
 COMPLETIONS_KEY = "sdft_lightning_completions"

@@ -11,18 +11,17 @@ import torch
 from jsonargparse import lazy_instance  # type: ignore[attr-defined]
 from torch import Tensor
 
-from sdft_lightning.fused import ReadPrompts
-from sdft_lightning.lora import LoRA
-from sdft_lightning.masking import sequence_weights
-from sdft_lightning.memory import give_back_memory
-from sdft_lightning.mismatch import MismatchCorrection, SamplerAlarm
+from sdft_lightning.forward.fused import ReadPrompts
+from sdft_lightning.forward.memory import give_back_memory
+from sdft_lightning.forward.policy import WeightsDtype
+from sdft_lightning.losses.masking import sequence_weights
+from sdft_lightning.models.lora import LoRA
+from sdft_lightning.models.quantization import Quantization
 from sdft_lightning.modules.base import OptimizerFactory, PolicyModule
 from sdft_lightning.modules.sampler_watch import SamplerWatch
 from sdft_lightning.modules.schedule import Schedule
 from sdft_lightning.modules.step_values import bigrams
 from sdft_lightning.modules.window import SampledWindow, join_prompts, split_rollout, window_key
-from sdft_lightning.policy import WeightsDtype
-from sdft_lightning.quantization import Quantization
 from sdft_lightning.rollout import (
     Engine,
     RolloutRequest,
@@ -31,6 +30,7 @@ from sdft_lightning.rollout import (
     trained_log_probs,
 )
 from sdft_lightning.rollout.engine import whole_weights_wanted
+from sdft_lightning.rollout.mismatch import MismatchCorrection, SamplerAlarm
 from sdft_lightning.rollout.shared_prompts import SharedPrompts
 from sdft_lightning.rollout.weights import SamplingDtype
 from sdft_lightning.types import Demonstration, OutputHead, PromptBatch, Rollout, TokenStatistics

@@ -8,17 +8,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sdft_lightning.divergence import Divergence
-from sdft_lightning.lora import LoRA
-from sdft_lightning.mismatch import MismatchCorrection, SamplerAlarm
+from sdft_lightning.forward.policy import WeightsDtype, load_policy
+from sdft_lightning.losses.divergence import Divergence
+from sdft_lightning.models.lora import LoRA
+from sdft_lightning.models.quantization import Quantization
 from sdft_lightning.modules.base import OptimizerFactory
 from sdft_lightning.modules.identity import check_same_kind
 from sdft_lightning.modules.on_policy import DEFAULT_ENGINE
 from sdft_lightning.modules.schedule import Schedule
 from sdft_lightning.modules.sdft import SDFTModule
-from sdft_lightning.policy import WeightsDtype, load_policy
-from sdft_lightning.quantization import Quantization
 from sdft_lightning.rollout import Engine, Sampling
+from sdft_lightning.rollout.mismatch import MismatchCorrection, SamplerAlarm
 from sdft_lightning.rollout.weights import SamplingDtype
 from sdft_lightning.teacher import FrozenTeacher
 from sdft_lightning.types import Demonstration, PromptBatch, RowNeeds

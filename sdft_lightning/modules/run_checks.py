@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from sdft_lightning.files.whole_windows import check_whole_windows
 from sdft_lightning.modules.monitors import check_monitors
-from sdft_lightning.modules.whole_windows import check_whole_windows
-from sdft_lightning.trainer_options import check_trainer
+from sdft_lightning.modules.trainer_options import check_trainer
 from sdft_lightning.types import TaskData
 
 

@@ -9,7 +9,7 @@ import lightning as L
 import torch
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.mismatch import SamplerAlarm
+from sdft_lightning.rollout.mismatch import SamplerAlarm
 
 log = logging.getLogger(__name__)
 

@@ -9,19 +9,20 @@ import torch
 from jsonargparse import lazy_instance  # type: ignore[attr-defined]
 from torch import Tensor
 
-from sdft_lightning.bounded import bounded_divergence
-from sdft_lightning.divergence import Divergence
 from sdft_lightning.errors import UserError
-from sdft_lightning.hidden import completion_hidden_states
-from sdft_lightning.lora import LoRA
-from sdft_lightning.masking import loss_mask, sequence_weights
-from sdft_lightning.mismatch import MismatchCorrection, SamplerAlarm
+from sdft_lightning.forward.hidden import completion_hidden_states
+from sdft_lightning.forward.policy import WeightsDtype
+from sdft_lightning.losses.bounded import bounded_divergence
+from sdft_lightning.losses.divergence import Divergence
+from sdft_lightning.losses.masking import loss_mask, sequence_weights
+from sdft_lightning.models.lora import LoRA
+from sdft_lightning.models.quantization import Quantization
+from sdft_lightning.models.sharding import is_sharded
+from sdft_lightning.models.tokenization import token_id
 from sdft_lightning.modules.base import OptimizerFactory
 from sdft_lightning.modules.on_policy import DEFAULT_ENGINE, OnPolicyModule
 from sdft_lightning.modules.schedule import Schedule
 from sdft_lightning.modules.teacher_update import TeacherUpdate
-from sdft_lightning.policy import WeightsDtype
-from sdft_lightning.quantization import Quantization
 from sdft_lightning.rollout import (
     Engine,
     RolloutRequest,
@@ -29,10 +30,9 @@ from sdft_lightning.rollout import (
     SamplingWeights,
     TransformersEngine,
 )
+from sdft_lightning.rollout.mismatch import MismatchCorrection, SamplerAlarm
 from sdft_lightning.rollout.weights import SamplingDtype
-from sdft_lightning.sharding import is_sharded
 from sdft_lightning.teacher import EMATeacher, FrozenTeacher, Teacher
-from sdft_lightning.tokenization import token_id
 from sdft_lightning.types import PromptBatch, Rollout, TaskData, TokenStatistics
 
 # Enough of a prompt's end to hold the assistant header.

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 
 import torch
 
+from sdft_lightning.data.prompts import demonstration_text
 from sdft_lightning.errors import UserError
 from sdft_lightning.graders import JUDGED, Judge, gold_self_test, grade_rows, wilson_interval
 from sdft_lightning.preflight.report import Report, Role
-from sdft_lightning.prompts import demonstration_text
 from sdft_lightning.types import Demonstration, PromptBatch
 
 log = logging.getLogger(__name__)

@@ -8,12 +8,12 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.fused import ReadPrompts
+from sdft_lightning.forward.fused import ReadPrompts
 from sdft_lightning.rollout.generate import generate_rollout
 from sdft_lightning.rollout.sampling import Sampling
+from sdft_lightning.rollout.uniforms import row_uniforms
 from sdft_lightning.rollout.weights import SamplingWeights
 from sdft_lightning.types import Rollout
-from sdft_lightning.uniforms import row_uniforms
 
 
 class RolloutRequest(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.foreign_text import shown
+from sdft_lightning.errors.foreign_text import shown
 from sdft_lightning.rollout.engine import RolloutRequest
 from sdft_lightning.types import Rollout
 

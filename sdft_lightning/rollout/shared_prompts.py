@@ -11,9 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sdft_lightning.fused import Decoder, ReadPrompts, decoder_of, read_prompts, training_dtype
-from sdft_lightning.prefix import split_if_worth
-from sdft_lightning.products import product_dtype
+from sdft_lightning.forward.fused import (
+    Decoder,
+    ReadPrompts,
+    decoder_of,
+    read_prompts,
+    training_dtype,
+)
+from sdft_lightning.forward.prefix import split_if_worth
+from sdft_lightning.models.products import product_dtype
 from sdft_lightning.rollout.packed import can_pack
 
 # What may be kept for later micro-batches of a window; the first one's is used at once.

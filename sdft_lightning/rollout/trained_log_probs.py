@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sdft_lightning.bounded import CHUNK_ELEMENTS
-from sdft_lightning.chunked import by_device, cast_side
-from sdft_lightning.divergence import log_probs
+from sdft_lightning.losses.bounded import CHUNK_ELEMENTS
+from sdft_lightning.losses.chunked import by_device, cast_side
+from sdft_lightning.losses.divergence import log_probs
 from sdft_lightning.rollout.sampling import Sampling, truncate_probs
 from sdft_lightning.types import OutputHead
 

@@ -6,7 +6,9 @@ import http.client
 import json
 from typing import Any
 
-from sdft_lightning.endpoints import (
+from sdft_lightning.errors import UserError
+from sdft_lightning.errors.foreign_text import key_from, printable
+from sdft_lightning.files.endpoints import (
     MOST_BYTES,
     Reply,
     TooLongError,
@@ -14,8 +16,6 @@ from sdft_lightning.endpoints import (
     check_variable_name,
     fetch,
 )
-from sdft_lightning.errors import UserError
-from sdft_lightning.foreign_text import key_from, printable
 
 _MAY_PASS = (408, 425, 429)  # of the statuses below 500
 _LOOKED_AT = 2**16  # bytes of a reply that a message is made of

@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from torch import distributed as dist
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.lora import is_adapted, merged_copy
-from sdft_lightning.randomness import base_config
+from sdft_lightning.files.shared_memory import new_weights_folder, remove_weights_folder
+from sdft_lightning.files.whole_files import raise_user_error
+from sdft_lightning.models.lora import is_adapted, merged_copy
+from sdft_lightning.models.randomness import base_config
+from sdft_lightning.models.sharding import is_sharded
 from sdft_lightning.rollout.engine import whole_weights_wanted
-from sdft_lightning.sharding import is_sharded
-from sdft_lightning.shared_memory import new_weights_folder, remove_weights_folder
-from sdft_lightning.whole_files import raise_user_error
 
 EngineDtype = Literal["bfloat16", "float16", "float32"]
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from sdft_lightning.fused import join_
-from sdft_lightning.sharding import empty_copy, fill_, is_sharded
+from sdft_lightning.forward.fused import join_
+from sdft_lightning.models.sharding import empty_copy, fill_, is_sharded
 
 SamplingDtype = Literal["auto", "same", "bfloat16"]
 

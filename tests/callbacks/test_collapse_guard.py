@@ -14,14 +14,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from sdft_lightning import embedded
 from sdft_lightning.callbacks import CollapseGuard
 from sdft_lightning.callbacks.kept_checkpoint import best_checkpoint, has_finite_weights
 from sdft_lightning.data import Columns, DemonstrationDataModule
-from sdft_lightning.divergence import Divergence
+from sdft_lightning.data.prompts import PromptStyle
 from sdft_lightning.errors import UserError
+from sdft_lightning.losses.divergence import Divergence
+from sdft_lightning.models import embedded
 from sdft_lightning.modules import SDFTModule
-from sdft_lightning.prompts import PromptStyle
 from sdft_lightning.rollout import Sampling
 from sdft_lightning.teacher import LiveTeacher
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sdft_lightning.chat_template import AnswerReader, known_thoughts, without_thoughts
+from sdft_lightning.models.chat_template import AnswerReader, known_thoughts, without_thoughts
 
 IM_END = 2
 

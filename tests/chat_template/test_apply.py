@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from sdft_lightning.chat_template import limits, render, render_all
-from sdft_lightning.chat_template.limits import Conversation
+from sdft_lightning.data.prompts import PromptStyle, check_headers, render_student
 from sdft_lightning.errors import UserError
-from sdft_lightning.prompts import PromptStyle, check_headers, render_student
+from sdft_lightning.models.chat_template import limits, render, render_all
+from sdft_lightning.models.chat_template.limits import Conversation
 from sdft_lightning.types import RowNeeds
 
 ASKED = [{"role": "user", "content": "Q?"}]

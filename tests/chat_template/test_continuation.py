@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from sdft_lightning.chat_template import answer_ids, render_all
+from sdft_lightning.data.prompts import PromptStyle, answered_conversation
 from sdft_lightning.data.tokenize import Lengths, Tokenizer
-from sdft_lightning.prompts import PromptStyle, answered_conversation
+from sdft_lightning.models.chat_template import answer_ids, render_all
 from sdft_lightning.types import Demonstration
 
 LLAMA2 = (

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from sdft_lightning.chat_template import first_missing
+from sdft_lightning.data.prompts import PromptStyle
 from sdft_lightning.data.tokenize import Lengths, Tokenizer
 from sdft_lightning.errors import UserError
-from sdft_lightning.prompts import PromptStyle
+from sdft_lightning.models.chat_template import first_missing
 from sdft_lightning.types import Demonstration, RowNeeds
 
 THOUGHT = "<think>BECAUSE</think>So: 4."

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from sdft_lightning import tokenization
-from sdft_lightning.chat_template import conversation_ids, turn_end_ids, turn_texts
 from sdft_lightning.errors import UserError
-from sdft_lightning.policy import load_policy
-from sdft_lightning.tokenization import load_stop_ids, load_tokenizer, stop_ids
+from sdft_lightning.forward.policy import load_policy
+from sdft_lightning.models import tokenization
+from sdft_lightning.models.chat_template import conversation_ids, turn_end_ids, turn_texts
+from sdft_lightning.models.tokenization import load_stop_ids, load_tokenizer, stop_ids
 
 END_OF_TEXT, IM_END = 0, 2
 
@@ -137,8 +137,8 @@ def test_embedded_model_with_another_end_in_its_files_answers_once_and_is_graded
 ) -> None:
     import shutil
 
-    from sdft_lightning.chat_template import AnswerReader, render
-    from sdft_lightning.embedded import embedded_model_path
+    from sdft_lightning.models.chat_template import AnswerReader, render
+    from sdft_lightning.models.embedded import embedded_model_path
     from sdft_lightning.rollout import greedy_rollout
 
     monkeypatch.setattr(tokenization, "_TOLD", set())

@@ -17,7 +17,7 @@ from sdft_lightning.callbacks.metrics_log import MetricsLog
 from sdft_lightning.continual import ResumePoint, StageEnd
 from sdft_lightning.data.planned import HeldOut
 from sdft_lightning.errors import UserError
-from sdft_lightning.lora import LoRA, adapter_parameters
+from sdft_lightning.models.lora import LoRA, adapter_parameters
 from sdft_lightning.modules import SDFTModule, SFTModule
 from sdft_lightning.modules.schedule import Schedule
 

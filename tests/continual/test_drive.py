@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from sdft_lightning import whole_files
 from sdft_lightning.continual.commands import RunFailed, Stopped, in_this_process
 from sdft_lightning.continual.units import Shard
 from sdft_lightning.errors import UserError
+from sdft_lightning.files import whole_files
 
 Options = dict[str, Any]
 

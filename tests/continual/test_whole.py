@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from sdft_lightning import whole_files
 from sdft_lightning.callbacks.run_files import append_lines
 from sdft_lightning.continual.drive import _held
 from sdft_lightning.continual.whole import append_record, read_records, repair_records
 from sdft_lightning.errors import UserError
+from sdft_lightning.files import whole_files
 
 
 @pytest.mark.parametrize("cut", ['{"run": "b", "acc', '{"run": "b"}', "{", '{"run": "ü'])
@@ -63,7 +63,7 @@ def test_a_torn_log_line_goes_before_the_next_ones(tmp_path: Path) -> None:
 HOLDER = """
 import subprocess, sys, time
 from pathlib import Path
-from sdft_lightning.whole_files import held_lock
+from sdft_lightning.files.whole_files import held_lock
 with held_lock(Path(sys.argv[1]), str) as number:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"],
                              pass_fds=(number,))

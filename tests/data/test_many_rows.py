@@ -16,7 +16,7 @@ START = """
 import sys, time
 from pathlib import Path
 from sdft_lightning.data import DemonstrationDataModule
-from sdft_lightning.prompts import PromptStyle
+from sdft_lightning.data.prompts import PromptStyle
 
 begun = time.monotonic()
 data = DemonstrationDataModule(

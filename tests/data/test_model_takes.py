@@ -11,7 +11,7 @@ from transformers import GPT2Config
 from sdft_lightning.data.token_store import TokenizedRow
 from sdft_lightning.data.tokenize import check_model_takes
 from sdft_lightning.errors import UserError
-from sdft_lightning.tokenization import has_rotary_positions
+from sdft_lightning.models.tokenization import has_rotary_positions
 from sdft_lightning.types import Demonstration
 
 BY = "model.sampling.max_new_tokens"

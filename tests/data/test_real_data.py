@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import pytest
 
 from sdft_lightning.data import Columns, DemonstrationDataModule
+from sdft_lightning.data.prompts import PromptStyle
 from sdft_lightning.data.token_store import TokenizedRow
 from sdft_lightning.data.tokenize import Lengths
 from sdft_lightning.graders import get_grader
 from sdft_lightning.graders.tool_call_released import render_calls
-from sdft_lightning.prompts import PromptStyle
 
 WIDE = Lengths(10**6, 10**6, 10**6)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sdft_lightning.data.prompts import PromptStyle
 from sdft_lightning.data.token_store import TokenizedRow
 from sdft_lightning.data.tokenize import (
     Lengths,
@@ -17,7 +18,6 @@ from sdft_lightning.data.tokenize import (
     tokenize_rows,
 )
 from sdft_lightning.errors import UserError
-from sdft_lightning.prompts import PromptStyle
 from sdft_lightning.types import Demonstration, RowNeeds
 
 STOP = 2  # <|im_end|>

@@ -11,9 +11,9 @@ import lightning as L
 import pytest
 
 from sdft_lightning.data import Columns, DemonstrationDataModule
+from sdft_lightning.data.prompts import PromptStyle
 from sdft_lightning.errors import UserError
 from sdft_lightning.modules import SDFTModule, SFTModule
-from sdft_lightning.prompts import PromptStyle
 from sdft_lightning.rollout import Sampling
 
 FitModule = Callable[..., Any]

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdft_lightning.fused import DecodingSteps, decoder_of, decoding, read_prompts
-from sdft_lightning.prefix import split_prompts
+from sdft_lightning.forward.fused import DecodingSteps, decoder_of, decoding, read_prompts
+from sdft_lightning.forward.prefix import split_prompts
 from sdft_lightning.rollout import Sampling, decode_mode, generate_rollout
+from sdft_lightning.rollout.uniforms import row_uniforms
 from sdft_lightning.rollout.weights import SamplingWeights
 from sdft_lightning.types import Rollout
-from sdft_lightning.uniforms import row_uniforms
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 Make = Callable[..., Any]

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdft_lightning.fused import (
+from sdft_lightning.forward.fused import (
     ReadPrompts,
     completion_states,
     decoder_of,
     read_prompts,
 )
-from sdft_lightning.fused.weights import Product
-from sdft_lightning.hidden import completion_hidden_states
-from sdft_lightning.prefix import SplitPrompts, split_prompts
+from sdft_lightning.forward.fused.weights import Product
+from sdft_lightning.forward.hidden import completion_hidden_states
+from sdft_lightning.forward.prefix import SplitPrompts, split_prompts
 from sdft_lightning.rollout.weights import SamplingWeights
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]

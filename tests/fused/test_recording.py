@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdft_lightning.fused import ReadPrompts, decoder_of, read_prompts, recording
-from sdft_lightning.fused.weights import Product
-from sdft_lightning.hidden import completion_hidden_states
-from sdft_lightning.prefix import split_if_worth
+from sdft_lightning.forward.fused import ReadPrompts, decoder_of, read_prompts, recording
+from sdft_lightning.forward.fused.weights import Product
+from sdft_lightning.forward.hidden import completion_hidden_states
+from sdft_lightning.forward.prefix import split_if_worth
 from sdft_lightning.rollout import Sampling, SamplingWeights, generate_rollout
 from sdft_lightning.rollout.shared_prompts import SharedPrompts
+from sdft_lightning.rollout.uniforms import row_uniforms
 from sdft_lightning.types import Rollout
-from sdft_lightning.uniforms import row_uniforms
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 Make = Callable[..., Any]

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from sdft_lightning.fused import groups
-from sdft_lightning.fused.groups import groups_of
-from sdft_lightning.fused.rows import prompt_rows, with_completions
-from sdft_lightning.prefix import SplitPrompts, split_prompts
+from sdft_lightning.forward.fused import groups
+from sdft_lightning.forward.fused.groups import groups_of
+from sdft_lightning.forward.fused.rows import prompt_rows, with_completions
+from sdft_lightning.forward.prefix import SplitPrompts, split_prompts
 
 Make = Callable[..., Any]
 

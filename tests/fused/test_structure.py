@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from sdft_lightning.fused import decoder_of, join_
-from sdft_lightning.fused.weights import joined
+from sdft_lightning.forward.fused import decoder_of, join_
+from sdft_lightning.forward.fused.weights import joined
 
 Make = Callable[..., Any]
 SMALL = {

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdft_lightning import hidden as hidden_file
-from sdft_lightning import products
-from sdft_lightning.fused import completion_states, decoder_of, groups
-from sdft_lightning.fused.attention import Buffers
-from sdft_lightning.hidden import completion_hidden_states
-from sdft_lightning.prefix import split_prompts
+from sdft_lightning.forward import hidden as hidden_file
+from sdft_lightning.forward.fused import completion_states, decoder_of, groups
+from sdft_lightning.forward.fused.attention import Buffers
+from sdft_lightning.forward.hidden import completion_hidden_states
+from sdft_lightning.forward.prefix import split_prompts
+from sdft_lightning.models import products
 from sdft_lightning.rollout.weights import SamplingWeights
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.lora import LoRA, adapter_parameters, add_adapter_, is_adapted
-from sdft_lightning.lora.adapters import fingerprint
-from sdft_lightning.policy import load_policy
+from sdft_lightning.forward.policy import load_policy
+from sdft_lightning.models.lora import LoRA, adapter_parameters, add_adapter_, is_adapted
+from sdft_lightning.models.lora.adapters import fingerprint
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 Make = Callable[..., Any]
@@ -130,7 +130,7 @@ def test_without_peft_all_else_works_and_adapters_name_their_extra(model_folder:
 import sys
 sys.modules["peft"] = None  # as if it were not installed
 from sdft_lightning.errors import UserError
-from sdft_lightning.lora import LoRA
+from sdft_lightning.models.lora import LoRA
 from sdft_lightning.modules import SDFTModule
 module = SDFTModule({str(model_folder)!r})
 module.configure_model()

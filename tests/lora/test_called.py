@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.lora import LoRA, add_adapter_, check_adapters_are_called
+from sdft_lightning.models.lora import LoRA, add_adapter_, check_adapters_are_called
 
 
 def test_layers_that_are_called_pass_and_hooks_are_gone(make_adapted: Callable[..., Any]) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdft_lightning.lora import (
+from sdft_lightning.models.lora import (
     adapter_parameters,
     base_copy,
     effective_weights,
@@ -92,7 +92,7 @@ def test_a_merged_copy_has_the_adapted_logits_and_leaves_the_student_as_it_was(
 def test_layers_that_keep_weights_the_other_way_round_merge_too() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from sdft_lightning.lora import LoRA, add_adapter_
+    from sdft_lightning.models.lora import LoRA, add_adapter_
 
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3)

@@ -14,7 +14,8 @@ from torch import nn
 
 from sdft_lightning.callbacks.export import export_model
 from sdft_lightning.errors import UserError
-from sdft_lightning.lora import (
+from sdft_lightning.forward.policy import load_policy
+from sdft_lightning.models.lora import (
     LoRA,
     adapter_layers,
     adapter_parameters,
@@ -25,7 +26,6 @@ from sdft_lightning.lora import (
     merged_copy,
     save_adapter,
 )
-from sdft_lightning.policy import load_policy
 from sdft_lightning.teacher import EMATeacher
 
 IDS = torch.arange(10, 22).unsqueeze(0)  # (1, 12)

@@ -12,15 +12,21 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sdft_lightning.bounded import bounded_divergence
-from sdft_lightning.divergence import Divergence, forward_kl
-from sdft_lightning.hidden import apply_head, completion_hidden_states, output_head
-from sdft_lightning.lora import LoRA, adapter_parameters, add_adapter_, base_copy, sharing_copy
-from sdft_lightning.masking import position_ids, sequence_weights
-from sdft_lightning.policy import load_policy
-from sdft_lightning.prompt_cache import PromptCache
+from sdft_lightning.forward.hidden import apply_head, completion_hidden_states, output_head
+from sdft_lightning.forward.policy import load_policy
+from sdft_lightning.forward.prompt_cache import PromptCache
+from sdft_lightning.forward.scoring import score_continuations
+from sdft_lightning.losses.bounded import bounded_divergence
+from sdft_lightning.losses.divergence import Divergence, forward_kl
+from sdft_lightning.losses.masking import position_ids, sequence_weights
+from sdft_lightning.models.lora import (
+    LoRA,
+    adapter_parameters,
+    add_adapter_,
+    base_copy,
+    sharing_copy,
+)
 from sdft_lightning.rollout import SamplingWeights, greedy_rollout
-from sdft_lightning.scoring import score_continuations
 from sdft_lightning.types import ScoringBatch
 
 Make = Callable[..., Any]
@@ -178,7 +184,7 @@ def test_scores_of_choices_are_those_of_the_adapted_model(
 def test_a_rollout_of_an_adapted_model_is_that_of_its_merged_weights(
     make_adapted: Make, batch: tuple[Tensor, ...]
 ) -> None:
-    from sdft_lightning.lora import merged_copy
+    from sdft_lightning.models.lora import merged_copy
 
     model = make_adapted()
     found, merged, base = (

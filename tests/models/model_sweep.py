@@ -14,20 +14,20 @@ import tiny_models
 import torch
 from torch import Tensor
 
-from sdft_lightning import scoring
-from sdft_lightning.cached_steps import without_cache
 from sdft_lightning.errors import UserError
-from sdft_lightning.eval_mode import eval_mode
-from sdft_lightning.forward_paths import paths_of
-from sdft_lightning.fused import decoder_of
-from sdft_lightning.hidden import apply_head, completion_hidden_states, output_head
-from sdft_lightning.lora import LoRA, adapter_parameters, merged_copy
-from sdft_lightning.policy import load_policy
-from sdft_lightning.prefix import can_share, takes_own_mask
-from sdft_lightning.prompt_cache import PromptCache
+from sdft_lightning.forward import scoring
+from sdft_lightning.forward.cached_steps import without_cache
+from sdft_lightning.forward.forward_paths import paths_of
+from sdft_lightning.forward.fused import decoder_of
+from sdft_lightning.forward.hidden import apply_head, completion_hidden_states, output_head
+from sdft_lightning.forward.policy import load_policy
+from sdft_lightning.forward.prefix import can_share, takes_own_mask
+from sdft_lightning.forward.prompt_cache import PromptCache
+from sdft_lightning.models.eval_mode import eval_mode
+from sdft_lightning.models.lora import LoRA, adapter_parameters, merged_copy
 from sdft_lightning.rollout import Sampling, generate_rollout, greedy_rollout
+from sdft_lightning.rollout.uniforms import row_uniforms
 from sdft_lightning.types import ScoringBatch
-from sdft_lightning.uniforms import row_uniforms
 
 # Greatest error as a part of what tells positions apart; a wrong path is off by a tenth and more.
 TOLERANCE = 2e-2

@@ -80,8 +80,8 @@ def page(verdicts: list[Verdict], version: str) -> str:
         "",
         "Nothing of this is a list inside the package: what a model can do is found out on a few "
         "tokens when it is loaded",
-        "(`sdft_lightning/forward_paths.py`), so a new architecture takes the paths that are right "
-        "for it, or is refused.",
+        "(`sdft_lightning/forward/forward_paths.py`), so a new architecture takes the paths that "
+        "are right for it, or is refused.",
         "",
         "- **Train**: " + _names(right) + ".",
         "- **Train with adapters, too**: all of these"

@@ -111,7 +111,7 @@ def test_starved_bfloat16_student_is_told_and_its_float32_teacher_follows_it(
 def test_low_memory_student_makes_its_movement_and_its_teacher_stays_float32(
     precision: str, fit_module: FitModule
 ) -> None:
-    from sdft_lightning.low_memory import LowMemoryAdamW
+    from sdft_lightning.models.low_memory import LowMemoryAdamW
 
     logged = Logged()
     module = fit_module(

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.mismatch import MismatchCorrection, SamplerAlarm
 from sdft_lightning.modules import SDFTModule
 from sdft_lightning.rollout import (
     Engine,
@@ -22,6 +21,7 @@ from sdft_lightning.rollout import (
     TransformersEngine,
     VLLMEngine,
 )
+from sdft_lightning.rollout.mismatch import MismatchCorrection, SamplerAlarm
 from sdft_lightning.types import Rollout
 
 

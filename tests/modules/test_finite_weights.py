@@ -17,12 +17,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from sdft_lightning.callbacks import ExportModel
 from sdft_lightning.callbacks.export import export_model
 from sdft_lightning.errors import UserError
-from sdft_lightning.modules import SDFTModule, SFTModule
-from sdft_lightning.modules.finite_weights import (
+from sdft_lightning.files.finite_weights import (
     has_finite_weights,
     last_good_checkpoint,
     non_finite,
 )
+from sdft_lightning.modules import SDFTModule, SFTModule
 
 pytestmark = pytest.mark.attack
 

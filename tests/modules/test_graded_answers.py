@@ -13,8 +13,8 @@ import torch
 
 from sdft_lightning.callbacks import CompletionLog
 from sdft_lightning.data import Columns, DemonstrationDataModule
+from sdft_lightning.data.prompts import PromptStyle
 from sdft_lightning.modules import SDFTModule, evaluated
-from sdft_lightning.prompts import PromptStyle
 from sdft_lightning.types import Rollout
 
 IM_END = 2

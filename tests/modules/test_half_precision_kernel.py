@@ -15,7 +15,7 @@ from transformers.masking_utils import sdpa_mask
 from sdft_lightning.callbacks import DriftMonitor
 from sdft_lightning.data.planned import HeldOut
 from sdft_lightning.errors import UserError
-from sdft_lightning.lora import LoRA
+from sdft_lightning.models.lora import LoRA
 from sdft_lightning.modules import SDFTModule
 from sdft_lightning.teacher import EMATeacher, FrozenTeacher, LiveTeacher
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdft_lightning import embedded
 from sdft_lightning.callbacks import DriftMonitor
 from sdft_lightning.data.planned import HeldOut
 from sdft_lightning.errors import UserError
-from sdft_lightning.lora import LoRA, adapter_parameters
+from sdft_lightning.models import embedded
+from sdft_lightning.models.lora import LoRA, adapter_parameters
 from sdft_lightning.modules import (
     OfflineDistillationModule,
     ReinvokeModule,

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sdft_lightning.graders import wilson_interval
-from sdft_lightning.modules.metrics import NamedMetrics, TaskAccuracy, WeightedMean
+from sdft_lightning.graders.metrics import NamedMetrics, TaskAccuracy, WeightedMean
 from sdft_lightning.modules.step_values import StepValues
 
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ TWO_RANKS = """
 import json, sys
 import torch
 from torch import distributed
-from sdft_lightning.modules.metrics import NamedMetrics, TaskAccuracy, WeightedMean
+from sdft_lightning.graders.metrics import NamedMetrics, TaskAccuracy, WeightedMean
 from sdft_lightning.modules.step_values import StepValues
 
 rank, folder, scores, values = int(sys.argv[1]), sys.argv[2], *map(json.loads, sys.argv[3:])

@@ -18,7 +18,6 @@ from sdft_lightning.data.benchmarks import Benchmarks
 from sdft_lightning.data.benchmarks.options import BenchmarkTask
 from sdft_lightning.data.planned import HeldOut
 from sdft_lightning.errors import UserError
-from sdft_lightning.mismatch import MismatchCorrection
 from sdft_lightning.modules import (
     CPTModule,
     DFTModule,
@@ -31,6 +30,7 @@ from sdft_lightning.modules import (
 from sdft_lightning.modules.monitors import training_names, validation_names
 from sdft_lightning.modules.validate_at_ends import ValidateAtEnds
 from sdft_lightning.rollout import Sampling
+from sdft_lightning.rollout.mismatch import MismatchCorrection
 from sdft_lightning.teacher import FrozenTeacher
 
 FitModule = Callable[..., Any]

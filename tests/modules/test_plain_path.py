@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from sdft_lightning import hidden
+from sdft_lightning.forward import hidden
 from sdft_lightning.modules import SDFTModule
 from sdft_lightning.rollout import Sampling, decode_mode, shared_prompts
+from sdft_lightning.rollout.uniforms import row_uniforms
 from sdft_lightning.teacher import EMATeacher, FrozenTeacher
 from sdft_lightning.types import PromptBatch
-from sdft_lightning.uniforms import row_uniforms
 
 STEPS, NEW_TOKENS, TEMPERATURE = 10, 12, 0.8
 

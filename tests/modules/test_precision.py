@@ -11,10 +11,10 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 
-from sdft_lightning.bounded import bounded_divergence
-from sdft_lightning.divergence import Divergence
-from sdft_lightning.hidden import completion_hidden_states
-from sdft_lightning.lora import LoRA, adapter_parameters
+from sdft_lightning.forward.hidden import completion_hidden_states
+from sdft_lightning.losses.bounded import bounded_divergence
+from sdft_lightning.losses.divergence import Divergence
+from sdft_lightning.models.lora import LoRA, adapter_parameters
 from sdft_lightning.modules import SDFTModule, precision
 
 

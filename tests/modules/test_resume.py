@@ -84,7 +84,7 @@ VARIANTS: dict[str, tuple[int, list[str]]] = {
 }
 # Rounds stochastically; named behind the other options, since later ones win.
 LOW_MEMORY = [
-    "--model.optimizer=sdft_lightning.low_memory.LowMemoryAdamW",
+    "--model.optimizer=sdft_lightning.models.low_memory.LowMemoryAdamW",
     "--model.optimizer.lr=0.01",
 ]
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdft_lightning.divergence import Divergence
 from sdft_lightning.errors import UserError
+from sdft_lightning.losses.divergence import Divergence
 from sdft_lightning.modules import OfflineDistillationModule, ReinvokeModule, SDFTModule
 from sdft_lightning.modules.on_policy import distinct_bigrams
 from sdft_lightning.rollout import Sampling
+from sdft_lightning.rollout.uniforms import row_uniforms
 from sdft_lightning.types import PromptBatch, Rollout
-from sdft_lightning.uniforms import row_uniforms
 
 FitModule = Callable[..., Any]
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdft_lightning import hidden
-from sdft_lightning.fused import completion_states
-from sdft_lightning.fused.structure import Decoder
+from sdft_lightning.forward import hidden
+from sdft_lightning.forward.fused import completion_states
+from sdft_lightning.forward.fused.structure import Decoder
 from sdft_lightning.modules import SDFTModule, SFTModule
 from sdft_lightning.rollout import Sampling, SamplingWeights, shared_prompts
 

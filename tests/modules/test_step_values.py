@@ -16,7 +16,6 @@ from torch import Tensor
 
 from sdft_lightning.callbacks import CollapseGuard
 from sdft_lightning.errors import UserError
-from sdft_lightning.mismatch import SamplerAlarm
 from sdft_lightning.modules import (
     CPTModule,
     DFTModule,
@@ -33,6 +32,7 @@ from sdft_lightning.rollout import (
     SamplingWeights,
     TransformersEngine,
 )
+from sdft_lightning.rollout.mismatch import SamplerAlarm
 from sdft_lightning.types import Rollout, TokenStatistics
 
 FitModule = Callable[..., Any]

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.modules.whole_windows import WindowCheckpoint, check_whole_windows
+from sdft_lightning.files.whole_windows import WindowCheckpoint, check_whole_windows
 
 RunCli = Callable[..., None]
 

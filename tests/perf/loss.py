@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdft_lightning.bounded import bounded_divergence
-from sdft_lightning.divergence import Divergence, forward_kl
+from sdft_lightning.losses.bounded import bounded_divergence
+from sdft_lightning.losses.divergence import Divergence, forward_kl
 from sdft_lightning.types import OutputHead
 
 REPEATS = 2  # once only where N is so large that memory is what is asked for

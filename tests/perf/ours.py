@@ -16,10 +16,10 @@ import torch
 from workload import Workload, make_rows, report, write_rows
 
 from sdft_lightning.data import DemonstrationDataModule
+from sdft_lightning.data.prompts import PromptStyle
+from sdft_lightning.errors.quiet import quieten
 from sdft_lightning.modules import SDFTModule, SFTModule
 from sdft_lightning.modules.schedule import Schedule
-from sdft_lightning.prompts import PromptStyle
-from sdft_lightning.quiet import quieten
 from sdft_lightning.rollout import Sampling
 from sdft_lightning.teacher import EMATeacher, FrozenTeacher
 

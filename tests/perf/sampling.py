@@ -24,11 +24,11 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from workload import Workload, make_rows, peak_gigabytes
 
 import sdft_lightning.rollout.generate as generate_module
-from sdft_lightning.policy import load_policy
+from sdft_lightning.forward.policy import load_policy
 from sdft_lightning.rollout import Sampling, generate_rollout
 from sdft_lightning.rollout.sampling import choose_tokens
+from sdft_lightning.rollout.uniforms import row_uniforms
 from sdft_lightning.rollout.weights import SamplingWeights
-from sdft_lightning.uniforms import row_uniforms
 
 REPEATS = 2
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 from workload import TEACHER_TEMPLATE, Workload, make_rows, report
 
-from sdft_lightning.tokenization import resolve_model
+from sdft_lightning.models.tokenization import resolve_model
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]

@@ -219,7 +219,7 @@ def test_measuring_does_not_move_the_student(
     preflight_args: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from sdft_lightning import run_trainer
+    from sdft_lightning.cli import run_trainer
 
     seen: dict[str, Any] = {}
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from sdft_lightning.continual.report.estimates import Estimate, over_seeds, over_sets, spread
 from sdft_lightning.graders import wilson_interval
-from sdft_lightning.report.estimates import Estimate, over_seeds, over_sets, spread
 
 
 def test_independent_sets_narrow_the_interval() -> None:

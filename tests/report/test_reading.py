@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from sdft_lightning.continual.report.reading import read_records
 from sdft_lightning.errors import UserError
-from sdft_lightning.report.reading import read_records
 
 Raw = dict[str, Any]
 Write = Callable[..., Path]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sdft_lightning.report import write_report
+from sdft_lightning.continual.report import write_report
 
 Raw = dict[str, Any]
 # A frame has the width of a phone; the browser's own window does not get that narrow.

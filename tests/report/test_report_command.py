@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sdft_lightning.report import write_report
+from sdft_lightning.continual.report import write_report
 
 Raw = dict[str, Any]
 Write = Callable[..., Path]

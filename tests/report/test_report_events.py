@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from sdft_lightning.report import write_report
+from sdft_lightning.continual.report import write_report
 
 Raw = dict[str, Any]
 

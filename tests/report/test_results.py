@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from sdft_lightning.continual.report.reading import read_records
+from sdft_lightning.continual.report.results import Results, gather
+from sdft_lightning.continual.report.summary import Summary, summarise
 from sdft_lightning.errors import UserError
-from sdft_lightning.report.reading import read_records
-from sdft_lightning.report.results import Results, gather
-from sdft_lightning.report.summary import Summary, summarise
 
 Raw = dict[str, Any]
 Write = Callable[..., Path]

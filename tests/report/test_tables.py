@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sdft_lightning.report import tables
-from sdft_lightning.report.tables import (
+from sdft_lightning.continual.report import tables
+from sdft_lightning.continual.report.tables import (
     _LATEX,
     Table,
     as_latex,

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sdft_lightning.kv_cache import cache_argument, cache_of
+from sdft_lightning.forward.kv_cache import cache_argument, cache_of
 from sdft_lightning.rollout import Sampling, decode_attention, generate_rollout
 from sdft_lightning.rollout.decode_attention import decode_attention as single_queries
 from sdft_lightning.rollout.decode_attention import single_query
-from sdft_lightning.uniforms import row_uniforms
+from sdft_lightning.rollout.uniforms import row_uniforms
 
 
 def inputs(keys: int = 7, heads: int = 6, shared: int = 2) -> tuple[torch.Tensor, ...]:

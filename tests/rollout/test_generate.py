@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdft_lightning import prefix as prefix_room
 from sdft_lightning.errors import UserError
-from sdft_lightning.fused import DecodingSteps
+from sdft_lightning.forward import prefix as prefix_room
+from sdft_lightning.forward.fused import DecodingSteps
 from sdft_lightning.rollout import Sampling, generate, generate_rollout, greedy_rollout
+from sdft_lightning.rollout.uniforms import row_uniforms
 from sdft_lightning.types import Rollout
-from sdft_lightning.uniforms import row_uniforms
 
 Pad = Callable[..., tuple[Tensor, Tensor]]
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.mismatch import MismatchCorrection
 from sdft_lightning.rollout import RolloutRequest, Sampling, SamplingWeights, VLLMServerEngine
+from sdft_lightning.rollout.mismatch import MismatchCorrection
 
 pytestmark = pytest.mark.attack
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sdft_lightning.rollout import Sampling, generate_rollout, shared_prompts
 from sdft_lightning.rollout.shared_prompts import SharedPrompts
+from sdft_lightning.rollout.uniforms import row_uniforms
 from sdft_lightning.rollout.weights import SamplingWeights
-from sdft_lightning.uniforms import row_uniforms
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN"

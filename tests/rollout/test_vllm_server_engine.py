@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.rollout import RolloutRequest, Sampling, SamplingWeights, VLLMServerEngine
+from sdft_lightning.rollout.uniforms import row_seeds
 from sdft_lightning.rollout.vllm_client import VLLMClient
 from sdft_lightning.types import Rollout
-from sdft_lightning.uniforms import row_seeds
 
 NAME = "model.layers.0.mlp.down_proj.weight"
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdft_lightning.embedded import embedded_model_path
+from sdft_lightning.models.embedded import embedded_model_path
 
 _HERE = Path(__file__).parent
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdft_lightning.hidden import completion_hidden_states, output_head
-from sdft_lightning.mismatch import MismatchCorrection
+from sdft_lightning.forward.hidden import completion_hidden_states, output_head
 from sdft_lightning.rollout import (
     RolloutRequest,
     Sampling,
@@ -19,6 +18,7 @@ from sdft_lightning.rollout import (
     VLLMEngine,
     trained_log_probs,
 )
+from sdft_lightning.rollout.mismatch import MismatchCorrection
 
 # vLLM computes in bfloat16 here, 8 bits of mantissa; the trainer in float32. Each of 30 layers
 # rounds its activations by up to 2⁻⁹ of them. Measured on the 40 fixed tokens: 0.03 to 0.05 nats a
@@ -122,7 +122,7 @@ def test_without_the_refresh_the_same_comparison_tells_and_the_alarm_is_given(
 def test_log_probs_are_of_the_distribution_that_is_sampled_from(
     engine: KeptEngine, fixed_ids: list[int], options: dict[str, Any]
 ) -> None:
-    from sdft_lightning.policy import load_policy
+    from sdft_lightning.forward.policy import load_policy
 
     student = load_policy("embedded").model
     engine.forget()

@@ -17,9 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdft_lightning.embedded import embedded_model_path
 from sdft_lightning.errors import UserError
-from sdft_lightning.policy import load_policy
+from sdft_lightning.forward.policy import load_policy
+from sdft_lightning.models.embedded import embedded_model_path
 from sdft_lightning.rollout import RolloutRequest, Sampling, SamplingWeights, VLLMServerEngine
 from sdft_lightning.rollout.vllm_client import VLLMClient
 from sdft_lightning.rollout.vllm_weights import write_weights

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from sdft_lightning.data.benchmarks.sandbox import CheckedProgram, SandboxLimits, run_program
 from sdft_lightning.graders.pass_at_k import pass_at_k
-from sdft_lightning.sandbox import CheckedProgram, SandboxLimits, run_program
 
 # The seconds of Hugging Face's `code_eval`, which the published figures were made with.
 _SECONDS = 3.0

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from lm_eval.api.model import TemplateLM
 
-from sdft_lightning.chat_template import Conversation, first_missing, template_error, try_all
 from sdft_lightning.errors import UserError
+from sdft_lightning.models.chat_template import Conversation, first_missing, template_error, try_all
 from sdft_lightning.types import ContinuationScore, GenerationSettings
 
 log = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ from sdft_lightning.data.benchmarks.sandboxed_templates import sandboxed_templat
 from sdft_lightning.data.benchmarks.seeded_grading import seeded_grading
 from sdft_lightning.data.benchmarks.tasks import FEWSHOT_SEED, LoadedTask, explained, load_tasks
 from sdft_lightning.errors import UserError
-from sdft_lightning.foreign_text import printable
-from sdft_lightning.tokenization import load_max_length, load_tokenizer, vocabulary_size
+from sdft_lightning.errors.foreign_text import printable
+from sdft_lightning.models.tokenization import load_max_length, load_tokenizer, vocabulary_size
 from sdft_lightning.types import (
     ContinuationScore,
     Measurement,

@@ -15,8 +15,8 @@ from sdft_lightning.data.benchmarks.task_code import (
 )
 from sdft_lightning.data.sources import EXAMPLE_PREFIX, example_path
 from sdft_lightning.errors import UserError
-from sdft_lightning.foreign_text import printable
-from sdft_lightning.yaml_text import check_yaml
+from sdft_lightning.errors.foreign_text import printable
+from sdft_lightning.files.yaml_text import check_yaml
 
 
 @functools.cache

@@ -14,13 +14,13 @@ import numpy as np
 
 from sdft_lightning.data.benchmarks.options import Benchmarks, BenchmarkTask
 from sdft_lightning.data.benchmarks.quiet_harness import quiet_harness
+from sdft_lightning.data.benchmarks.sandbox import run_program
 from sdft_lightning.data.benchmarks.sandboxed_templates import sandboxed_templates
 from sdft_lightning.data.benchmarks.sentence_data import check_sentence_data
 from sdft_lightning.data.benchmarks.task_yaml import read_task_yaml, task_manager
 from sdft_lightning.data.benchmarks.told import no_documents, source_of, task_line
 from sdft_lightning.errors import UserError
-from sdft_lightning.foreign_text import printable
-from sdft_lightning.sandbox import run_program
+from sdft_lightning.errors.foreign_text import printable
 
 log = logging.getLogger(__name__)
 

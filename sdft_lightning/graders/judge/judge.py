@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sdft_lightning.endpoints import check_address
 from sdft_lightning.errors import UserError
-from sdft_lightning.foreign_text import key_from, printable, shown
+from sdft_lightning.errors.foreign_text import key_from, printable, shown
+from sdft_lightning.files.endpoints import check_address
 from sdft_lightning.graders.judge.rubrics import (
     JUDGED,
     JudgedGrader,

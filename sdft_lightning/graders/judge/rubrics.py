@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.foreign_text import shown
+from sdft_lightning.errors.foreign_text import shown
 from sdft_lightning.graders.accepted import accepted_texts
 from sdft_lightning.types import Message
 

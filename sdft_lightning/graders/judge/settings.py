@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from sdft_lightning.endpoints import LONGEST_TIMEOUT, check_address, check_variable_name
 from sdft_lightning.errors import UserError
+from sdft_lightning.files.endpoints import LONGEST_TIMEOUT, check_address, check_variable_name
 
 
 @dataclass(frozen=True)

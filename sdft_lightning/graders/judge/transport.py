@@ -7,8 +7,8 @@ import http.client
 import httpx2
 import openai
 
-from sdft_lightning.endpoints import TooLongError, fetch
-from sdft_lightning.foreign_text import printable
+from sdft_lightning.errors.foreign_text import printable
+from sdft_lightning.files.endpoints import TooLongError, fetch
 
 # Set for each request by `fetch`; a compressed reply could grow without bound.
 _NOT_PASSED_ON = ("host", "content-length", "connection", "accept-encoding", "transfer-encoding")

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sdft_lightning.foreign_text import mask, printable
+from sdft_lightning.errors.foreign_text import mask, printable
 
 _MOST_BYTES = 2**24  # of a file that `put` has written; replies are shorter
 

@@ -10,8 +10,8 @@ import pytest
 
 from sdft_lightning.data.benchmarks import Benchmarks, BenchmarkSuite
 from sdft_lightning.data.benchmarks.code import passes, results, run_answers
+from sdft_lightning.data.benchmarks.sandbox import run_program
 from sdft_lightning.errors import UserError
-from sdft_lightning.sandbox import run_program
 from sdft_lightning.types import ContinuationScore, RequestResponse
 
 PASS_AT_K = Path(__file__).parents[3] / "configs" / "benchmarks" / "humaneval_pass_at_k.yaml"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from sdft_lightning.data.benchmarks.code import passes, program, results, run_answers
+from sdft_lightning.data.benchmarks.sandbox import run_program
 from sdft_lightning.errors import UserError
-from sdft_lightning.sandbox import run_program
 
 pytestmark = pytest.mark.attack
 

@@ -48,7 +48,7 @@ def add(task_file: Path, line: str) -> None:
         "include: [base.yaml]",
         "process_docs: !function os.system",
         "process_docs: !function lm_eval.tasks.humaneval.utils.pass_at_k",
-        "process_docs: !function sdft_lightning.sandbox.run_program",
+        "process_docs: !function sdft_lightning.data.benchmarks.sandbox.run_program",
         "process_docs: !function sdft_lightning.data.benchmarks.code.ThreadPoolExecutor",
     ],
 )

@@ -1,0 +1,137 @@
+"""Lightning's Trainer with the commands that are ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+
+from sdft_lightning.callbacks.export import ExportFormat, check_format, export_model
+from sdft_lightning.data import DemonstrationDataModule, ModelDataModule
+from sdft_lightning.errors import UserError
+from sdft_lightning.files.checkpoint_io import load_whole_checkpoint
+from sdft_lightning.files.json_text import json_text
+from sdft_lightning.models.tokenization import load_max_length
+from sdft_lightning.modules import PolicyModule
+from sdft_lightning.preflight import Limits, Report, judge, run_preflight
+
+
+class RunTrainer(L.Trainer):
+    """Lightning's Trainer with the commands `export` and `preflight`."""
+
+    def export(
+        self,
+        model: PolicyModule,
+        datamodule: L.LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        output_dir: str | None = None,
+        format: ExportFormat = "merged",
+    ) -> Path:
+        """Write a checkpoint as a folder that transformers and vLLM load.
+
+        Args:
+            model: Set from the model options.
+            datamodule: Not used.
+            ckpt_path: The checkpoint, or `last` for the newest of this run.
+            output_dir: Where to write; <run>/exported/<checkpoint> without it. Must not exist.
+            format: merged is a whole model, into which adapters are added; adapter is a folder of
+                peft, for runs with LoRA.
+
+        Returns:
+            The folder.
+
+        Raises:
+            UserError: If there is no such checkpoint or format, or the folder exists.
+        """
+        if ckpt_path is None:
+            raise UserError(
+                "ckpt_path: export needs a checkpoint. Give --ckpt_path=last or the path of one."
+            )
+        path = Path(ckpt_path)
+        default = Path(self.default_root_dir) / "exported" / path.stem
+        folder = default if output_dir is None else Path(output_dir)
+        if folder.exists():
+            raise UserError(
+                f"output_dir: {folder} exists already and is not overwritten. Name another with "
+                "--output_dir."
+            )
+        check_format(model, format)
+        checkpoint = load_whole_checkpoint(path)
+        model.loads_teacher = False
+        model.check_checkpoint(checkpoint, trains=False)
+        model.configure_model()
+        model.on_load_checkpoint(checkpoint)
+        model.load_state_dict(checkpoint["state_dict"])
+        export_model(model, folder, format)
+        print(f"Exported {path} to {folder}")
+        return folder
+
+    def check(self, model: PolicyModule, datamodule: ModelDataModule, command: str) -> None:
+        """Read and check all data of a command, and its options, before a file is written.
+
+        Args:
+            model: The module.
+            datamodule: Its data.
+            command: fit, validate, test or predict.
+
+        Raises:
+            UserError: If a file, a row or an option is wrong.
+        """
+        self.strategy.connect(model)  # the data module asks the trainer for its module
+        datamodule.trainer = self
+        datamodule.prepare_data()
+        datamodule.setup(command)
+        model.check_ahead(self, command, datamodule)
+
+    def preflight(
+        self,
+        model: PolicyModule,
+        datamodule: DemonstrationDataModule,
+        rows: int = 32,
+        limits: Limits = Limits(),  # noqa: B008 - frozen
+    ) -> Report:
+        """Measure on a sample of training rows whether a run can work; nothing is trained.
+
+        Prints the report and the verdict, and writes both to preflight.json. The exit code of the
+        command is the verdict's: 0 (go), 1 (warn) or 2 (use SFT); 2 also for bad input.
+
+        Args:
+            model: Set from the model options; an SDFTModule itself.
+            datamodule: Set from the data options.
+            rows: Size of the sample.
+            limits: What the verdict asks for.
+
+        Returns:
+            The report.
+
+        Raises:
+            UserError: If the module has no teacher, or one that is not shown demonstrations while
+                the student samples.
+        """
+        if not model.has_preflight:
+            raise UserError(
+                "model: preflight measures a teacher with demonstrations on completions of the "
+                f"student, and {type(model).__name__} has none. Give --model=SDFTModule."
+            )
+        if isinstance(datamodule, DemonstrationDataModule):  # benchmarks alone end in a sentence
+            datamodule.for_preflight()
+        self.check(model, datamodule, "fit")
+        datamodule.check_training_references()
+        model.configure_model()
+        model.trainer = self
+        model.to(self.strategy.root_device)
+        max_length = load_max_length(model.model_name, model.tokenizer, model.revision)
+        model.check_models()
+        with self.precision_plugin.forward_context():
+            report = run_preflight(
+                model, datamodule, rows, datamodule.seed, max_length, self.accumulate_grad_batches
+            )
+        verdict = judge(report, limits)
+        path = Path(self.default_root_dir) / "preflight.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = {"verdict": verdict.name, "reasons": verdict.reasons, **report.as_dict()}
+        path.write_text(json_text(found, indent=2) + "\n", encoding="utf-8")
+        print(report.table())
+        print(f"\nVerdict: {verdict.name}" + "".join(f"\n- {why}" for why in verdict.reasons))
+        print(f"Written to {path}")
+        return report

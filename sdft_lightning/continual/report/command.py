@@ -1,0 +1,38 @@
+"""The command `report` and its options."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def report_command(args: Sequence[str]) -> None:
+    """Run `report` with these arguments.
+
+    Raises:
+        UserError: If a results file cannot be read.
+    """
+    options = _parser().parse_args(args)
+    from sdft_lightning.continual.report.writing import write_report
+
+    wanted = options.output_dir or options.results[0].parent / "report"
+    write_report(options.results, wanted)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="report",
+        description="Tables, plots, paired tests and one HTML page from results of `continual`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "results", nargs="+", type=Path, metavar="RESULTS", help="results.jsonl files"
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        help="folder to write, report beside the first file without it; one with files in it is "
+        "left alone, and -1, -2 ... is added to the name",
+    )
+    return parser

@@ -1,0 +1,1 @@
+"""What is read and written: whole files, run folders, checkpoints, texts of strangers."""

@@ -1,0 +1,1 @@
+"""What a model computes: states at completion tokens, packing, prefixes, scoring."""

@@ -1,0 +1,23 @@
+"""Decoders of the Llama kind in fewer, larger operations, on the CPU.
+
+transformers computes such a layer in about sixty operations, most of which only move or cast what
+lies between the matrix products. Here a layer is two blocks with their gradients written down. They
+work on tokens without padding, keep less for the backward pass, and equal the model up to rounding.
+"""
+
+from sdft_lightning.forward.fused.decoding import DecodingSteps
+from sdft_lightning.forward.fused.prompts import ReadPrompts, read_prompts
+from sdft_lightning.forward.fused.structure import Decoder, decoder_of, training_dtype
+from sdft_lightning.forward.fused.trunk import completion_states
+from sdft_lightning.forward.fused.weights import join_
+
+__all__ = [
+    "Decoder",
+    "DecodingSteps",
+    "ReadPrompts",
+    "completion_states",
+    "decoder_of",
+    "join_",
+    "read_prompts",
+    "training_dtype",
+]

@@ -1,0 +1,148 @@
+"""What decoding steps compute of the tokens that they append, kept for the student's pass.
+
+The weights do not move between sampling and training, so that its forward pass over a completion
+has been made by the time that the completion is there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sdft_lightning.forward.fused.passes import Results
+from sdft_lightning.forward.fused.prompts import LayerResults, ReadPrompts
+from sdft_lightning.forward.fused.rows import token_lists, with_completions
+
+# What may be kept of the rows of later micro-batches; those of the first are used at once.
+_MOST_BYTES = 3 * 2**28
+
+# Of a layer and the rows of a step: scale, products and result of its attention, and of its MLP.
+StepResults = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class Recording:
+    """Results of the first rows, step by step.
+
+    Args:
+        layers: Layers of the model.
+        rows: Rows of the first micro-batch, and of all that are recorded.
+    """
+
+    def __init__(self, layers: int, rows: tuple[int, int]) -> None:
+        self.first, self.recorded = rows
+        self._layers: list[list[StepResults]] = [[] for _ in range(layers)]
+        self._rows: list[Tensor] = []  # of each step, (n,) ascending
+        self._bytes = 0  # of rows that are not the first micro-batch's
+
+    def begin(self, rows: Tensor) -> None:
+        """A step over so many rows.
+
+        Args:
+            rows: `(S,)` ascending; some may have ended, and are never asked for.
+        """
+        if self._bytes > _MOST_BYTES and self.recorded > self.first:
+            self.recorded, self._bytes = self.first, 0
+            counts = [int((rows < self.first).sum()) for rows in self._rows]
+            for place, steps in enumerate(self._layers):
+                self._layers[place] = [
+                    _first(step, count) for step, count in zip(steps, counts, strict=True)
+                ]
+            self._rows = [rows[:count] for rows, count in zip(self._rows, counts, strict=True)]
+        self._rows.append(rows[rows < self.recorded])
+
+    def add(self, layer: int, results: StepResults) -> None:
+        """The results of a layer, for all rows of the step."""
+        count = self._rows[-1].numel()
+        if not count:
+            return
+        if count < results[0].shape[0]:
+            results = _first(results, count)
+        self._layers[layer].append(results)
+        later = 1 - int((self._rows[-1] < self.first).sum()) / count
+        self._bytes += int(later * sum(part.numel() * part.element_size() for part in results))
+
+    def places(self, rows: int, steps: int) -> Tensor:
+        """Where each token is among all that were recorded, `(rows, steps)`."""
+        found = torch.zeros(rows, steps, dtype=torch.long)
+        start = 0
+        for step, of_step in enumerate(self._rows):
+            found[of_step, step] = torch.arange(start, start + of_step.numel())
+            start += of_step.numel()
+        return found
+
+    def take(self, layer: int) -> list[Tensor]:
+        """All results of a layer, one below the other; they are no longer held."""
+        steps, self._layers[layer] = self._layers[layer], []
+        return [torch.cat(list(parts)) for parts in zip(*steps, strict=True)]
+
+
+def _first(results: StepResults, count: int) -> StepResults:
+    """Of the first rows only, in memory of their own."""
+    scale, products, out, more_scale, gates, hidden = (part[:count].clone() for part in results)
+    return scale, products, out, more_scale, gates, hidden
+
+
+def kept_rows(prompts: list[ReadPrompts], samples: int) -> tuple[int, int]:
+    """Rows of the first micro-batch, and of all those at the beginning whose prompts are kept."""
+    counts = []
+    for part in prompts:
+        if not part.is_kept:
+            break
+        counts.append(samples * len(part.rows.owner))
+    return (counts[0], sum(counts)) if counts else (0, 0)
+
+
+def hand_over(
+    recording: Recording,
+    prompts: list[ReadPrompts],
+    samples: int,
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+) -> None:
+    """Give each part of the prompts what was recorded of its completions.
+
+    Args:
+        recording: Is empty afterwards.
+        prompts: In the order of the rows.
+        samples: Completions of each prompt (n).
+        completion_ids: `(B · n, T)`, padded on the right.
+        completion_mask: `(B · n, T)`.
+    """
+    length = completion_mask.shape[1]
+    if length < 2:
+        return
+    places = recording.places(recording.recorded, length - 1)  # (rows, T - 1)
+    taken: list[tuple[ReadPrompts, Tensor]] = []
+    start = 0
+    for part in prompts:
+        end = start + samples * len(part.rows.owner)
+        if end > recording.recorded:
+            break
+        ids, mask = completion_ids[start:end], completion_mask[start:end]
+        rows = with_completions(part.rows, ids, mask, part.decoder.heads)
+        inputs = mask[:, 1:]  # (R, T - 1) tokens that another one follows
+        index = torch.empty(rows.ids.numel() - rows.prompts, dtype=torch.long)
+        index[rows.predicting[:, 1:][inputs] - rows.prompts] = places[start:end][inputs]
+        if index.numel():
+            part.completions = token_lists(ids, mask)
+            taken.append((part, index))
+        start = end
+    for layer in range(len(prompts[0].decoder.layers)):
+        results = recording.take(layer)
+        for part, index in taken:
+            scale, products, out, *mlp = (each[index] for each in results)
+            part.add(layer, _joined(part.layer(layer), (scale, products, out), mlp))
+
+
+def _joined(known: LayerResults, attention: tuple[Tensor, ...], mlp: list[Tensor]) -> LayerResults:
+    """Results of prompts, and behind them those of their completions."""
+    first, second = known
+    return _behind(first, *attention), None if second is None else _behind(second, *mlp)
+
+
+def _behind(known: Results, scale: Tensor, products: Tensor, out: Tensor) -> Results:
+    return Results(
+        torch.cat([known.scale, scale]),
+        (*known.products, products),
+        torch.cat([known.out, out]),
+    )

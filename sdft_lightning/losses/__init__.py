@@ -1,0 +1,1 @@
+"""Divergences and token losses, exact in bounded memory; masks."""

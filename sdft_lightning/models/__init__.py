@@ -1,0 +1,1 @@
+"""What a causal language model is: names, loading, adapters, precision, shards, templates."""

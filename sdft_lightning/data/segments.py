@@ -60,6 +60,9 @@ class SegmentEncoder:
         parts = [[part for part in special.split(text) if part] for text in texts]
         unique = list(dict.fromkeys(chain.from_iterable(parts)))
         backend = self._tokenizer.backend_tokenizer
+        if backend.truncation is not None or backend.padding is not None:  # left by another call
+            backend.no_truncation()
+            backend.no_padding()
         # Without the offsets, masks and word numbers that nobody asked for.
         encoded = backend.encode_batch_fast(unique, add_special_tokens=False)
         ids = {part: each.ids for part, each in zip(unique, encoded, strict=True)}

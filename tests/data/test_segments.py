@@ -28,6 +28,8 @@ def whole(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 class Counted:
     """A tokenizer that keeps the texts that reach its backend in parts."""
 
+    truncation = padding = None
+
     def __init__(self, tokenizer: Any) -> None:
         self._inner = tokenizer
         self.parts: list[str] = []
@@ -54,6 +56,16 @@ def test_ids_are_those_of_the_whole_texts() -> None:
     assert encode_texts(tokenizer, texts) == whole(tokenizer, texts)
     assert encode_texts(tokenizer, texts[7:9]) == whole(tokenizer, texts[7:9])
     assert encode_texts(tokenizer, []) == []
+
+
+@pytest.mark.embedded
+def test_what_another_call_has_cut_or_padded_changes_nothing() -> None:
+    tokenizer = load_tokenizer("embedded")
+    texts = mixed(20)
+    expected = whole(tokenizer, texts)
+    assert encode_texts(tokenizer, texts) == expected
+    tokenizer(texts, truncation=True, max_length=2, padding="max_length")
+    assert encode_texts(tokenizer, texts) == expected
 
 
 @pytest.mark.embedded

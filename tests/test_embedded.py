@@ -195,7 +195,7 @@ def test_conversion_that_dies_leaves_nothing_and_the_next_call_works(
 ONE_PROCESS = """
 import sys, time
 from pathlib import Path
-from sdft_lightning import embedded
+from sdft_lightning.models import embedded
 
 def convert(gguf, folder):
     with open(sys.argv[3], "a") as log:

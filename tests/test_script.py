@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
@@ -24,8 +25,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from sdft_lightning.callbacks import WindowCheckpoint, default_callbacks
 from sdft_lightning.cli import SDFTCLI
+from sdft_lightning.cli.run_trainer import RunTrainer
 from sdft_lightning.data import Columns, DemonstrationDataModule
 from sdft_lightning.data.prompts import PromptStyle
+from sdft_lightning.data.tokenize import Lengths
 from sdft_lightning.errors import UserError
 from sdft_lightning.errors.quiet import show_messages
 from sdft_lightning.files import checkpoint_io
@@ -405,3 +408,21 @@ def test_misleading_warnings_are_dropped_and_no_others() -> None:
         warnings.warn("Found 34 module(s) in eval mode at the start of training.", stacklevel=1)
         warnings.warn("something else", stacklevel=1)
     assert [str(each.message) for each in seen] == ["something else"]
+
+
+def test_fit_after_preflight_in_one_script_is_checked_anew(
+    model_folder: Path, train_file: Path, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    long = json.dumps({"prompt": "word " * 200, "demonstration": "It is so."})
+    rows.write_text(train_file.read_text() + long + "\n")
+    module = SDFTModule(str(model_folder), sampling=Sampling(max_new_tokens=4))
+    data = DemonstrationDataModule(
+        train=str(rows), prompts=PromptStyle("turns"), lengths=Lengths(prompt=100), batch_size=2
+    )
+    options = {"max_steps": 1, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    trainer = RunTrainer(default_root_dir=tmp_path, **options)
+    report = trainer.preflight(module, data, rows=2)
+    assert len(report.too_long) == 1
+    with pytest.raises(UserError, match="too long: its prompt has"):
+        trainer.fit(module, datamodule=data)

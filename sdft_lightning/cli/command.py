@@ -260,7 +260,9 @@ def _chosen_data_module(args: ArgsType) -> tuple[type[ModelDataModule], ArgsType
         words[place : place + 2] = ["=".join(words[place : place + 2])]
     for word in words:
         option, _, value = word.partition("=")
-        found = _DATA_MODULES.get(value.rpartition(".")[2]) if option == "--data" else None
+        package, _, name = value.rpartition(".")
+        ours = option == "--data" and package.partition(".")[0] in ("", "sdft_lightning")
+        found = _DATA_MODULES.get(name) if ours else None
         if found is None:
             left.append(word)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import lightning as L
@@ -113,19 +114,20 @@ class RunTrainer(L.Trainer):
                 "model: preflight measures a teacher with demonstrations on completions of the "
                 f"student, and {type(model).__name__} has none. Give --model=SDFTModule."
             )
-        if isinstance(datamodule, DemonstrationDataModule):  # benchmarks alone end in a sentence
-            datamodule.for_preflight()
-        self.check(model, datamodule, "fit")
-        datamodule.check_training_references()
-        model.configure_model()
-        model.trainer = self
-        model.to(self.strategy.root_device)
-        max_length = load_max_length(model.model_name, model.tokenizer, model.revision)
-        model.check_models()
-        with self.precision_plugin.forward_context():
-            report = run_preflight(
-                model, datamodule, rows, datamodule.seed, max_length, self.accumulate_grad_batches
-            )
+        with ExitStack() as meanwhile:
+            if isinstance(datamodule, DemonstrationDataModule):  # benchmarks alone are refused
+                meanwhile.enter_context(datamodule.for_preflight())
+            self.check(model, datamodule, "fit")
+            model.forget_check()  # a fit that follows is one of more rows
+            datamodule.check_training_references()
+            model.configure_model()
+            model.trainer = self
+            model.to(self.strategy.root_device)
+            max_length = load_max_length(model.model_name, model.tokenizer, model.revision)
+            model.check_models()
+            seed, window = datamodule.seed, self.accumulate_grad_batches
+            with self.precision_plugin.forward_context():
+                report = run_preflight(model, datamodule, rows, seed, max_length, window)
         verdict = judge(report, limits)
         path = Path(self.default_root_dir) / "preflight.json"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -136,10 +137,25 @@ class DemonstrationDataModule(ModelDataModule):
             check_at_least(f"data.{name}", getattr(self, name), 1)
         self._task_sets.check(judge)
 
-    def for_preflight(self) -> None:
-        """Count the rows at which a fit would stop as too long, and leave the benchmarks out."""
+    @contextmanager
+    def for_preflight(self) -> Iterator[None]:
+        """Count the rows at which a fit would stop as too long, and leave the benchmarks out.
+
+        Afterwards all is as before, and a fit reads its rows anew.
+        """
+        benchmarks = self.benchmark_data.benchmarks
         self._counts_too_long = True
         self.benchmark_data.benchmarks = Benchmarks()
+        self._forget_sets()
+        try:
+            yield
+        finally:
+            self._counts_too_long = False
+            self.benchmark_data.benchmarks = benchmarks
+            self._forget_sets()
+
+    def _forget_sets(self) -> None:
+        self._sets, self._planned, self.too_long = {}, {}, []
 
     @property
     def benchmarks(self) -> Benchmarks:
@@ -163,7 +179,7 @@ class DemonstrationDataModule(ModelDataModule):
         stage = getattr(stage, "value", stage)  # Lightning passes an enum
         name, revision = version = self.model_version
         if version != self._tokenized_for:
-            self._sets, self._planned = {}, {}
+            self._forget_sets()
             self._tokenized_for = version
         if stage != "predict":
             self.benchmark_data.trainer = self.trainer

@@ -8,6 +8,7 @@ special tokens before anything else, so that the ids of such parts do not depend
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -20,53 +21,62 @@ class SegmentEncoder:
     """Tokenizes texts in which all special tokens already stand.
 
     Whether a tokenizer treats the parts of a text alone is found out on the first texts (some write
-    a blank before the very first word only); where it does not, texts are tokenized whole.
+    a blank before the very first word only); where it does not, texts are tokenized whole. Threads
+    may share one.
 
     Args:
-        tokenizer: A tokenizer of transformers.
+        tokenizer: A tokenizer of transformers. It is not kept: each call brings it.
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self._lock = threading.Lock()
         self._parts = _special_tokens(tokenizer)
         self._is_proven = False
 
-    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+    def __call__(self, tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text."""
-        if self._parts is None or len(texts) < 2:
-            return self._whole(texts)
-        if not self._is_proven:
-            first = texts[:_PROOF]
-            self._is_proven = self._whole(first) == self._in_parts(first, self._parts)
-            if not self._is_proven:
+        if len(texts) > 1:
+            with self._lock:
+                parts = self._proven(tokenizer, texts[:_PROOF])
+            if parts is not None:
+                return _in_parts(tokenizer, texts, parts)
+        return _whole(tokenizer, texts)
+
+    def _proven(self, tokenizer: Any, first: Sequence[str]) -> re.Pattern[str] | None:
+        """What splits texts; None where they are to be tokenized whole."""
+        if self._parts is not None and not self._is_proven:
+            if _whole(tokenizer, first) == _in_parts(tokenizer, first, self._parts):
+                self._is_proven = True
+            else:
                 self._parts = None
-                return self._whole(texts)
-        return self._in_parts(texts, self._parts)
+        return self._parts
 
-    def _whole(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        found = self._tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        ids: list[list[int]] = found.input_ids
-        return ids
 
-    def _in_parts(self, texts: Sequence[str], special: re.Pattern[str]) -> list[list[int]]:
-        parts = [[part for part in special.split(text) if part] for text in texts]
-        unique = list(dict.fromkeys(chain.from_iterable(parts)))
-        backend = self._tokenizer.backend_tokenizer
-        if backend.truncation is not None or backend.padding is not None:  # left by another call
-            backend.no_truncation()
-            backend.no_padding()
-        # Without the offsets, masks and word numbers that nobody asked for.
-        encoded = backend.encode_batch_fast(unique, add_special_tokens=False)
-        ids = {part: each.ids for part, each in zip(unique, encoded, strict=True)}
-        return [list(chain.from_iterable([ids[part] for part in each])) for each in parts]
+def _whole(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    found = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    ids: list[list[int]] = found.input_ids
+    return ids
+
+
+def _in_parts(tokenizer: Any, texts: Sequence[str], special: re.Pattern[str]) -> list[list[int]]:
+    parts = [[part for part in special.split(text) if part] for text in texts]
+    unique = list(dict.fromkeys(chain.from_iterable(parts)))
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation is not None or backend.padding is not None:  # left by another call
+        backend.no_truncation()
+        backend.no_padding()
+    # Without the offsets, masks and word numbers that nobody asked for.
+    encoded = backend.encode_batch_fast(unique, add_special_tokens=False)
+    ids = {part: each.ids for part, each in zip(unique, encoded, strict=True)}
+    return [list(chain.from_iterable([ids[part] for part in each])) for each in parts]
 
 
 def _special_tokens(tokenizer: Any) -> re.Pattern[str] | None:
@@ -93,4 +103,4 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     encoder = _ENCODERS.get(tokenizer)
     if encoder is None:
         encoder = _ENCODERS[tokenizer] = SegmentEncoder(tokenizer)
-    return encoder(texts)
+    return encoder(tokenizer, texts)

@@ -303,7 +303,7 @@ def _in_chunks(rows: Sequence[Demonstration], tokenizer: Tokenizer) -> Iterator[
 
 @contextmanager
 def _on_all_cores() -> Iterator[None]:
-    """Let the tokenizer use all cores, which `quieten` forbids: processes are forked afterwards."""
+    """Let the tokenizer use all cores, which `quiet` forbids: processes are forked afterwards."""
     if os.environ.get(_PARALLEL) != "false":
         yield
         return

@@ -70,6 +70,7 @@ def show_messages() -> None:
     """
     for pattern in _WARNINGS:
         warnings.filterwarnings("ignore", message=pattern, append=True)
+    _keep_forks_quiet()
     if not logging.getLogger().handlers:
         _print_messages()
 
@@ -103,6 +104,11 @@ def quieten_notices() -> None:
     logging.getLogger("torchao").setLevel(logging.ERROR)
     logging.getLogger("torch.utils._pytree").addFilter(_Drop())
     _print_messages()
+    _keep_forks_quiet()
+
+
+def _keep_forks_quiet() -> None:
+    """The tokenizers warn at each fork once they have used all cores; see `tokenize_rows`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

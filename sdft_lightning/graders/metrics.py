@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -111,8 +112,10 @@ class NamedMetrics(Generic[AnyMetric]):
         found: dict[str, Any] = {}
         for name in _names_of_all_ranks(list(self.metrics)):
             metric = self.of(name, device)
-            found[name] = metric.compute()
-            metric.reset()
+            with warnings.catch_warnings():  # of a name that this rank has not met, or met in vain
+                warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
+                found[name] = metric.compute()
+        self.metrics.clear()
         return found
 
 

@@ -156,6 +156,10 @@ class PolicyModule(EvaluatedModule):
         check_run(self, data, trainer, command)
         self._checked_ahead = (trainer, command)
 
+    def forget_check(self) -> None:
+        """Let `setup` check the run again."""
+        self._checked_ahead = None
+
     def plan_models(self, trainer: L.Trainer, command: str, data: TaskData | None) -> None:
         """Decide whether a command needs a teacher; what it does not use is not loaded.
 

@@ -82,7 +82,8 @@ class StepValues(Metric):
         if state not in self._defaults:
             self.add_state(state, [], dist_reduce_fx="cat")
         codes = bigrams(ids, mask)  # (pairs,)
-        getattr(self, state).append(codes)
+        # Ranks never exchange an empty tensor: one number is of no pair.
+        getattr(self, state).append(torch.cat([codes.new_tensor([-1]), codes]))
         count = codes.new_tensor([0, codes.numel()]).float()  # (2,)
         self._add(name, count)
 
@@ -97,7 +98,7 @@ class StepValues(Metric):
         for name, state in self._pairs.items():
             if name in found:
                 count = weights[self._means.index(name)]
-                different = dim_zero_cat(getattr(self, state)).unique().numel()
+                different = dim_zero_cat(getattr(self, state)).unique().numel() - 1
                 found[name] = torch.where(count > 0, different / count.clamp(min=1), 1.0)
         if self._maxima:
             found |= dict(zip(self._maxima, self.largest[1:].unbind(), strict=True))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -74,9 +77,9 @@ def test_a_shared_part_is_tokenized_once() -> None:
     encode = SegmentEncoder(counted)
     question = "<|im_start|>user\nWhen does the ferry leave?<|im_end|>\n<|im_start|>assistant\n"
     texts = [question, f"{question}At seven.<|im_end|>\n"]
-    assert encode(texts) == whole(counted, texts)
+    assert encode(counted, texts) == whole(counted, texts)
     counted.parts.clear()
-    assert encode(texts) == whole(counted, texts)
+    assert encode(counted, texts) == whole(counted, texts)
     assert counted.parts.count("user\nWhen does the ferry leave?") == 1
     assert len(counted.parts) == len(set(counted.parts))
 
@@ -95,10 +98,34 @@ def test_tokenizer_that_treats_the_first_word_apart_is_given_whole_texts(scheme:
     assert (len(set(map(tuple, whole(tokenizer, ["a<end>b", "<end>b"]))))) == 2
     counted = Counted(tokenizer)
     encode = SegmentEncoder(counted)
-    assert encode(texts) == expected
+    assert encode(counted, texts) == expected
     counted.parts.clear()
-    assert encode(texts) == expected
+    assert encode(counted, texts) == expected
     assert bool(counted.parts) == (scheme == "always")
+
+
+def test_threads_agree_on_a_tokenizer_that_needs_whole_texts() -> None:
+    raw = Tokenizer(
+        models.BPE(vocab={"<unk>": 0, "<end>": 1, "▁": 2, "a": 3}, merges=[], unk_token="<unk>")
+    )
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>", unk_token="<unk>")
+    texts = ["a<end>a"] * 64
+    for _ in range(20):
+        encode = SegmentEncoder(tokenizer)
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: encode(tokenizer, texts), range(8)))  # noqa: B023
+        assert found == [whole(tokenizer, texts)] * 8
+
+
+def test_a_tokenizer_that_nobody_has_any_more_is_let_go() -> None:
+    raw = Tokenizer(models.BPE(vocab={"a": 0, "<end>": 1}, merges=[]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>")
+    encode_texts(tokenizer, ["a<end>", "a"])
+    gone = weakref.ref(tokenizer)
+    del tokenizer
+    gc.collect()
+    assert gone() is None
 
 
 def test_tokenizer_without_special_tokens_is_given_whole_texts() -> None:

@@ -103,7 +103,7 @@ def test_accuracy_counts_thousands_also_where_bfloat16_is_the_default_dtype() ->
 def test_ranks_with_unlike_tasks_add_up_the_same_names_in_the_same_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from sdft_lightning.modules import metrics
+    from sdft_lightning.graders import metrics
 
     def gather(of_ranks: list[list[str]], mine: list[str]) -> None:
         assert mine == ["b", "a"]
@@ -122,8 +122,8 @@ def test_ranks_with_unlike_tasks_add_up_the_same_names_in_the_same_order(
     found = counted.compute(CPU)
     # Each task is collectives of its own; a rank that leaves c out would wait in another than
     # the rest.
-    assert list(counted.metrics) == ["b", "a", "c"]
     assert list(found) == ["c", "a", "b"]
+    assert counted.metrics == {}  # the next validation may have other names
     assert found["c"] is None
     assert found["a"].value == 0.5
 

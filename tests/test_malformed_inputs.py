@@ -198,7 +198,7 @@ CONFIGS: dict[str, tuple[str | list[str], list[str]]] = {
         "trainer: !!python/object/apply:os.system ['touch ran']",
         ["config: c.yaml, line 1: the tag", "python/object/apply:os.system"],
     ),
-    "tag_of_nobody": ("data:\n  train: !secret x", ["config: c.yaml, line 2: the tag !secret"]),
+    "tag_of_nobody": ("data:\n  train: !mine x", ["config: c.yaml, line 2: the tag !mine"]),
     "number_as_name": ("trainer:\n  3: 4", ["config: c.yaml, line 2: a key that is no text (3)"]),
     "list_as_name": ("? [a]\n: 1", ["config: c.yaml, line 1: a key that is no text"]),
     "brackets": ("trainer: " + "[" * 10_000, ["config: c.yaml", "cannot be read as YAML"]),

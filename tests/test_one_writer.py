@@ -23,8 +23,6 @@ from sdft_lightning.files import whole_files
 from sdft_lightning.files.run_folder import LOCK, check_run_folder, named_folder, one_writer
 from sdft_lightning.files.whole_files import held_lock, whole_file, whole_folder
 
-pytestmark = pytest.mark.attack
-
 RunCli = Callable[..., None]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 CLI = [sys.executable, "-m", "sdft_lightning.cli"]

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.attack
-
 HANG = """
 import ctypes, multiprocessing, os, pathlib, signal, sys
 import lightning as L

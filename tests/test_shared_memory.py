@@ -16,8 +16,6 @@ import pytest
 from sdft_lightning.files import shared_memory
 from sdft_lightning.files.shared_memory import clear_shared_memory, new_weights_folder
 
-pytestmark = pytest.mark.attack
-
 OTHER_RUN = """
 import sys
 from pathlib import Path

@@ -11,8 +11,6 @@ from sdft_lightning.data.benchmarks.code import passes, program, results, run_an
 from sdft_lightning.data.benchmarks.sandbox import run_program
 from sdft_lightning.errors import UserError
 
-pytestmark = pytest.mark.attack
-
 ITEM = {
     "prompt": 'def f(x):\n    """The word of a number."""\n',
     "test": (
@@ -129,6 +127,7 @@ CHEATS = {
 }
 
 
+@pytest.mark.attack
 @pytest.mark.parametrize("how", CHEATS)
 def test_a_cheat_fails(how: str) -> None:
     text = ITEM["prompt"] + CHEATS[how]
@@ -138,6 +137,7 @@ def test_a_cheat_fails(how: str) -> None:
     assert outcome.reason
 
 
+@pytest.mark.attack
 def test_the_right_answer_passes_by_every_way() -> None:
     text = ITEM["prompt"] + RIGHT
     assert run_program(program(ITEM, text)) == (True, "passed")
@@ -145,6 +145,7 @@ def test_the_right_answer_passes_by_every_way() -> None:
     assert results(ITEM, [[text]]) == {"pass@1": 1.0}
 
 
+@pytest.mark.attack
 @pytest.mark.parametrize(
     ("expected", "body"),
     [
@@ -170,6 +171,7 @@ def test_plain_results_arrive_as_they_are(expected: str, body: str) -> None:
     assert run_program(program(item, f"def f():\n    {body}\n")) == (True, "passed")
 
 
+@pytest.mark.attack
 @pytest.mark.parametrize(
     ("given", "arguments", "expected"),
     [("x, *more, key=0", "1, [2], key={'a': 3}", "(1, ([2],), {'a': 3})")],
@@ -183,6 +185,7 @@ def test_arguments_arrive_as_they_are(given: str, arguments: str, expected: str)
     assert passes([program(item, f"def f({given}):\n    return x, more, key\n")]) == [True]
 
 
+@pytest.mark.attack
 def test_an_error_that_the_tests_expect_is_the_program_s_own() -> None:
     test = (
         "def check(c):\n    try: c()\n    except ValueError as error:\n"

@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml scripts/setup.sh
 model: $(STAMP) ## fetch and convert the embedded model into the cache (first time about 1 minute)
 	$(PYTHON_BIN) -m sdft_lightning.models.embedded
 
-test: model ## run all tests on the CPU (15 to 26 minutes)
+test: model ## run all tests on the CPU (15 to 35 minutes)
 	$(PYTHON_BIN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-vllm: model ## sample with vLLM in .venv-vllm: weight refresh, a server and its faults (10 to 20 minutes)

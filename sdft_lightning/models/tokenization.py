@@ -344,13 +344,26 @@ def load_config(model_name: str, revision: str | None = None) -> Any:
             "allowed is a config of its own. Correct config.json."
         )
     for name, most in _SIZES.items():
-        size = getattr(config, name, None)
+        size = config_value(config, name)
         if isinstance(size, int) and not 1 <= size <= most:
             raise UserError(
                 f"model_name: {name} of {model_name} is {size}; allowed are 1 to {most}. Correct "
                 "config.json, or copy it anew."
             )
     return config
+
+
+def config_value(config: Any, name: str) -> Any:
+    """A value of a config; None where there is none, or each layer has its own (Gemma 4).
+
+    Args:
+        config: A config of transformers.
+        name: Its attribute.
+    """
+    try:
+        return getattr(config, name, None)
+    except Exception:  # transformers has an error of its own for values that differ by layer
+        return None
 
 
 def _whole_config(model_name: str, revision: str | None) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 from sdft_lightning.errors import UserError
 from sdft_lightning.errors.foreign_text import printable
 from sdft_lightning.models.lora import adapter_identity
-from sdft_lightning.models.tokenization import load_config, load_tokenizer
+from sdft_lightning.models.tokenization import config_value, load_config, load_tokenizer
 
 IDENTITY_KEY = "sdft_lightning"
 
@@ -51,7 +51,7 @@ def model_identity(model: Any, model_name: str, method: type) -> dict[str, Any]:
 
 
 def _architecture(config: Any) -> dict[str, Any]:
-    return {name: getattr(config, name, None) for name in _FIELDS}
+    return {name: config_value(config, name) for name in _FIELDS}
 
 
 def check_same_kind(

@@ -22,7 +22,7 @@ class ModelVersion(NamedTuple):
     revision: str | None
 
     def __str__(self) -> str:
-        """As a user reads it."""
+        """The name, and the revision where there is one."""
         return self.name if self.revision is None else f"{self.name} at revision {self.revision}"
 
 

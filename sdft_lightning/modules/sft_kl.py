@@ -14,7 +14,7 @@ from sdft_lightning.losses.divergence import Divergence
 from sdft_lightning.losses.masking import sequence_weights
 from sdft_lightning.losses.token_losses import PenalisedCrossEntropy
 from sdft_lightning.models.lora import LoRA
-from sdft_lightning.models.quantization import Quantization
+from sdft_lightning.models.precision import Quantization
 from sdft_lightning.modules.base import OptimizerFactory
 from sdft_lightning.modules.schedule import Schedule
 from sdft_lightning.modules.supervised import SupervisedModule

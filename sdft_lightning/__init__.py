@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from sdft_lightning.cli.entry import main
     from sdft_lightning.cli.run_trainer import RunTrainer
     from sdft_lightning.data import BenchmarkDataModule, Columns, DemonstrationDataModule, HubSource
-    from sdft_lightning.data.benchmarks.options import Benchmarks, BenchmarkTask
+    from sdft_lightning.data.benchmarks import Benchmarks, BenchmarkTask
     from sdft_lightning.data.prompts import PromptStyle
     from sdft_lightning.data.sets import HeldOut
     from sdft_lightning.data.tokenize import Lengths
@@ -72,8 +72,8 @@ __version__ = "0.1.0"
 # Where the names of the block above are at run time.
 _PLACES = {
     "BenchmarkDataModule": "data",
-    "BenchmarkTask": "data.benchmarks.options",
-    "Benchmarks": "data.benchmarks.options",
+    "BenchmarkTask": "data.benchmarks",
+    "Benchmarks": "data.benchmarks",
     "CPTModule": "modules",
     "CollapseGuard": "callbacks",
     "CollapseLimits": "callbacks.stops",

@@ -16,8 +16,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
+from torchmetrics import SumMetric
 
-from sdft_lightning.callbacks import stops as signs
 from sdft_lightning.errors import UserError
 from sdft_lightning.files.checkpoint_io import has_finite_weights
 from sdft_lightning.files.run_folder import append_lines, run_folder, unused_path
@@ -265,7 +265,7 @@ class CollapseGuard(L.Callback):
     def step_names(self, module: Any, trainer: Any) -> list[str]:
         """What is logged of a step."""
         logged = {name.removeprefix("train/") for name in module.step_names}
-        return [f"guard/{sign}" for sign in signs.known_signs(logged & set(signs.WATCHED))]
+        return [f"guard/{sign}" for sign in known_signs(logged & set(WATCHED))]
 
     def state_dict(self) -> dict[str, Any]:
         """What the judgement of later steps depends on; of the kept checkpoint its name only."""
@@ -303,8 +303,8 @@ class CollapseGuard(L.Callback):
         now = self._values(trainer, module)
         self._first = self._first or now
         vocabulary = module.student.get_output_embeddings().weight.shape[0]  # not gathered
-        judged = signs.known_signs(now.keys())
-        self._count(trainer, signs.step_signs(now, self._first, self.limits, vocabulary), judged)
+        judged = known_signs(now.keys())
+        self._count(trainer, step_signs(now, self._first, self.limits, vocabulary), judged)
         for name in judged:
             module.log(f"guard/{name}", float(self._in_a_row[name]))
 
@@ -312,7 +312,7 @@ class CollapseGuard(L.Callback):
         """What the signs look at: means over ranks, so that all come to the same decision."""
         logged = {
             name: trainer.callback_metrics[f"train/{name}"].float().to(module.device)
-            for name in signs.WATCHED
+            for name in WATCHED
             if f"train/{name}" in trainer.callback_metrics
         }
         if "loss" in logged:
@@ -327,7 +327,7 @@ class CollapseGuard(L.Callback):
         """Judge the teacher's lead, where both were graded in this validation."""
         measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if not trainer.sanity_checking and any("/teacher_accuracy" in name for name in measured):
-            self._count(trainer, signs.validation_signs(measured, self.limits), _IN_VALIDATION)
+            self._count(trainer, validation_signs(measured, self.limits), _IN_VALIDATION)
 
     def _count(self, trainer: Any, found: dict[str, str], judged: Iterable[str]) -> None:
         for name in judged:
@@ -396,6 +396,7 @@ class TokenBudget(L.Callback):
     def __init__(self, tokens: int | None = None) -> None:
         self.tokens = tokens
         self.trained = 0
+        self._counted = SumMetric()
         self._step = 0
 
     def state_dict(self) -> dict[str, int]:
@@ -415,8 +416,9 @@ class TokenBudget(L.Callback):
         self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count; an optimizer step is never left half done."""
-        counted = torch.tensor(module.completion_tokens, device=module.device)
-        self.trained += int(trainer.strategy.reduce(counted, reduce_op="sum"))
+        self._counted.to(module.device).update(module.completion_tokens)
+        self.trained += int(self._counted.compute())  # of all ranks
+        self._counted.reset()
         if trainer.global_step != self._step:
             self._step = trainer.global_step
             self._stop_if_reached(trainer)

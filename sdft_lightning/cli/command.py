@@ -18,8 +18,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from sdft_lightning.callbacks import WindowCheckpoint, default_callbacks
-from sdft_lightning.callbacks.defaults import CHECKPOINT_OPTIONS
+from sdft_lightning.callbacks import CHECKPOINT_OPTIONS, WindowCheckpoint, default_callbacks
 from sdft_lightning.cli.entry import DESCRIPTIONS, INTRODUCTION, user_error
 from sdft_lightning.cli.run_trainer import RunTrainer, SaveRunConfig
 from sdft_lightning.cli.setup_errors import setup_error

@@ -8,14 +8,14 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger
+from typing import TYPE_CHECKING, Any
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.files.texts import json_text
 from sdft_lightning.files.whole_files import append_whole, held_lock
+
+if TYPE_CHECKING:
+    import lightning as L  # what reads and watches runs needs none
 
 log = logging.getLogger(__name__)
 
@@ -264,6 +264,8 @@ def unused_path(path: Path) -> Path:
 
 def tensorboard(trainer: L.Trainer) -> Any | None:
     """The TensorBoard writer of the run, if it has one."""
+    from lightning.pytorch.loggers import TensorBoardLogger
+
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             return logger.experiment

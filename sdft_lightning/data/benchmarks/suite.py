@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from sdft_lightning.data.benchmarks import Benchmarks
 from sdft_lightning.data.benchmarks.batches import (
     GenerationPlan,
     RequestDataset,
@@ -17,7 +18,6 @@ from sdft_lightning.data.benchmarks.batches import (
     generation_plans,
     scoring_plans,
 )
-from sdft_lightning.data.benchmarks.options import Benchmarks
 from sdft_lightning.data.benchmarks.task_yaml import sandboxed_templates
 from sdft_lightning.data.benchmarks.tasks import (
     FEWSHOT_SEED,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sdft_lightning.data.benchmarks.options import Benchmarks, BenchmarkTask
+from sdft_lightning.data.benchmarks import Benchmarks, BenchmarkTask
 from sdft_lightning.data.benchmarks.sandbox import run_program
 from sdft_lightning.data.benchmarks.task_yaml import (
     check_sentence_data,

@@ -74,7 +74,9 @@ class PromptBatch(NamedTuple):
         rows: The B rows themselves.
         task: Name of the data set that the rows belong to.
         grader: Name of the grader for `task`; empty where nothing is graded.
-        window: The prompts of the whole accumulation window, on its first micro-batch.
+        window: The later micro-batches of the accumulation window, on its first.
+        retained: Bare prompts whose answers are to stay as they were before training; None
+            without any. They count as rows of the micro-batch beside the B.
     """
 
     prompt_ids: Tensor
@@ -89,6 +91,7 @@ class PromptBatch(NamedTuple):
     task: str
     grader: str
     window: list[PromptBatch]
+    retained: PromptBatch | None = None
 
 
 class ScoringBatch(NamedTuple):
@@ -254,12 +257,14 @@ class TaskData(Protocol):
         grade_thoughts: Whether graders also get the thoughts of an answer.
         held_out: Graded sets beside the task, by name.
         batch_size: Prompts of a training micro-batch on one device.
+        retained_new_tokens: Longest answer to a row to retain; 0 where there are no such rows.
     """
 
     benchmark_suite: Any = None
     grade_thoughts: bool = False
     held_out: Mapping[str, Any] = MappingProxyType({})
     batch_size: int = 1
+    retained_new_tokens: int = 0
 
     @property
     def judge(self) -> Any:

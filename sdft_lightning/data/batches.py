@@ -2,67 +2,63 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-import signal
-import sys
-import threading
+import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from sdft_lightning.data.tokens import TokenizedRow, stored
-from sdft_lightning.errors import UserError, shown
+from sdft_lightning.errors import UserError
 from sdft_lightning.types import PromptBatch
 
-_PR_SET_PDEATHSIG = 1
-
-
-def start_worker(parent: int, dies_with_parent: bool, worker: int) -> None:
-    """Leave Ctrl-C and a hang-up to the run, which ends its workers; end where the run is killed.
-
-    Args:
-        parent: The run's process.
-        dies_with_parent: Let the system end this process with its parent, rather than torch some
-            seconds later. Linux does so when the parent's *thread* ends that started it.
-        worker: Number of the process; not needed.
-    """
-    # A terminal sends both to all its processes.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    if dies_with_parent and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # which was killed before
-            os._exit(1)
-
-
-# More processes than these prepare nothing sooner.
-_MOST_WORKERS, _MOST_WORKERS_A_CORE = 32, 4
+# What tells the order of rows to retain from that of the others.
+_RETAINED = 1
 
 
 class MicroBatch(NamedTuple):
-    """Indices of one micro-batch, and of the later ones of its window if it is the first."""
+    """Indices of one micro-batch, and the later ones of its window if it is the first.
+
+    Attributes:
+        indices: Of the training rows.
+        later: The later micro-batches.
+        retained: Of the rows to retain.
+    """
 
     indices: list[int]
-    later: list[list[int]]
+    later: Sequence[MicroBatch] = ()
+    retained: Sequence[int] = ()
 
 
 class PromptDataset(Dataset[PromptBatch]):
-    """Tokenized rows; an index is a `MicroBatch` or a list, an item a collated batch."""
+    """Tokenized rows; an index is a `MicroBatch` or a list, an item a collated batch.
+
+    Args:
+        rows: The rows.
+        pad_id: Padding id.
+        task: Name of the data set.
+        grader: Name of its grader; empty for none.
+        retained: The rows to retain that `MicroBatch.retained` counts.
+    """
 
     def __init__(
-        self, rows: Sequence[TokenizedRow], pad_id: int, task: str, grader: str = ""
+        self,
+        rows: Sequence[TokenizedRow],
+        pad_id: int,
+        task: str,
+        grader: str = "",
+        retained: PromptDataset | None = None,
     ) -> None:
         self.rows = stored(rows)
         self.pad_id = pad_id
         self.task = task
         self.grader = grader
+        self.retained = retained
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -70,13 +66,37 @@ class PromptDataset(Dataset[PromptBatch]):
 
     def __getitem__(self, index: MicroBatch | list[int]) -> PromptBatch:
         """Collate the rows of an index."""
-        if isinstance(index, MicroBatch):
-            window = [self._collate(later) for later in index.later]
-            return self._collate(index.indices)._replace(window=window)
-        return self._collate(index)
+        if not isinstance(index, MicroBatch):
+            return self._collate(index)
+        batch = self._collate(index.indices)
+        if self.retained is not None and index.retained:
+            batch = batch._replace(retained=self.retained[list(index.retained)])
+        return batch._replace(window=[self[later] for later in index.later])
 
     def _collate(self, indices: list[int]) -> PromptBatch:
         return collate([self.rows[i] for i in indices], self.pad_id, self.task, self.grader)
+
+
+class Retained(NamedTuple):
+    """How many rows there are to retain, and their part of every batch.
+
+    Attributes:
+        size: Number of rows.
+        share: Their part, at least 0 and below 1.
+    """
+
+    size: int = 0
+    share: float = 0.0
+
+    def before(self, batch: int, total: int) -> int:
+        """How many stand in the batches of an epoch before one of that number.
+
+        Args:
+            batch: Number of the batch, from 0.
+            total: Rows of a batch, on all processes together.
+        """
+        share = Fraction(self.share).limit_denominator(10_000)  # a third is three in nine
+        return math.ceil(batch * total * share) if self.size else 0
 
 
 class WindowSampler(DistributedSampler[Any]):
@@ -84,7 +104,9 @@ class WindowSampler(DistributedSampler[Any]):
 
     A `DistributedSampler`, so that Lightning leaves it in place and tells it the epoch. The
     order depends on (seed, epoch) only; a micro-batch of rank r of W is every W-th row of the
-    global one. Rows that do not fill a global micro-batch are left out of that epoch.
+    global one. Rows that do not fill a global micro-batch are left out of that epoch. Rows to
+    retain stand behind the others in a global micro-batch; they begin anew, in another order, when
+    all have been used, whatever the epoch.
 
     Args:
         size: Number of rows.
@@ -94,6 +116,7 @@ class WindowSampler(DistributedSampler[Any]):
         rank: Index of this process.
         world_size: Number of processes.
         current_epoch: The epoch under way, where somebody knows better than who calls `set_epoch`.
+        retained: The rows to retain beside them.
 
     Raises:
         UserError: If there are fewer rows than one global micro-batch.
@@ -108,6 +131,7 @@ class WindowSampler(DistributedSampler[Any]):
         rank: int,
         world_size: int,
         current_epoch: Callable[[], int] | None = None,
+        retained: Retained = Retained(),  # noqa: B008 - a tuple
     ) -> None:
         # Not the parent's constructor: it would ask for a process group and a data set.
         self.size = size
@@ -119,7 +143,12 @@ class WindowSampler(DistributedSampler[Any]):
         self.current_epoch = current_epoch
         self.epoch = 0
         self.start = 0
+        self.retained = retained
+        self._turn: tuple[int, list[int]] | None = None  # of the rows to retain, and their order
         self.count = size // (batch_size * world_size)
+        if retained.size:
+            while self._taught_before(self.count + 1) <= size:
+                self.count += 1
         if self.count == 0:
             most = size // world_size
             remedy = f"--data.batch_size to at most {most}" if most else "a lower --trainer.devices"
@@ -143,36 +172,72 @@ class WindowSampler(DistributedSampler[Any]):
     def __iter__(self) -> Iterator[MicroBatch]:
         """Yield the micro-batches of this epoch, from `start` on; the next epoch starts at 0."""
         start, self.start = self.start, 0
-        state = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1)
-        generator = torch.Generator().manual_seed(int(state[0]))
-        order = torch.randperm(self.size, generator=generator).tolist()
-        total = self.batch_size * self.world_size
-        batches = [
-            order[i * total : (i + 1) * total][self.rank :: self.world_size]
-            for i in range(self.count)
-        ]
+        order = shuffled(self.size, [self.seed, self.epoch])
+        batches = [self._mine(i, order) for i in range(self.count)]
         for i in range(start, self.count):
             first = i % self.window == 0
             later = batches[i + 1 : i - i % self.window + self.window] if first else []
-            yield MicroBatch(batches[i], later)
+            yield batches[i]._replace(later=later)
+
+    @property
+    def _total(self) -> int:
+        return self.batch_size * self.world_size
+
+    @property
+    def left_out(self) -> int:
+        """Rows of an epoch that fill no batch."""
+        return self.size - self._taught_before(self.count)
+
+    def _taught_before(self, batch: int) -> int:
+        return batch * self._total - self.retained.before(batch, self._total)
+
+    def _mine(self, batch: int, order: list[int]) -> MicroBatch:
+        """This rank's part of a global micro-batch."""
+        taught = order[self._taught_before(batch) : self._taught_before(batch + 1)]
+        begin, end = (self.retained.before(batch + more, self._total) for more in (0, 1))
+        used = self.epoch * self.retained.before(self.count, self._total)
+        retained = [self._retained_row(used + place) for place in range(begin, end)]
+        both = [*((0, row) for row in taught), *((1, row) for row in retained)]
+        mine = both[self.rank :: self.world_size]
+        return MicroBatch(
+            [row for kind, row in mine if kind == 0], (), [row for kind, row in mine if kind == 1]
+        )
+
+    def _retained_row(self, place: int) -> int:
+        """The row to retain at a place of the order that goes through all epochs."""
+        turn, place = divmod(place, self.retained.size)
+        if self._turn is None or self._turn[0] != turn:
+            self._turn = turn, shuffled(self.retained.size, [self.seed, turn, _RETAINED])
+        return self._turn[1][place]
 
 
-def rows_left_out(rows: int, batch_size: int, world_size: int) -> str | None:
+def shuffled(size: int, entropy: Sequence[int]) -> list[int]:
+    """The numbers below `size` in an order that depends on `entropy` only."""
+    state = np.random.SeedSequence(list(entropy)).generate_state(1)
+    generator = torch.Generator().manual_seed(int(state[0]))
+    order: list[int] = torch.randperm(size, generator=generator).tolist()
+    return order
+
+
+def rows_left_out(sampler: WindowSampler) -> str | None:
     """What to tell of training rows that fill no batch.
 
     Args:
-        rows: How many fit; at least one batch of all processes.
-        batch_size: Rows of a micro-batch on one process.
-        world_size: Number of processes.
+        sampler: Of the rows that fit.
 
     Returns:
         A sentence with the remedy, or None where all rows are used.
     """
-    batch = batch_size * world_size
-    left = rows % batch
+    rows, batch_size, world_size = sampler.size, sampler.batch_size, sampler.world_size
+    batch, left = batch_size * world_size, sampler.left_out
     if left == 0:
         return None
     of = f"{batch}" if world_size == 1 else f"{batch} ({batch_size} on each of {world_size})"
+    if sampler.retained.size:
+        return (
+            f"data.train: {left} of {rows} rows fill no batch of {of} beside the rows to retain "
+            "and are left out of each epoch, other rows in each."
+        )
     sizes = [size for size in range(batch_size, 1, -1) if rows % (size * world_size) == 0]
     fits = f"set --data.batch_size to {sizes[0]}, or " if sizes else ""
     return (
@@ -223,108 +288,6 @@ def check_rows_for_all(option: str, source: object, rows: int, world_size: int) 
             f"{option}: {source} has {rows} rows for {world_size} processes; allowed is at least "
             "one row for each. Give more rows, or fewer processes with --trainer.devices."
         )
-
-
-def check_workers(count: int) -> None:
-    """Refuse more processes than could help: each takes memory, and what they share runs out.
-
-    Args:
-        count: Processes that collate batches.
-
-    Raises:
-        UserError: If there are many more than this machine has cores.
-    """
-    cores = os.cpu_count() or 1
-    most = max(_MOST_WORKERS, _MOST_WORKERS_A_CORE * cores)
-    if count > most:
-        raise UserError(
-            f"data.num_workers: got {count}, allowed are at most {most} on {cores} cores. "
-            "Rows are tokenized before the run, so that 0 to 4 are enough."
-        )
-
-
-class TellingLoader(DataLoader[Any]):
-    """A loader that says what it means when one of its processes has died.
-
-    Its processes leave signals to the run, and end with it.
-
-    Args:
-        dataset: The rows.
-        options: Further arguments of `DataLoader`.
-    """
-
-    def __init__(self, dataset: Dataset[Any], **options: Any) -> None:
-        in_main = threading.current_thread() is threading.main_thread()
-        options.setdefault("worker_init_fn", partial(start_worker, os.getpid(), in_main))
-        super().__init__(dataset, **options)
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Yield the batches.
-
-        Raises:
-            UserError: If a process that prepares them has died.
-        """
-        try:
-            yield from super().__iter__()
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            told = dead_worker(error)
-            if self.num_workers == 0 or told is None:
-                raise
-            raise told from error
-
-
-def dead_worker(error: BaseException) -> UserError | None:
-    """What to tell the user of an error that the death of a loader process brings about.
-
-    Args:
-        error: Raised while batches were fetched. torch names its own; the others come from
-            connections whose other end is gone.
-
-    Returns:
-        The error with its remedy, or None if it is another.
-    """
-    gone = isinstance(error, ConnectionError | EOFError)
-    if not gone and not str(error).startswith("DataLoader worker"):
-        return None
-    return UserError(
-        f"data.num_workers: a process that prepares batches has died ({shown(error)}). Most often "
-        "the machine ran out of memory, or of shared memory (/dev/shm). Give --data.num_workers=0, "
-        "and go on with --ckpt_path=last."
-    )
-
-
-class ResumableLoader(TellingLoader):
-    """A loader that Lightning saves and restores with its place in the epoch.
-
-    Args:
-        dataset: The rows.
-        sampler: Their order.
-        position: Returns (epoch, micro-batches used in it). What workers fetched ahead does not
-            count as used.
-        options: Further arguments of `DataLoader`.
-    """
-
-    def __init__(
-        self,
-        dataset: PromptDataset,
-        sampler: WindowSampler,
-        position: Callable[[], tuple[int, int]],
-        options: dict[str, Any],
-    ) -> None:
-        super().__init__(dataset, batch_size=None, sampler=sampler, **options)
-        self.window_sampler = sampler
-        self.position = position
-
-    def state_dict(self) -> dict[str, int]:
-        """The place at which a resumed run goes on."""
-        epoch, batches = self.position()
-        at_end = batches >= len(self.window_sampler)
-        return {"epoch": epoch + at_end, "batches": 0 if at_end else batches}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on at a saved place."""
-        self.window_sampler.epoch = state["epoch"]
-        self.window_sampler.start = state["batches"]
 
 
 def pad(

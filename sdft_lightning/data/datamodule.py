@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from sdft_lightning.data.batches import (
     PromptDataset,
-    ResumableLoader,
+    Retained,
     WindowSampler,
     check_rows_for_all,
     collate,
@@ -22,6 +22,7 @@ from sdft_lightning.data.batches import (
 from sdft_lightning.data.benchmark_data import BenchmarkDataModule, ModelDataModule, ModelVersion
 from sdft_lightning.data.benchmarks import Benchmarks, BenchmarkSuite
 from sdft_lightning.data.json_rows import MAX_MEGABYTES
+from sdft_lightning.data.loader import ResumableLoader
 from sdft_lightning.data.prompts import PromptStyle, check_headers
 from sdft_lightning.data.rows import (
     Columns,
@@ -39,7 +40,7 @@ from sdft_lightning.data.tokenize import (
     length_report,
     tokenize_rows,
 )
-from sdft_lightning.errors import check_at_least, harmless
+from sdft_lightning.errors import UserError, check_at_least, harmless
 from sdft_lightning.graders import JUDGED, Judge, JudgeSettings, check_reference
 from sdft_lightning.models.chat_template import known_thoughts
 from sdft_lightning.models.embedded import cache_folder
@@ -67,6 +68,11 @@ class DemonstrationDataModule(ModelDataModule):
         validation: Questions that are answered and graded during training; as train.
         test: Questions for the test command; as train.
         predict: Questions for the predict command; as train, grades and demonstrations not needed.
+        retain: Prompts whose answers training must not change, without demonstrations; as train.
+            The student answers them, and is held to what it would have said before training.
+        retain_share: Their part of every batch; the batch keeps its size (docs/retain.md).
+        retain_max_new_tokens: Longest answer to one of them; long enough that most end, or the
+            model learns not to end.
         obtain: How to get the files of the four; told where one is needed and not given.
         name: Name of the task in logs: val/task/<name>/accuracy.
         grader: How completions are graded: contains, exact, choice, token_f1, tool_call (strict),
@@ -96,6 +102,9 @@ class DemonstrationDataModule(ModelDataModule):
         validation: Source | None = None,
         test: Source | None = None,
         predict: Source | None = None,
+        retain: Source | None = None,
+        retain_share: float = 1 / 3,
+        retain_max_new_tokens: int = 512,
         obtain: str | None = None,
         name: str = "task",
         grader: str | None = None,
@@ -116,9 +125,12 @@ class DemonstrationDataModule(ModelDataModule):
         self.grader: str | None = grader
         self.held_out = dict(held_out or {})
         sources = {"train": train, "validation": validation, "test": test, "predict": predict}
+        sources["retain"] = retain if retain_share else None
         self._task_sets = TaskSets(name, sources, columns, grader, self.held_out, obtain)
         self.judge_settings = judge
         self.benchmark_data = BenchmarkDataModule(model_name, revision, benchmarks, num_workers)
+        self.retain_share = retain_share
+        self.retain_max_new_tokens = retain_max_new_tokens
         self.prompts = prompts
         self.lengths = lengths
         self.batch_size = batch_size
@@ -134,8 +146,13 @@ class DemonstrationDataModule(ModelDataModule):
         self.too_long: list[str] = []
         self._tokenizer: Tokenizer | None = None
         self._pad_id = 0
-        for name in ("batch_size", "eval_batch_size", "max_megabytes"):
+        for name in ("batch_size", "eval_batch_size", "max_megabytes", "retain_max_new_tokens"):
             check_at_least(f"data.{name}", getattr(self, name), 1)
+        if not 0 <= retain_share < 1:
+            raise UserError(
+                f"data.retain_share: got {retain_share}, allowed are 0 and more, below 1: the part "
+                "of a batch whose rows are of data.retain."
+            )
         self._task_sets.check(judge)
 
     @contextmanager
@@ -207,7 +224,7 @@ class DemonstrationDataModule(ModelDataModule):
                 check_rows_for_all(f"data.{planned.key}", planned.source, rows, processes)
         if stage == "fit":
             sampler = self._train_sampler()  # refuses fewer rows than one batch
-            left_out = rows_left_out(sampler.size, sampler.batch_size, sampler.world_size)
+            left_out = rows_left_out(sampler)
             if left_out is not None:
                 log.warning(left_out)
 
@@ -226,11 +243,13 @@ class DemonstrationDataModule(ModelDataModule):
         found = compose(found, planned.columns)
         check = None if planned.grader is None else partial(check_reference, planned.grader)
         columns, option = planned.columns, "data.columns"
-        if planned.key == "predict":
+        if planned.key in ("predict", "retain"):
             columns = columns_of_questions(found, columns)
         elif planned.key.startswith("held_out"):
             option = f"data.{planned.key}.columns"
         rows = parse_rows(found, columns, planned.needs, check, option)
+        if planned.key == "retain":  # random numbers and kept completions go by id
+            rows = [row._replace(id=f"retain/{row.id}") for row in rows]
         found = found._replace(rows=[], places=[])  # from here on they take memory for nothing
         if planned.grader is not None:
             markers = [] if self.grade_thoughts else known_thoughts(tokenizer.tokenizer)
@@ -316,6 +335,8 @@ class DemonstrationDataModule(ModelDataModule):
             count, by = eval_new_tokens, "model.eval_max_new_tokens"
             if key == "train":
                 count, by = new_tokens, "model.sampling.max_new_tokens"
+            elif key == "retain":
+                count, by = self.retain_max_new_tokens, "data.retain_max_new_tokens"
             warning = check_model_takes(rows.rows, limit, count, by, longer_works)
             if warning is not None:
                 log.warning(harmless(warning))
@@ -340,10 +361,17 @@ class DemonstrationDataModule(ModelDataModule):
             trainer.global_rank if trainer else 0,
             self._world_size,
             (lambda: trainer.current_epoch) if trainer else None,
+            Retained(len(self._sets.get("retain", ())), self.retain_share),
         )
+
+    @property
+    def retained_new_tokens(self) -> int:  # type: ignore[override] # known when rows are read
+        """Longest answer to a row to retain, after `setup`; 0 where there are no such rows."""
+        return self.retain_max_new_tokens if "retain" in self._sets else 0
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled micro-batches in accumulation windows."""
+        self._sets["train"].retained = self._sets.get("retain")
         return ResumableLoader(
             self._sets["train"],
             self._train_sampler(),

@@ -27,11 +27,12 @@ from sdft_lightning.models.chat_template import Markers, without_thoughts
 from sdft_lightning.types import Demonstration, RowNeeds
 
 _SPLITS = {
-    "fit": ["train", "validation"],
+    "fit": ["train", "retain", "validation"],
     "validate": ["validation"],
     "test": ["test"],
     "predict": ["predict"],
 }
+BARE_PROMPT = RowNeeds(demonstration=False, teacher_prompt=False)
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class PlannedSet(NamedTuple):
         """Whether demonstrations matter, or only the bare question (or the context)."""
         if self.key == "train":
             return self.needs.demonstration
-        return self.key != "predict" and not self.key.startswith("held_out")
+        return self.key not in ("predict", "retain") and not self.key.startswith("held_out")
 
 
 class TaskSets(NamedTuple):
@@ -81,7 +82,7 @@ class TaskSets(NamedTuple):
 
     Attributes:
         task: Name of the task.
-        sources: Of train, validation, test and predict.
+        sources: Of train, validation, test and predict, and of the rows to retain.
         columns: Their column map.
         grader: Their grader.
         held_out: Further graded sets by name.
@@ -143,10 +144,11 @@ class TaskSets(NamedTuple):
         sets: list[PlannedSet] = []
         shown = training_needs.teacher_prompt
         graded = RowNeeds(demonstration=False, teacher_prompt=shown)
+        of_split = {"train": training_needs, "retain": BARE_PROMPT}
         for split in splits:
             source = self.sources[split]
             grader = self.grader if split in ("validation", "test") else None
-            needs = training_needs if split == "train" else graded
+            needs = of_split.get(split, graded)
             if source is not None:
                 sets.append(PlannedSet(split, self.task, source, self.columns, needs, grader))
         if stage != "predict":

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from sdft_lightning.continual.main import overview
+from sdft_lightning.continual.overview import Machine, RoughTime, SetSize, overview
 from sdft_lightning.continual.plan import Shard, chains_of
 from sdft_lightning.continual.plan_file import build_plan
-from sdft_lightning.continual.rough_time import Machine, RoughTime, SetSize
 
 Options = dict[str, Any]
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.forward import hidden as hidden_file
-from sdft_lightning.forward.attention_kernel import training_attention
-from sdft_lightning.forward.hidden import completion_hidden_states
+from sdft_lightning.forward.hidden import completion_hidden_states, training_attention
 
 
 def takes_flash() -> bool:

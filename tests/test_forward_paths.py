@@ -13,7 +13,7 @@ from sdft_lightning.errors import UserError
 from sdft_lightning.forward import forward_paths
 from sdft_lightning.forward.forward_paths import ForwardPaths, paths_of
 from sdft_lightning.forward.policy import load_policy
-from sdft_lightning.rollout.weights import SamplingWeights
+from sdft_lightning.rollout.student import SamplingWeights
 
 EVERY = ForwardPaths()
 

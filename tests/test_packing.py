@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.forward.hidden import completion_hidden_states
-from sdft_lightning.forward.packing import PackedRows, pack_if_worth
-from sdft_lightning.forward.prefix import SplitPrompts
+from sdft_lightning.forward.layout import PackedRows, SplitPrompts, pack_if_worth
 
 # Lengths of prompts and completions, far apart enough to be worth packing.
 PROMPTS, COMPLETIONS = [3, 9, 4, 12, 5], [1, 6, 8, 2, 3]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sdft_lightning.forward.hidden import completion_hidden_states
-from sdft_lightning.forward.prefix import can_share, split_prompts
+from sdft_lightning.forward.layout import can_share, split_prompts
 from sdft_lightning.forward.prompt_cache import PromptCache
 from sdft_lightning.losses.masking import position_ids
 

@@ -10,8 +10,7 @@ from torch import nn
 
 from sdft_lightning.forward.hidden import apply_head, completion_hidden_states
 from sdft_lightning.forward.scoring import score_continuations
-from sdft_lightning.losses.bounded import bounded_divergence
-from sdft_lightning.losses.chunked import cast_side
+from sdft_lightning.losses.bounded import bounded_divergence, cast_side
 from sdft_lightning.losses.divergence import Divergence
 from sdft_lightning.models import products
 from sdft_lightning.models.products import product_dtype, without_slow_autocast

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.forward.prefix import can_share
+from sdft_lightning.forward.layout import can_share
 from sdft_lightning.models.sharding import (
     data_parallel_mesh,
     empty_copy,
@@ -31,7 +31,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM
 from sdft_lightning.losses.bounded import bounded_cross_entropy
 from sdft_lightning.forward.hidden import completion_hidden_states, output_head
-from sdft_lightning.rollout.weights import SamplingWeights
+from sdft_lightning.rollout.student import SamplingWeights
 from sdft_lightning.models.sharding import shard_
 from sdft_lightning.teacher import EMATeacher
 

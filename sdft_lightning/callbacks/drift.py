@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.forward.attention_kernel import autocast_if_needed_
-from sdft_lightning.forward.hidden import completion_hidden_states, output_head
+from sdft_lightning.forward.hidden import autocast_if_needed_, completion_hidden_states, output_head
 from sdft_lightning.forward.policy import check_model, load_policy
 from sdft_lightning.graders.metrics import NamedMetrics, WeightedMean
 from sdft_lightning.losses.bounded import bounded_divergence

@@ -1,38 +1,141 @@
-"""Hidden states of a causal language model where they are needed, and its output head."""
+"""Hidden states of a causal language model where they are needed, and its output head.
+
+With gradients, short rows on a CPU attend by the plain formula: the backward pass of the flash
+kernel takes several times as long in bfloat16. The formula computes in float32 and stores its
+scores, so it is used only where these are few.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.forward.attention_kernel import training_attention
-from sdft_lightning.forward.cached_steps import without_cache
 from sdft_lightning.forward.forward_paths import paths_of
 from sdft_lightning.forward.fused import ReadPrompts, completion_states, decoder_of, training_dtype
-from sdft_lightning.forward.kv_cache import cache_argument
-from sdft_lightning.forward.packing import (
+from sdft_lightning.forward.kv_cache import cache_argument, without_cache
+from sdft_lightning.forward.layout import (
     PackedRows,
+    SplitPrompts,
     attention_mask,
+    can_share,
+    encode_prefix,
     one_a_row,
     own_sequence,
     pack_if_worth,
-    unpack,
-)
-from sdft_lightning.forward.prefix import (
-    SplitPrompts,
-    can_share,
-    encode_prefix,
     split_if_worth,
     takes_own_mask,
+    unpack,
 )
 from sdft_lightning.losses.masking import position_ids
 from sdft_lightning.models.eval_mode import eval_mode
-from sdft_lightning.models.products import product_dtype, without_slow_autocast
+from sdft_lightning.models.products import product_dtype, takes_float32, without_slow_autocast
 from sdft_lightning.models.sharding import gathered
 from sdft_lightning.types import OutputHead
+
+# Scores of a layer: 4 MB in float32. With more the flash kernel is as fast.
+_MOST_SCORES = 2**20
+
+
+@contextmanager
+def training_attention(model: Any, rows: int, tokens: int) -> Iterator[None]:
+    """Let a forward pass with gradients use the plain formula where that is faster.
+
+    Args:
+        model: A causal language model of transformers.
+        rows: Sequences of the pass.
+        tokens: Tokens of the longest, padding included.
+    """
+    if _plain_is_faster(model, rows, tokens):
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    else:
+        yield
+
+
+def _plain_is_faster(model: Any, rows: int, tokens: int) -> bool:
+    if not torch.is_grad_enabled() or model.device.type != "cpu":
+        return False
+    if getattr(model.config, "_attn_implementation", None) != "sdpa":
+        return False
+    dtype = model.dtype
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+    # Recomputed activations must come from the same kernel, and they are outside of this.
+    recomputes = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
+    heads = getattr(model.config, "num_attention_heads", None)
+    if dtype != torch.bfloat16 or recomputes or heads is None:
+        return False
+    return bool(rows * heads * tokens**2 <= _MOST_SCORES)
+
+
+@contextmanager
+def plain_attention(model: Any) -> Iterator[None]:
+    """Inside, a model whose kernel is of GPUs or of half precision computes on any device."""
+    if takes_float32(model):
+        yield
+        return
+    own = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
+
+
+@torch.no_grad()
+def autocast_if_needed_(model: Any) -> None:
+    """Let a float32 model compute in bfloat16 autocast if its attention refuses float32.
+
+    A teacher's weights stay in float32 beside a student in bfloat16, with the student's kernel,
+    or with plain attention where autocast does not help.
+
+    Args:
+        model: A causal language model of transformers, whole, in the context that it is used in.
+    """
+    if takes_float32(model):
+        return
+    base = model.base_model
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)  # (1, 2)
+    if _computes(base, ids):
+        return
+    hooks = [
+        base.register_forward_pre_hook(_enter_autocast),
+        base.register_forward_hook(_leave_autocast, always_call=True),
+    ]
+    if not _computes(base, ids):
+        for hook in hooks:
+            hook.remove()
+        model.set_attn_implementation("eager")
+
+
+def _computes(base: Any, ids: Tensor) -> bool:
+    try:
+        base(input_ids=ids, use_cache=False)
+    except Exception:  # kernels refuse in their own words
+        return False
+    return True
+
+
+def _enter_autocast(base: nn.Module, _: Any) -> None:
+    first = next(base.parameters())
+    needed = first.dtype == torch.float32 and not torch.is_autocast_enabled(first.device.type)
+    autocast = torch.autocast(first.device.type, torch.bfloat16, enabled=True) if needed else None
+    if autocast is not None:
+        autocast.__enter__()
+    base.__dict__["own_autocast"] = autocast
+
+
+def _leave_autocast(base: nn.Module, _: Any, output: Any) -> None:
+    autocast = base.__dict__.pop("own_autocast", None)
+    if autocast is not None:
+        autocast.__exit__(None, None, None)
+
 
 # Greatest relative difference between the model's own logits and those of `output_head`.
 _HEAD_TOLERANCE = 2e-2
@@ -94,8 +197,8 @@ def completion_hidden_states(
         completion_ids: `(B, T)`, padded on the right.
         completion_mask: `(B, T)`.
         keep: `(B, T)` tokens of which the state is wanted.
-        share_prefix: Compute what all prompts begin with only once, see `prefix`.
-        pack: Lay short rows side by side instead of padding them, see `packing`.
+        share_prefix: Compute what all prompts begin with only once, see `layout`.
+        pack: Lay short rows side by side instead of padding them, see `layout`.
         fuse: Compute known decoders in fewer operations where that is faster, see `fused`.
         rounded: The same model in bfloat16, where there is a copy: it spares fused decoders to cast
             their weights under bfloat16 autocast where that is multiplied, and is not used

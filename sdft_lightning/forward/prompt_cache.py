@@ -10,7 +10,7 @@ from torch import Tensor
 from sdft_lightning.errors import UserError
 from sdft_lightning.forward.forward_paths import paths_of
 from sdft_lightning.forward.kv_cache import cache_argument, cache_of
-from sdft_lightning.forward.prefix import can_share, encode_prefix, split_if_worth
+from sdft_lightning.forward.layout import can_share, encode_prefix, split_if_worth
 from sdft_lightning.losses.masking import position_ids
 from sdft_lightning.models.products import without_slow_autocast
 

@@ -19,10 +19,9 @@ from sdft_lightning.errors.quiet import show_messages
 from sdft_lightning.files.checkpoint_io import write_whole_checkpoints
 from sdft_lightning.files.finite_weights import check_finite_checkpoint
 from sdft_lightning.files.whole_windows import WholeWindows, limited_batches
-from sdft_lightning.forward.attention_kernel import autocast_if_needed_, plain_attention
-from sdft_lightning.forward.forward_paths import NotComputed
-from sdft_lightning.forward.hidden import output_head
+from sdft_lightning.forward.hidden import autocast_if_needed_, output_head, plain_attention
 from sdft_lightning.forward.policy import WeightsDtype, check_model, load_policy, moved_not_cast
+from sdft_lightning.forward.probe import NotComputed
 from sdft_lightning.models.lora import ALL_LINEAR, LoRA, frozen_matrices, keep_adapters_only_
 from sdft_lightning.models.products import takes_float32
 from sdft_lightning.models.quantization import Quantization
@@ -50,7 +49,7 @@ from sdft_lightning.modules.run_length import RunLength
 from sdft_lightning.modules.schedule import Schedule
 from sdft_lightning.modules.step_values import StepValues
 from sdft_lightning.modules.validate_at_ends import ValidateAtEnds
-from sdft_lightning.rollout.weights import SamplingDtype
+from sdft_lightning.rollout.student import SamplingDtype
 from sdft_lightning.teacher import Teacher
 from sdft_lightning.types import (
     Demonstration,

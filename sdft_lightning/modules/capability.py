@@ -11,7 +11,7 @@ from sdft_lightning.errors.foreign_text import printable
 from sdft_lightning.forward.scoring import score_continuations
 from sdft_lightning.models.tokenization import stop_ids
 from sdft_lightning.rollout import Sampling, StopTexts, generate_rollout
-from sdft_lightning.rollout.uniforms import row_uniforms
+from sdft_lightning.rollout.sampling import row_uniforms
 from sdft_lightning.types import (
     ContinuationScore,
     GenerationBatch,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sdft_lightning.losses.token_losses import probability_weighted
+from sdft_lightning.losses.divergence import probability_weighted
 from sdft_lightning.modules.supervised import SupervisedModule
 from sdft_lightning.types import PromptBatch
 

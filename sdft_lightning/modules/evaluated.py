@@ -16,7 +16,7 @@ from sdft_lightning.modules.judging import log_usage
 from sdft_lightning.modules.timing import TimedModule
 from sdft_lightning.rollout import SamplingWeights, greedy_rollout
 from sdft_lightning.rollout.sampling import MOST_NEW_TOKENS
-from sdft_lightning.rollout.weights import SamplingDtype
+from sdft_lightning.rollout.student import SamplingDtype
 from sdft_lightning.types import (
     Demonstration,
     GenerationBatch,

@@ -12,7 +12,6 @@ from jsonargparse import lazy_instance  # type: ignore[attr-defined]
 from torch import Tensor
 
 from sdft_lightning.forward.fused import ReadPrompts
-from sdft_lightning.forward.memory import give_back_memory
 from sdft_lightning.forward.policy import WeightsDtype
 from sdft_lightning.losses.masking import sequence_weights
 from sdft_lightning.models.lora import LoRA
@@ -31,8 +30,7 @@ from sdft_lightning.rollout import (
 )
 from sdft_lightning.rollout.engine import whole_weights_wanted
 from sdft_lightning.rollout.mismatch import MismatchCorrection, SamplerAlarm
-from sdft_lightning.rollout.shared_prompts import SharedPrompts
-from sdft_lightning.rollout.weights import SamplingDtype
+from sdft_lightning.rollout.student import SamplingDtype, SharedPrompts, give_back_memory
 from sdft_lightning.types import Demonstration, OutputHead, PromptBatch, Rollout, TokenStatistics
 
 log = logging.getLogger(__name__)

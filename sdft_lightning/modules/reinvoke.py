@@ -19,7 +19,7 @@ from sdft_lightning.modules.schedule import Schedule
 from sdft_lightning.modules.sdft import SDFTModule
 from sdft_lightning.rollout import Engine, Sampling
 from sdft_lightning.rollout.mismatch import MismatchCorrection, SamplerAlarm
-from sdft_lightning.rollout.weights import SamplingDtype
+from sdft_lightning.rollout.student import SamplingDtype
 from sdft_lightning.teacher import FrozenTeacher
 from sdft_lightning.types import Demonstration, PromptBatch, RowNeeds
 

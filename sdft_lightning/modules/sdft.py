@@ -31,7 +31,7 @@ from sdft_lightning.rollout import (
     TransformersEngine,
 )
 from sdft_lightning.rollout.mismatch import MismatchCorrection, SamplerAlarm
-from sdft_lightning.rollout.weights import SamplingDtype
+from sdft_lightning.rollout.student import SamplingDtype
 from sdft_lightning.teacher import EMATeacher, FrozenTeacher, Teacher
 from sdft_lightning.types import PromptBatch, Rollout, TaskData, TokenStatistics
 

@@ -10,15 +10,14 @@ from torch import Tensor
 from sdft_lightning.errors import UserError, check_choice
 from sdft_lightning.forward.policy import WeightsDtype
 from sdft_lightning.losses.bounded import bounded_divergence
-from sdft_lightning.losses.divergence import Divergence
+from sdft_lightning.losses.divergence import Divergence, PenalisedCrossEntropy
 from sdft_lightning.losses.masking import sequence_weights
-from sdft_lightning.losses.token_losses import PenalisedCrossEntropy
 from sdft_lightning.models.lora import LoRA
 from sdft_lightning.models.quantization import Quantization
 from sdft_lightning.modules.base import OptimizerFactory
 from sdft_lightning.modules.schedule import Schedule
 from sdft_lightning.modules.supervised import SupervisedModule
-from sdft_lightning.rollout.weights import SamplingDtype
+from sdft_lightning.rollout.student import SamplingDtype
 from sdft_lightning.teacher import FrozenTeacher
 from sdft_lightning.types import PromptBatch, TokenStatistics
 

@@ -7,10 +7,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from sdft_lightning.forward.hidden import completion_hidden_states
-from sdft_lightning.losses.bounded import bounded_cross_entropy
-from sdft_lightning.losses.chunked import TokenLoss
+from sdft_lightning.losses.bounded import TokenLoss, bounded_cross_entropy
+from sdft_lightning.losses.divergence import cross_entropy
 from sdft_lightning.losses.masking import sequence_weights
-from sdft_lightning.losses.token_losses import cross_entropy
 from sdft_lightning.modules.base import PolicyModule
 from sdft_lightning.types import RowNeeds, TokenStatistics
 

@@ -11,10 +11,9 @@ from sdft_lightning.errors import UserError
 from sdft_lightning.forward.forward_paths import paths_of
 from sdft_lightning.forward.fused import Decoder, DecodingSteps, ReadPrompts, read_prompts
 from sdft_lightning.models.products import product_dtype
+from sdft_lightning.rollout.decode import plain_steps, split_prompts_of
 from sdft_lightning.rollout.decode_mode import decode_mode
-from sdft_lightning.rollout.plain_steps import plain_steps, split_prompts_of
-from sdft_lightning.rollout.sampling import Sampling, choose_tokens
-from sdft_lightning.rollout.stop_texts import StopTexts
+from sdft_lightning.rollout.sampling import Sampling, StopTexts, choose_tokens
 from sdft_lightning.types import Rollout
 
 # Finished rows are dropped from the batch when at least this fraction of it is finished.
@@ -59,7 +58,7 @@ def generate_rollout(
         prompt_ids: `(B, P)`, padded on the left.
         prompt_mask: `(B, P)` boolean.
         sampling: Temperature, truncation, length, completions per prompt (n).
-        uniforms: `(B · n, max_new_tokens)` in [0, 1), see `uniforms.row_uniforms`; None samples
+        uniforms: `(B · n, max_new_tokens)` in [0, 1), see `sampling.row_uniforms`; None samples
             greedily.
         stop_ids: Ids of which any ends a completion; it is part of the completion.
         pad_id: Id that fills the rest of a row.

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.forward.fused import DecodingSteps, decoder_of, decoding, read_prompts
-from sdft_lightning.forward.prefix import split_prompts
+from sdft_lightning.forward.layout import split_prompts
 from sdft_lightning.rollout import Sampling, decode_mode, generate_rollout
-from sdft_lightning.rollout.uniforms import row_uniforms
-from sdft_lightning.rollout.weights import SamplingWeights
+from sdft_lightning.rollout.sampling import row_uniforms
+from sdft_lightning.rollout.student import SamplingWeights
 from sdft_lightning.types import Rollout
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -15,10 +15,10 @@ from sdft_lightning.forward.fused import (
     decoder_of,
     read_prompts,
 )
-from sdft_lightning.forward.fused.weights import Product
+from sdft_lightning.forward.fused.structure import Product
 from sdft_lightning.forward.hidden import completion_hidden_states
-from sdft_lightning.forward.prefix import SplitPrompts, split_prompts
-from sdft_lightning.rollout.weights import SamplingWeights
+from sdft_lightning.forward.layout import SplitPrompts, split_prompts
+from sdft_lightning.rollout.student import SamplingWeights
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 Make = Callable[..., Any]

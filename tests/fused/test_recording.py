@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdft_lightning.forward.fused import ReadPrompts, decoder_of, read_prompts, recording
-from sdft_lightning.forward.fused.weights import Product
+from sdft_lightning.forward.fused import ReadPrompts, decoder_of, kept, read_prompts
+from sdft_lightning.forward.fused.structure import Product
 from sdft_lightning.forward.hidden import completion_hidden_states
-from sdft_lightning.forward.prefix import split_if_worth
+from sdft_lightning.forward.layout import split_if_worth
 from sdft_lightning.rollout import Sampling, SamplingWeights, generate_rollout
-from sdft_lightning.rollout.shared_prompts import SharedPrompts
-from sdft_lightning.rollout.uniforms import row_uniforms
+from sdft_lightning.rollout.sampling import row_uniforms
+from sdft_lightning.rollout.student import SharedPrompts
 from sdft_lightning.types import Rollout
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -110,7 +110,7 @@ def test_states_and_gradients_are_the_models_and_nothing_is_computed_twice(
 def test_later_micro_batches_are_recorded_while_they_fit(
     build: Make, batch: Make, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
-    monkeypatch.setattr(recording, "_MOST_BYTES", most)
+    monkeypatch.setattr(kept, "_MOST_BYTES", most)
     model, given = build("llama"), batch()
     rollout, read = sampled(model, given, 2, [2, 2, 1], keep=2)
     assert [part.completions is not None for part in read] == [True, most > 0, False]

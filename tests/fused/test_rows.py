@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from sdft_lightning.forward.fused import groups
-from sdft_lightning.forward.fused.groups import groups_of
-from sdft_lightning.forward.fused.rows import prompt_rows, with_completions
-from sdft_lightning.forward.prefix import SplitPrompts, split_prompts
+from sdft_lightning.forward.fused import rows as rows_file
+from sdft_lightning.forward.fused.rows import groups_of, prompt_rows, with_completions
+from sdft_lightning.forward.layout import SplitPrompts, split_prompts
 
 Make = Callable[..., Any]
 
@@ -41,7 +40,7 @@ def test_rows_share_a_group_while_little_of_their_contexts_is_padding() -> None:
 
 
 def test_scores_of_a_group_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(groups, "_MOST_SCORES", 3 * 4 * 10 * 16)
+    monkeypatch.setattr(rows_file, "_MOST_SCORES", 3 * 4 * 10 * 16)
     found = groups_of([10] * 8, [range(6)] * 8, 6, 0, heads=4)
     assert [group.rows for group in found] == [3, 3, 2]
 

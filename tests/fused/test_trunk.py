@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.forward import hidden as hidden_file
-from sdft_lightning.forward.fused import completion_states, decoder_of, groups
+from sdft_lightning.forward.fused import completion_states, decoder_of
+from sdft_lightning.forward.fused import rows as rows_file
 from sdft_lightning.forward.fused.attention import Buffers
 from sdft_lightning.forward.hidden import completion_hidden_states
-from sdft_lightning.forward.prefix import split_prompts
+from sdft_lightning.forward.layout import split_prompts
 from sdft_lightning.models import products
-from sdft_lightning.rollout.weights import SamplingWeights
+from sdft_lightning.rollout.student import SamplingWeights
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 Make = Callable[..., Any]
@@ -81,8 +82,8 @@ def test_groups_and_blocks_of_any_size_change_nothing(
 ) -> None:
     model, given = build("llama"), batch()
     expected = plain(model, given)
-    monkeypatch.setattr(groups, "_MOST_SCORES", scores)
-    monkeypatch.setattr(groups, "_FEW_QUERIES", queries)
+    monkeypatch.setattr(rows_file, "_MOST_SCORES", scores)
+    monkeypatch.setattr(rows_file, "_FEW_QUERIES", queries)
     assert_same(fused(model, given), expected)
 
 

@@ -16,17 +16,17 @@ from torch import Tensor
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.forward import scoring
-from sdft_lightning.forward.cached_steps import without_cache
 from sdft_lightning.forward.forward_paths import paths_of
 from sdft_lightning.forward.fused import decoder_of
 from sdft_lightning.forward.hidden import apply_head, completion_hidden_states, output_head
+from sdft_lightning.forward.kv_cache import without_cache
+from sdft_lightning.forward.layout import can_share, takes_own_mask
 from sdft_lightning.forward.policy import load_policy
-from sdft_lightning.forward.prefix import can_share, takes_own_mask
 from sdft_lightning.forward.prompt_cache import PromptCache
 from sdft_lightning.models.eval_mode import eval_mode
 from sdft_lightning.models.lora import LoRA, adapter_parameters, merged_copy
 from sdft_lightning.rollout import Sampling, generate_rollout, greedy_rollout
-from sdft_lightning.rollout.uniforms import row_uniforms
+from sdft_lightning.rollout.sampling import row_uniforms
 from sdft_lightning.types import ScoringBatch
 
 # Greatest error as a part of what tells positions apart; a wrong path is off by a tenth and more.

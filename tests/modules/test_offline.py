@@ -15,7 +15,7 @@ from torch import Tensor
 from sdft_lightning.errors import UserError
 from sdft_lightning.modules import OfflineDistillationModule, SDFTModule
 from sdft_lightning.modules.offline import COMPLETIONS_KEY
-from sdft_lightning.rollout import Sampling, shared_prompts
+from sdft_lightning.rollout import Sampling, student
 from sdft_lightning.teacher import FrozenTeacher
 from sdft_lightning.types import PromptBatch, Rollout
 
@@ -143,7 +143,7 @@ def test_with_the_students_own_samples_loss_and_gradient_are_those_of_sdft_with_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Else SDFT would take its forward pass from the rollout, rounded in another order.
-    monkeypatch.setattr(shared_prompts, "_pair", lambda *_: None)
+    monkeypatch.setattr(student, "_pair", lambda *_: None)
     options = {"sampling": Sampling(8, completions_per_prompt=samples), "optimizer": fast}
     sdft, offline = Recorder(), Recorder()
     steps = {"max_steps": 3, "data": {"batch_size": 4}}  # an epoch: each row once

@@ -17,7 +17,7 @@ from sdft_lightning.losses.divergence import Divergence
 from sdft_lightning.modules import OfflineDistillationModule, ReinvokeModule, SDFTModule
 from sdft_lightning.modules.on_policy import distinct_bigrams
 from sdft_lightning.rollout import Sampling
-from sdft_lightning.rollout.uniforms import row_uniforms
+from sdft_lightning.rollout.sampling import row_uniforms
 from sdft_lightning.types import PromptBatch, Rollout
 
 FitModule = Callable[..., Any]

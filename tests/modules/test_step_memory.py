@@ -14,7 +14,7 @@ from sdft_lightning.forward import hidden
 from sdft_lightning.forward.fused import completion_states
 from sdft_lightning.forward.fused.structure import Decoder
 from sdft_lightning.modules import SDFTModule, SFTModule
-from sdft_lightning.rollout import Sampling, SamplingWeights, shared_prompts
+from sdft_lightning.rollout import Sampling, SamplingWeights, student
 
 FitModule = Callable[..., Any]
 
@@ -127,7 +127,7 @@ def test_prompts_of_a_rollout_serve_the_student_and_change_nothing(
     found = []
     for shares in (True, False):
         if not shares:
-            monkeypatch.setattr(shared_prompts, "_pair", lambda *_: None)
+            monkeypatch.setattr(student, "_pair", lambda *_: None)
         steps = Steps()
         module = fit_module(
             SDFTModule,
@@ -187,5 +187,5 @@ def test_loaded_weights_do_not_meet_prompts_that_others_have_read(fit_module: Fi
 def test_teachers_completions_share_nothing_with_the_student(
     fit_module: FitModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared_prompts, "_pair", None)  # not reached
+    monkeypatch.setattr(student, "_pair", None)  # not reached
     fit_module(SDFTModule, model={"generate_from_teacher": True})

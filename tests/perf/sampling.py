@@ -26,9 +26,8 @@ from workload import Workload, make_rows, peak_gigabytes
 import sdft_lightning.rollout.generate as generate_module
 from sdft_lightning.forward.policy import load_policy
 from sdft_lightning.rollout import Sampling, generate_rollout
-from sdft_lightning.rollout.sampling import choose_tokens
-from sdft_lightning.rollout.uniforms import row_uniforms
-from sdft_lightning.rollout.weights import SamplingWeights
+from sdft_lightning.rollout.sampling import choose_tokens, row_uniforms
+from sdft_lightning.rollout.student import SamplingWeights
 
 REPEATS = 2
 

@@ -9,7 +9,7 @@ import torch
 
 from sdft_lightning.rollout import Sampling, SamplingWeights, generate_rollout
 from sdft_lightning.rollout.decode_mode import decode_mode
-from sdft_lightning.rollout.uniforms import row_uniforms
+from sdft_lightning.rollout.sampling import row_uniforms
 
 
 def rollout(model: Any) -> Any:

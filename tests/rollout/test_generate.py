@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.forward import prefix as prefix_room
+from sdft_lightning.forward import layout
 from sdft_lightning.forward.fused import DecodingSteps
 from sdft_lightning.rollout import Sampling, generate, generate_rollout, greedy_rollout
-from sdft_lightning.rollout.uniforms import row_uniforms
+from sdft_lightning.rollout.sampling import row_uniforms
 from sdft_lightning.types import Rollout
 
 Pad = Callable[..., tuple[Tensor, Tensor]]
@@ -197,7 +197,7 @@ def test_prefix_sharing_changes_nothing(
     )
     found = []
     for shortest in (1, 12, 13):
-        monkeypatch.setattr(prefix_room, "SHORTEST", shortest)
+        monkeypatch.setattr(layout, "SHORTEST", shortest)
         rollout = generate_rollout(model, ids, mask, sampling, numbers, STOPS, PAD)
         found.append(completions(rollout))
         assert (rows[0] == 1) == (shortest <= 12)  # the prefix is read once, for one row

@@ -17,9 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.rollout import RolloutRequest, Sampling, SamplingWeights, VLLMEngine
-from sdft_lightning.rollout.sampled import Sampled, as_rollout
-from sdft_lightning.rollout.uniforms import row_seeds
-from sdft_lightning.rollout.vllm_weights import WeightsFolder
+from sdft_lightning.rollout.engine import Sampled, as_rollout
+from sdft_lightning.rollout.sampling import row_seeds
+from sdft_lightning.rollout.vllm.weights import WeightsFolder
 
 
 class FakeLLM:

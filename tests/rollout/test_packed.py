@@ -12,9 +12,9 @@ from sdft_lightning.models.lora import adapter_layers, merged_copy, merged_weigh
 from sdft_lightning.models.products import multiplies_bfloat16
 from sdft_lightning.rollout import Sampling, generate_rollout
 from sdft_lightning.rollout import decode_mode as decode_file
-from sdft_lightning.rollout.packed import packed_linears
-from sdft_lightning.rollout.uniforms import row_uniforms
-from sdft_lightning.rollout.weights import SamplingWeights
+from sdft_lightning.rollout.decode_mode import packed_linears
+from sdft_lightning.rollout.sampling import row_uniforms
+from sdft_lightning.rollout.student import SamplingWeights
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN"

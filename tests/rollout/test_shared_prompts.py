@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdft_lightning.rollout import Sampling, generate_rollout, shared_prompts
-from sdft_lightning.rollout.shared_prompts import SharedPrompts
-from sdft_lightning.rollout.uniforms import row_uniforms
-from sdft_lightning.rollout.weights import SamplingWeights
+from sdft_lightning.rollout import Sampling, generate_rollout, student
+from sdft_lightning.rollout.sampling import row_uniforms
+from sdft_lightning.rollout.student import SamplingWeights, SharedPrompts
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN"
@@ -69,7 +68,7 @@ def test_what_is_kept_for_later_micro_batches_is_bounded(
     first = shared.read(model, model, prompts[:1], 1, 10)
     assert first is not None
     limit = int(most * first[0].nbytes) if most == 1.5 else int(most)
-    monkeypatch.setattr(shared_prompts, "_MOST_BYTES", limit)
+    monkeypatch.setattr(student, "_MOST_BYTES", limit)
     read = shared.read(model, model, prompts, 1, 10)
     assert read is not None
     assert len(read) == 3

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.rollout import RolloutRequest, Sampling, SamplingWeights, VLLMServerEngine
-from sdft_lightning.rollout.uniforms import row_seeds
-from sdft_lightning.rollout.vllm_client import VLLMClient
+from sdft_lightning.rollout.sampling import row_seeds
+from sdft_lightning.rollout.vllm.client import VLLMClient
 from sdft_lightning.types import Rollout
 
 NAME = "model.layers.0.mlp.down_proj.weight"
@@ -370,11 +370,11 @@ def test_key_is_sent_where_there_is_one(
 def test_one_address_for_each_process(
     server: FakeServer, engine: VLLMServerEngine, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sdft_lightning.rollout import vllm_server
+    from sdft_lightning.rollout.vllm import server as server_file
 
-    monkeypatch.setattr(vllm_server.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(vllm_server.dist, "get_rank", lambda: 1)
-    monkeypatch.setattr(vllm_server.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(server_file.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(server_file.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(server_file.dist, "get_world_size", lambda: 2)
     with pytest.raises(UserError, match="got 1 addresses for 2 processes"):
         generate(engine, model)
     engine.clients = [VLLMClient("http://127.0.0.1:9", 1, "NONE"), *engine.clients]

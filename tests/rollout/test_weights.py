@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sdft_lightning.rollout import Sampling, SamplingWeights, generate_rollout
-from sdft_lightning.rollout import weights as weights_module
+from sdft_lightning.rollout import student as student_file
 
 
 @torch.no_grad()
@@ -105,7 +105,7 @@ def test_same_takes_the_student_itself(model: Any) -> None:
 def test_auto_takes_the_copy_where_the_hardware_has_bfloat16(
     model: Any, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights_module, "has_native_bfloat16", lambda device: native)
+    monkeypatch.setattr(student_file, "has_native_bfloat16", lambda device: native)
     assert (SamplingWeights("auto").model(model, 0) is not model) == native
 
 

@@ -21,8 +21,8 @@ from sdft_lightning.errors import UserError
 from sdft_lightning.forward.policy import load_policy
 from sdft_lightning.models.embedded import embedded_model_path
 from sdft_lightning.rollout import RolloutRequest, Sampling, SamplingWeights, VLLMServerEngine
-from sdft_lightning.rollout.vllm_client import VLLMClient
-from sdft_lightning.rollout.vllm_weights import write_weights
+from sdft_lightning.rollout.vllm.client import VLLMClient
+from sdft_lightning.rollout.vllm.weights import write_weights
 
 # Trainer and server both compute in float32 here; what is left is the order of sums.
 NOISE = 1e-3

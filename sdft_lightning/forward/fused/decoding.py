@@ -2,7 +2,7 @@
 
 Weights are rearranged once a rollout for few rows; queries, keys and values are one product, and so
 are gate and up. Norms, residual sums and attention are computed in float32, as in training, so that
-what a step finds can be what training begins with (see `recording`). Of a bfloat16 cache one layer
+what a step finds can be what training begins with (see `kept`). Of a bfloat16 cache one layer
 at a time is cast, into the same memory.
 """
 
@@ -15,11 +15,9 @@ from torch import Tensor
 from torch.nn.functional import embedding, pad, silu
 
 from sdft_lightning.forward.fused.attention import Shape, rotate
-from sdft_lightning.forward.fused.laid_out import LaidOut, LaidOutLayer
-from sdft_lightning.forward.fused.norm import normed, rms
-from sdft_lightning.forward.fused.prompts import ReadPrompts
-from sdft_lightning.forward.fused.recording import Recording, hand_over, kept_rows
-from sdft_lightning.forward.fused.structure import Decoder, Layer
+from sdft_lightning.forward.fused.common import normed, rms
+from sdft_lightning.forward.fused.kept import ReadPrompts, Recording, hand_over, kept_rows
+from sdft_lightning.forward.fused.structure import Decoder, LaidOut, LaidOutLayer, Layer
 from sdft_lightning.models.products import product_dtype
 
 # Tokens that room is made for at once: most completions end long before the longest allowed.

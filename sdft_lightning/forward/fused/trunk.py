@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from sdft_lightning.forward.fused.attention_block import attention_block
-from sdft_lightning.forward.fused.mlp_block import mlp_block
-from sdft_lightning.forward.fused.passes import pass_over
-from sdft_lightning.forward.fused.prompts import ReadPrompts
+from sdft_lightning.forward.fused.blocks import attention_block, mlp_block
+from sdft_lightning.forward.fused.common import pass_over
+from sdft_lightning.forward.fused.kept import ReadPrompts
 from sdft_lightning.forward.fused.rows import FlatRows, prompt_rows, with_completions
 from sdft_lightning.forward.fused.structure import Decoder
-from sdft_lightning.forward.prefix import SplitPrompts
+from sdft_lightning.forward.layout import SplitPrompts
 from sdft_lightning.models.products import product_dtype
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdft_lightning.forward.cached_steps import CachedSteps, without_cache
 from sdft_lightning.forward.forward_paths import paths_of
 from sdft_lightning.forward.hidden import apply_head, output_head
-from sdft_lightning.forward.prefix import SplitPrompts, can_share, encode_prefix, split_if_worth
+from sdft_lightning.forward.kv_cache import CachedSteps, without_cache
+from sdft_lightning.forward.layout import SplitPrompts, can_share, encode_prefix, split_if_worth
 
 
 def split_prompts_of(model: Any, ids: Tensor, mask: Tensor) -> SplitPrompts:

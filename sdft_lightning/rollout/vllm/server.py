@@ -13,18 +13,17 @@ from torch import distributed as dist
 from sdft_lightning.errors import UserError
 from sdft_lightning.errors.foreign_text import printable, shown
 from sdft_lightning.files.endpoints import LONGEST_TIMEOUT
-from sdft_lightning.rollout.engine import RolloutRequest
-from sdft_lightning.rollout.sampled import Sampled, as_rollout, vocabulary_size
+from sdft_lightning.rollout.engine import RolloutRequest, Sampled, as_rollout, vocabulary_size
 from sdft_lightning.rollout.sampling import Sampling
-from sdft_lightning.rollout.vllm_client import ServerFaultError, VLLMClient
-from sdft_lightning.rollout.vllm_engine import (
+from sdft_lightning.rollout.student import SamplingWeights
+from sdft_lightning.rollout.vllm.client import ServerFaultError, VLLMClient
+from sdft_lightning.rollout.vllm.engine import (
     FINISH_REASONS,
     ExternalEngine,
     repeated_prompts,
     request_seeds,
 )
-from sdft_lightning.rollout.vllm_weights import EngineDtype, WeightsFolder, ties_head
-from sdft_lightning.rollout.weights import SamplingWeights
+from sdft_lightning.rollout.vllm.weights import EngineDtype, WeightsFolder, ties_head
 from sdft_lightning.types import Rollout
 
 _LONGEST_PAUSE = 10.0  # seconds between two looks whether the server is back

@@ -11,12 +11,17 @@ from torch import distributed as dist
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.errors.foreign_text import printable, shown
-from sdft_lightning.rollout.engine import Engine, RolloutRequest, check_one_truncation
-from sdft_lightning.rollout.sampled import Sampled, as_rollout, vocabulary_size
-from sdft_lightning.rollout.sampling import Sampling
-from sdft_lightning.rollout.uniforms import row_seeds
-from sdft_lightning.rollout.vllm_weights import EngineDtype, WeightsFolder, ties_head
-from sdft_lightning.rollout.weights import SamplingWeights
+from sdft_lightning.rollout.engine import (
+    Engine,
+    RolloutRequest,
+    Sampled,
+    as_rollout,
+    check_one_truncation,
+    vocabulary_size,
+)
+from sdft_lightning.rollout.sampling import Sampling, row_seeds
+from sdft_lightning.rollout.student import SamplingWeights
+from sdft_lightning.rollout.vllm.weights import EngineDtype, WeightsFolder, ties_head
 from sdft_lightning.types import Rollout
 
 FINISH_REASONS = ("stop", "length")  # of a whole completion; vLLM also aborts

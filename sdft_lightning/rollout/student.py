@@ -1,15 +1,28 @@
-"""Weights to sample with: the student's own or a copy, in bfloat16 where that is faster."""
+"""The student's weights to sample with, and what sampling has read for the student's own pass."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal
+import ctypes
+import sys
+from collections.abc import Hashable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from sdft_lightning.forward.fused import join_
+from sdft_lightning.forward.fused import (
+    Decoder,
+    ReadPrompts,
+    decoder_of,
+    join_,
+    read_prompts,
+    training_dtype,
+)
+from sdft_lightning.forward.layout import split_if_worth
+from sdft_lightning.models.products import product_dtype
 from sdft_lightning.models.sharding import empty_copy, fill_, is_sharded
+from sdft_lightning.rollout.decode_mode import can_pack
 
 SamplingDtype = Literal["auto", "same", "bfloat16"]
 
@@ -123,3 +136,118 @@ def has_native_bfloat16(device: torch.device) -> bool:
 
 def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
+
+
+# What may be kept for later micro-batches of a window; the first one's is used at once.
+_MOST_BYTES = 3 * 2**28
+
+Prompts = tuple[Tensor, Tensor]  # ids and mask (B, P), padded on the left
+
+
+class _Pair(NamedTuple):
+    """The student and what it is sampled with, as decoders; and the dtype that both keep."""
+
+    student: Decoder
+    sampler: Decoder
+    dtype: torch.dtype
+
+
+class SharedPrompts:
+    """Keeps what was read of the prompts of each micro-batch until it is asked for."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, ReadPrompts] = {}
+        self._weights = 0
+
+    def read(
+        self,
+        student: Any,
+        sampler: Any,
+        prompts: Sequence[tuple[Hashable, Prompts]],
+        samples: int,
+        steps: int,
+    ) -> list[ReadPrompts] | None:
+        """Read the prompts of a window, to sample from, and keep what the student needs of them.
+
+        Of what was kept before nothing is left.
+
+        Args:
+            student: The model that is trained.
+            sampler: The model that samples: the student itself, or its copy of this step.
+            prompts: A key and the prompts of each micro-batch.
+            samples: Completions of each prompt.
+            steps: Longest completion.
+
+        Returns:
+            The prompts, in order; None where student and sampler do not compute them alike, or
+            the rollout is one that fused decoding steps are not used for.
+        """
+        self.forget()
+        rows = samples * sum(ids.shape[0] for _, (ids, _) in prompts)
+        pair = _pair(student, sampler, rows, steps)
+        if pair is None:
+            return None
+        self._weights = _changes(student)
+        found: list[ReadPrompts] = []
+        room, each = _MOST_BYTES, 0.0  # bytes left, bytes of a token
+        for key, (ids, mask) in prompts:
+            needed = each * int(mask.sum())
+            keep = not found or (room >= needed and len(self._kept) == len(found))
+            split = split_if_worth(ids, mask)
+            part = read_prompts(pair.student, split, pair.dtype, pair.sampler, keep)
+            if keep:
+                self._kept[key] = part
+                room -= part.nbytes if found else 0
+                each = part.nbytes / part.rows.ids.numel()
+            found.append(part)
+        return found
+
+    def take(self, key: Hashable, student: Any) -> ReadPrompts | None:
+        """What was kept of a micro-batch, once; None where there is nothing, or it is void.
+
+        Args:
+            key: As of `read`.
+            student: As of `read`; void is what other weights have computed.
+        """
+        found = self._kept.pop(key, None)
+        if found is None or self._weights != _changes(student):
+            return None
+        return found
+
+    def forget(self) -> None:
+        """Drop everything, e.g. after weights were loaded."""
+        self._kept = {}
+
+
+def _changes(model: Any) -> int:
+    """How often weights of a model were written to."""
+    return sum(parameter._version for parameter in model.parameters())
+
+
+def _pair(student: Any, sampler: Any, rows: int, steps: int) -> _Pair | None:
+    """Student and sampler, if both are fused and multiply in the same dtype."""
+    dtype = training_dtype(student)
+    if dtype is None:
+        return None
+    rounded = sampler is student and student.dtype == dtype
+    if not rounded and sampler.dtype != product_dtype(dtype):
+        return None
+    with torch.autocast("cpu", enabled=False):  # as a rollout is sampled
+        if not can_pack(sampler, rows, steps):
+            return None
+    trained, sampling = decoder_of(student), decoder_of(sampler)
+    if trained is None or sampling is None:
+        return None
+    return _Pair(trained, sampling, dtype)
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system where the C library can (glibc); else do nothing.
+
+    What a rollout has freed lies in pieces between what lives on, and what comes next does not fit
+    into them. A call takes some hundredths of a second.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+        if trim is not None:
+            trim(0)

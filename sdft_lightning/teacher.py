@@ -27,7 +27,7 @@ from sdft_lightning.models.lora import (
     trained_parameters,
 )
 from sdft_lightning.models.sharding import local, shard_, summed
-from sdft_lightning.types import OutputHead
+from sdft_lightning.types import OutputHead, Tokens
 
 
 class Teacher(nn.Module):
@@ -90,18 +90,9 @@ class Teacher(nn.Module):
         """
 
     @torch.no_grad()
-    def forward(
-        self,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        completion_ids: Tensor,
-        completion_mask: Tensor,
-        keep: Tensor,
-    ) -> Tensor:
+    def forward(self, prompts: Tokens, completions: Tokens, keep: Tensor) -> Tensor:
         """Hidden states `(N, D)` at the kept tokens, see `completion_hidden_states`."""
-        return completion_hidden_states(
-            self.network, prompt_ids, prompt_mask, completion_ids, completion_mask, keep
-        )
+        return completion_hidden_states(self.network, prompts, completions, keep)
 
     @property
     def is_loaded(self) -> bool:
@@ -195,20 +186,11 @@ class FrozenTeacher(Teacher):
         return super()._apply(fn, recurse)
 
     @torch.no_grad()
-    def forward(
-        self,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        completion_ids: Tensor,
-        completion_mask: Tensor,
-        keep: Tensor,
-    ) -> Tensor:
+    def forward(self, prompts: Tokens, completions: Tokens, keep: Tensor) -> Tensor:
         """Hidden states at kept completion tokens, `(N, D)`; prompts are read once and cached."""
         if self._cache is None:
-            return super().forward(prompt_ids, prompt_mask, completion_ids, completion_mask, keep)
-        return self._cache.completion_hidden_states(
-            self.network, prompt_ids, prompt_mask, completion_ids, completion_mask, keep
-        )
+            return super().forward(prompts, completions, keep)
+        return self._cache.completion_hidden_states(self.network, prompts, completions, keep)
 
     def forget(self) -> None:
         """Empty the cache, after the weights were changed from outside."""
@@ -283,17 +265,10 @@ class LiveTeacher(Teacher):
         return self._student[0]
 
     @torch.no_grad()
-    def forward(
-        self,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        completion_ids: Tensor,
-        completion_mask: Tensor,
-        keep: Tensor,
-    ) -> Tensor:
+    def forward(self, prompts: Tokens, completions: Tokens, keep: Tensor) -> Tensor:
         """Hidden states at kept completion tokens, `(N, D)`, of the student put into eval mode."""
         with eval_mode(self.network):
-            return super().forward(prompt_ids, prompt_mask, completion_ids, completion_mask, keep)
+            return super().forward(prompts, completions, keep)
 
 
 @torch.no_grad()

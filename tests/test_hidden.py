@@ -18,6 +18,7 @@ from sdft_lightning.forward.hidden import (
     output_head,
 )
 from sdft_lightning.losses.masking import position_ids
+from sdft_lightning.types import Tokens
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -77,7 +78,7 @@ def test_states_predict_their_own_token_and_not_the_next(family: str) -> None:
     model = build(family)
     prompt, prompt_mask, completion, completion_mask = batch()
     hidden = completion_hidden_states(
-        model, prompt, prompt_mask, completion, completion_mask, completion_mask
+        model, Tokens(prompt, prompt_mask), Tokens(completion, completion_mask), completion_mask
     )
     logits = apply_head(output_head(model), hidden)  # (6, V)
     expected = []
@@ -92,7 +93,7 @@ def test_only_kept_tokens_come_back_row_by_row() -> None:
     model = build("llama")
     prompt, prompt_mask, completion, completion_mask = batch()
     keep = torch.tensor([[0, 0, 1, 1], [0, 1, 0, 0]]).bool()
-    arguments = (model, prompt, prompt_mask, completion, completion_mask)
+    arguments = (model, Tokens(prompt, prompt_mask), Tokens(completion, completion_mask))
     every = completion_hidden_states(*arguments, completion_mask)
     some = completion_hidden_states(*arguments, keep)
     torch.testing.assert_close(some, every[[2, 3, 5]], rtol=0, atol=1e-6)
@@ -107,16 +108,18 @@ def test_left_padding_changes_nothing(family: str) -> None:
     padded = torch.tensor([[3, 3, 3, 7, 8, 9]])  # padding with an id that means something
     mask = torch.tensor([[0, 0, 0, 1, 1, 1]]).bool()
     own = model.base_model(input_ids=tokens).last_hidden_state
-    torch.testing.assert_close(hidden_states(model, padded, mask)[:, 3:], own, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        hidden_states(model, Tokens(padded, mask))[:, 3:], own, rtol=1e-4, atol=1e-4
+    )
 
 
 @torch.no_grad()
 def test_a_prefix_gives_the_states_of_the_whole_row() -> None:
     model = build("llama")
     tokens = torch.tensor([[7, 8, 9, 10, 11], [7, 8, 12, 13, 14]])
-    whole = hidden_states(model, tokens, torch.ones_like(tokens).bool())
+    whole = hidden_states(model, Tokens(tokens, torch.ones_like(tokens).bool()))
     rest = torch.ones(2, 3).bool()
-    parts = hidden_states(model, tokens[:, 2:], rest, prefix_ids=tokens[0, :2])
+    parts = hidden_states(model, Tokens(tokens[:, 2:], rest), prefix_ids=tokens[0, :2])
     torch.testing.assert_close(parts, whole[:, 2:], rtol=1e-4, atol=1e-5)
 
 
@@ -127,7 +130,7 @@ def test_head_applied_to_states_gives_the_models_logits(family: str) -> None:
     ids = torch.tensor([[5, 6, 7, 8], [40, 41, 42, 43]])
     mask = torch.ones_like(ids).bool()
     own = model(input_ids=ids).logits
-    ours = apply_head(output_head(model), hidden_states(model, ids, mask))
+    ours = apply_head(output_head(model), hidden_states(model, Tokens(ids, mask)))
     torch.testing.assert_close(ours, own, rtol=1e-4, atol=1e-5)
     check_output_head(model)
 
@@ -203,5 +206,5 @@ def test_positions_are_passed_and_not_counted_from_the_padding() -> None:
 
     model.base_model.forward = spy
     mask = torch.tensor([[0, 0, 1, 1]]).bool()
-    hidden_states(model, torch.tensor([[0, 0, 5, 6]]), mask)
+    hidden_states(model, Tokens(torch.tensor([[0, 0, 5, 6]]), mask))
     assert seen["position_ids"].tolist() == position_ids(mask).tolist() == [[0, 0, 0, 1]]

@@ -95,10 +95,8 @@ class DriftMonitor(L.Callback):
         with nullcontext() if plain else trainer.precision_plugin.forward_context():
             hidden = completion_hidden_states(
                 student,
-                batch.prompt_ids,
-                batch.prompt_mask,
-                answers.rollout.completion_ids,
-                mask,
+                batch.prompts,
+                answers.rollout.completions,
                 mask,
             )  # (N, D)
         assert self._head is not None
@@ -148,10 +146,8 @@ class DriftMonitor(L.Callback):
         rollout = module.greedy_completions(self._base, batch.prompt_ids, batch.prompt_mask)
         hidden = completion_hidden_states(
             self._base,
-            batch.prompt_ids,
-            batch.prompt_mask,
-            rollout.completion_ids,
-            rollout.completion_mask,
+            batch.prompts,
+            rollout.completions,
             rollout.completion_mask,
         )  # (N, D)
         return _BaseAnswers(rollout, hidden)

@@ -36,7 +36,7 @@ from sdft_lightning.losses.masking import position_ids
 from sdft_lightning.models.eval_mode import eval_mode
 from sdft_lightning.models.products import product_dtype, takes_float32, without_slow_autocast
 from sdft_lightning.models.sharding import gathered
-from sdft_lightning.types import OutputHead
+from sdft_lightning.types import OutputHead, Tokens
 
 # Scores of a layer: 4 MB in float32. With more the flash kernel is as fast.
 _MOST_SCORES = 2**20
@@ -141,20 +141,18 @@ def _leave_autocast(base: nn.Module, _: Any, output: Any) -> None:
 _HEAD_TOLERANCE = 2e-2
 
 
-def hidden_states(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, prefix_ids: Tensor | None = None
-) -> Tensor:
+def hidden_states(model: Any, tokens: Tokens, prefix_ids: Tensor | None = None) -> Tensor:
     """Last hidden states, after the final norm: what the output head is applied to.
 
     Args:
         model: A causal language model of transformers.
-        input_ids: `(B, L)`, padded on either side.
-        attention_mask: `(B, L)` boolean.
+        tokens: `(B, L)`, padded on either side.
         prefix_ids: `(K,)` tokens that stand before each row, without padding between.
 
     Returns:
         `(B, L, D)`, without the states of the prefix.
     """
+    input_ids, attention_mask = tokens
     rows, shared = input_ids.shape[0], 0 if prefix_ids is None else prefix_ids.numel()
     cache = None
     if prefix_ids is not None and shared:
@@ -174,10 +172,8 @@ def hidden_states(
 
 def completion_hidden_states(
     model: Any,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    completion_ids: Tensor,
-    completion_mask: Tensor,
+    prompts: Tokens,
+    completions: Tokens,
     keep: Tensor,
     share_prefix: bool = True,
     pack: bool = True,
@@ -192,10 +188,8 @@ def completion_hidden_states(
 
     Args:
         model: A causal language model of transformers.
-        prompt_ids: `(B, P)`, padded on the left.
-        prompt_mask: `(B, P)`.
-        completion_ids: `(B, T)`, padded on the right.
-        completion_mask: `(B, T)`.
+        prompts: `(B, P)`, padded on the left.
+        completions: `(B, T)`, padded on the right.
         keep: `(B, T)` tokens of which the state is wanted.
         share_prefix: Compute what all prompts begin with only once, see `layout`.
         pack: Lay short rows side by side instead of padding them, see `layout`.
@@ -209,52 +203,47 @@ def completion_hidden_states(
     Returns:
         `(N, D)` with N = keep.sum(), row by row.
     """
-    split = SplitPrompts(prompt_ids[0, :0], prompt_ids, prompt_mask)
+    split = SplitPrompts.whole(prompts)
     if share_prefix and can_share(model):
-        split = split_if_worth(prompt_ids, prompt_mask)
+        split = split_if_worth(prompts)
     dtype = training_dtype(model)
     decoder = decoder_of(model) if fuse and dtype is not None else None
     if decoder is not None and dtype is not None:
         copied = decoder_of(rounded) if rounded is not None and rounded.dtype == dtype else None
-        return completion_states(
-            decoder, split, completion_ids, completion_mask, keep, dtype, copied, read
-        )
-    length = prompt_ids.shape[1] + completion_ids.shape[1]
-    with without_slow_autocast(model), training_attention(model, prompt_ids.shape[0], length):
-        return _plain_states(model, split, completion_ids, completion_mask, keep, pack)
+        return completion_states(decoder, split, completions, keep, dtype, copied, read)
+    length = prompts.ids.shape[1] + completions.ids.shape[1]
+    with without_slow_autocast(model), training_attention(model, prompts.ids.shape[0], length):
+        return _plain_states(model, split, completions, keep, pack)
 
 
 def _plain_states(
     model: Any,
     split: SplitPrompts,
-    completion_ids: Tensor,
-    completion_mask: Tensor,
+    completions: Tokens,
     keep: Tensor,
     pack: bool,
 ) -> Tensor:
     """Hidden states at kept completion tokens, `(N, D)`, by the model itself."""
     if not paths_of(model).pads_left:
-        return _unpadded_states(model, split, completion_ids, completion_mask, keep)
+        return _unpadded_states(model, split, completions, keep)
     if pack and takes_own_mask(model):
-        rows = pack_if_worth(split, completion_ids, completion_mask)
+        rows = pack_if_worth(split, completions)
         if rows is not None:
             return unpack(_packed_hidden_states(model, split.prefix_ids, rows), rows, keep)
     # The last token of a completion predicts nothing.
-    input_ids = torch.cat([split.rest_ids, completion_ids[:, :-1]], dim=1)  # (B, R + T - 1)
-    mask = torch.cat([split.rest_mask, completion_mask[:, :-1]], dim=1)  # (B, R + T - 1)
+    input_ids = torch.cat([split.rest.ids, completions.ids[:, :-1]], dim=1)  # (B, R + T - 1)
+    mask = torch.cat([split.rest.mask, completions.mask[:, :-1]], dim=1)  # (B, R + T - 1)
     # Padding tokens may be embedded as zeros, where some norms have no gradient: repeat a real one.
-    last = split.rest_ids[:, -1:]  # (B, 1)
+    last = split.rest.ids[:, -1:]  # (B, 1)
     input_ids = torch.where(mask, input_ids, last)  # (B, R + T - 1)
-    hidden = hidden_states(model, input_ids, mask, split.prefix_ids)  # (B, R + T - 1, D)
-    predicting = hidden[:, split.rest_ids.shape[1] - 1 :]  # (B, T, D)
+    hidden = hidden_states(model, Tokens(input_ids, mask), split.prefix_ids)  # (B, R + T - 1, D)
+    predicting = hidden[:, split.rest.ids.shape[1] - 1 :]  # (B, T, D)
     return predicting[keep]  # (N, D)
 
 
-def _unpadded_states(
-    model: Any, split: SplitPrompts, completion_ids: Tensor, completion_mask: Tensor, keep: Tensor
-) -> Tensor:
+def _unpadded_states(model: Any, split: SplitPrompts, completions: Tokens, keep: Tensor) -> Tensor:
     """Hidden states of rows that begin in column 0, for models that do not read left padding."""
-    rows = one_a_row(split, completion_ids, completion_mask)
+    rows = one_a_row(split, completions)
     base = model.base_model
     hidden = base(input_ids=rows.ids, **without_cache(base)).last_hidden_state  # (B, L, D)
     return unpack(hidden, rows, keep)

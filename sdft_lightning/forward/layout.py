@@ -18,6 +18,7 @@ from torch import Tensor
 from sdft_lightning.forward.forward_paths import paths_of, sees_all_before
 from sdft_lightning.forward.kv_cache import cache_of
 from sdft_lightning.models.sharding import is_sharded
+from sdft_lightning.types import Tokens
 
 # Below this many shared tokens an extra forward pass is not worth its overhead.
 SHORTEST = 8
@@ -28,13 +29,16 @@ class SplitPrompts(NamedTuple):
 
     Attributes:
         prefix_ids: `(K,)`.
-        rest_ids: `(B, R)`, padded on the left; every row has at least one token.
-        rest_mask: `(B, R)`.
+        rest: `(B, R)`, padded on the left; every row has at least one token.
     """
 
     prefix_ids: Tensor
-    rest_ids: Tensor
-    rest_mask: Tensor
+    rest: Tokens
+
+    @staticmethod
+    def whole(prompts: Tokens) -> SplitPrompts:
+        """Prompts without a prefix."""
+        return SplitPrompts(prompts.ids[0, :0], prompts)
 
 
 def can_share(model: Any) -> bool:
@@ -59,38 +63,37 @@ def _checkpoints_activations(model: Any) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
-def split_prompts(prompt_ids: Tensor, prompt_mask: Tensor) -> SplitPrompts:
+def split_prompts(prompts: Tokens) -> SplitPrompts:
     """Cut off the longest prefix that all rows share, leaving each row one token at least.
 
     Args:
-        prompt_ids: `(B, P)`, padded on the left.
-        prompt_mask: `(B, P)`.
+        prompts: `(B, P)`, padded on the left.
     """
-    width = prompt_ids.shape[1]
-    lengths = prompt_mask.sum(dim=1)  # (B,)
+    ids, mask = prompts
+    width = ids.shape[1]
+    lengths = mask.sum(dim=1)  # (B,)
     shift = (width - lengths).unsqueeze(1)  # (B, 1)
-    columns = torch.arange(width, device=prompt_ids.device)  # (P,)
-    aligned = prompt_ids.gather(1, (columns + shift).clamp(max=width - 1))  # (B, P) from column 0
+    columns = torch.arange(width, device=ids.device)  # (P,)
+    aligned = ids.gather(1, (columns + shift).clamp(max=width - 1))  # (B, P) from column 0
     same = (aligned == aligned[:1]).all(dim=0)  # (P,)
     same &= columns < lengths.min() - 1
     prefix = int(same.long().cumprod(dim=0).sum())
     longest = int(lengths.max()) - prefix
     kept = columns[-longest:] >= shift + prefix  # (B, R) the right end, less the prefix
-    return SplitPrompts(aligned[0, :prefix], prompt_ids[:, -longest:], kept)
+    return SplitPrompts(aligned[0, :prefix], Tokens(ids[:, -longest:], kept))
 
 
-def split_if_worth(prompt_ids: Tensor, prompt_mask: Tensor) -> SplitPrompts:
+def split_if_worth(prompts: Tokens) -> SplitPrompts:
     """Split off the prefix that all prompts share, where a pass of its own pays.
 
     Args:
-        prompt_ids: `(B, P)`, padded on the left.
-        prompt_mask: `(B, P)`.
+        prompts: `(B, P)`, padded on the left.
     """
-    if prompt_ids.shape[0] > 1:
-        found = split_prompts(prompt_ids, prompt_mask)
+    if prompts.ids.shape[0] > 1:
+        found = split_prompts(prompts)
         if found.prefix_ids.numel() >= SHORTEST:
             return found
-    return SplitPrompts(prompt_ids[0, :0], prompt_ids, prompt_mask)
+    return SplitPrompts.whole(prompts)
 
 
 def encode_prefix(model: Any, prefix_ids: Tensor, rows: int) -> Any:
@@ -135,46 +138,43 @@ class PackedRows(NamedTuple):
     first: Tensor
 
 
-def pack_if_worth(
-    split: SplitPrompts, completion_ids: Tensor, completion_mask: Tensor
-) -> PackedRows | None:
+def pack_if_worth(split: SplitPrompts, completions: Tokens) -> PackedRows | None:
     """Lay sequences out side by side, or return None where that saves too little.
 
     Args:
         split: The prompts, less what all begin with.
-        completion_ids: `(B, T)`, padded on the right.
-        completion_mask: `(B, T)`.
+        completions: `(B, T)`, padded on the right.
     """
-    lengths = _lengths(split, completion_mask)
-    padded = len(lengths) * (split.rest_ids.shape[1] + completion_ids.shape[1] - 1)
+    lengths = _lengths(split, completions)
+    padded = len(lengths) * (split.rest.ids.shape[1] + completions.ids.shape[1] - 1)
     bins = _fill_bins(lengths, max(max(lengths), min(WIDTH, sum(lengths))))
     width = max(sum(lengths[index] for index in group) for group in bins)
     if len(bins) * width > (1 - _WORTH) * padded:
         return None
-    return _lay_out(split, completion_ids, lengths, bins)
+    return _lay_out(split, completions, lengths, bins)
 
 
-def one_a_row(split: SplitPrompts, completion_ids: Tensor, completion_mask: Tensor) -> PackedRows:
+def one_a_row(split: SplitPrompts, completions: Tokens) -> PackedRows:
     """Lay each sequence out from column 0, padded behind its end.
 
     Arguments as of `pack_if_worth`.
     """
-    lengths = _lengths(split, completion_mask)
-    return _lay_out(split, completion_ids, lengths, [[index] for index in range(len(lengths))])
+    lengths = _lengths(split, completions)
+    return _lay_out(split, completions, lengths, [[index] for index in range(len(lengths))])
 
 
-def _lengths(split: SplitPrompts, completion_mask: Tensor) -> list[int]:
+def _lengths(split: SplitPrompts, completions: Tokens) -> list[int]:
     """Tokens of each sequence, without the last of its completion."""
-    inputs = (completion_mask.sum(dim=1) - 1).clamp(min=0)  # (B,)
-    lengths: list[int] = (split.rest_mask.sum(dim=1) + inputs).tolist()
+    inputs = (completions.mask.sum(dim=1) - 1).clamp(min=0)  # (B,)
+    lengths: list[int] = (split.rest.mask.sum(dim=1) + inputs).tolist()
     return lengths
 
 
 def _lay_out(
-    split: SplitPrompts, completion_ids: Tensor, lengths: list[int], bins: list[list[int]]
+    split: SplitPrompts, completions: Tokens, lengths: list[int], bins: list[list[int]]
 ) -> PackedRows:
     width = max(sum(lengths[index] for index in group) for group in bins)
-    device = completion_ids.device
+    device = completions.ids.device
     shape = (len(bins), width)
     ids = torch.zeros(shape, dtype=torch.long, device=device)  # (G, L)
     sequence = torch.full(shape, _PADDING, device=device)  # (G, L)
@@ -185,8 +185,8 @@ def _lay_out(
         start = 0
         for index in members:
             columns = slice(start, start + lengths[index])
-            prompt = split.rest_ids[index][split.rest_mask[index]]  # (P_i,)
-            tokens = completion_ids[index, : lengths[index] - prompt.numel()]  # (T_i - 1,)
+            prompt = split.rest.ids[index][split.rest.mask[index]]  # (P_i,)
+            tokens = completions.ids[index, : lengths[index] - prompt.numel()]  # (T_i - 1,)
             ids[group, columns] = torch.cat([prompt, tokens])
             sequence[group, columns] = index
             positions[group, columns] = torch.arange(lengths[index], device=device)

@@ -13,6 +13,7 @@ from sdft_lightning.forward.kv_cache import cache_argument, cache_of
 from sdft_lightning.forward.layout import can_share, encode_prefix, split_if_worth
 from sdft_lightning.losses.masking import position_ids
 from sdft_lightning.models.products import without_slow_autocast
+from sdft_lightning.types import Tokens
 
 
 class _Prompt(NamedTuple):
@@ -41,10 +42,8 @@ class PromptCache:
     def completion_hidden_states(
         self,
         model: Any,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        completion_ids: Tensor,
-        completion_mask: Tensor,
+        prompts: Tokens,
+        completions: Tokens,
         keep: Tensor,
     ) -> Tensor:
         """Hidden states at kept completion tokens, `(N, D)`, without gradient.
@@ -59,51 +58,45 @@ class PromptCache:
                 "masks). Set it to false."
             )
         with without_slow_autocast(model):
-            return self._states(
-                model, prompt_ids, prompt_mask, completion_ids, completion_mask, keep
-            )
+            return self._states(model, prompts, completions, keep)
 
     def _states(
         self,
         model: Any,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        completion_ids: Tensor,
-        completion_mask: Tensor,
+        prompts: Tokens,
+        completions: Tokens,
         keep: Tensor,
     ) -> Tensor:
-        keys = [
-            tuple(ids[mask].tolist()) for ids, mask in zip(prompt_ids, prompt_mask, strict=True)
-        ]
+        keys = [tuple(ids) for ids in prompts.lists()]
         missing = [row for row, key in enumerate(keys) if key not in self._prompts]
         if missing:
             new = [keys[row] for row in missing]
-            self._encode(model, prompt_ids[missing], prompt_mask[missing], new)
-        prompts = [self._prompts[key] for key in keys]
-        first = torch.stack([prompt.last_hidden for prompt in prompts]).unsqueeze(1)  # (B, 1, D)
-        if completion_ids.shape[1] == 1:
+            self._encode(model, prompts.rows(missing), new)
+        known = [self._prompts[key] for key in keys]
+        first = torch.stack([prompt.last_hidden for prompt in known]).unsqueeze(1)  # (B, 1, D)
+        if completions.ids.shape[1] == 1:
             return first[keep]  # (N, D)
-        cache, mask = _assemble(prompts)
-        mask = torch.cat([mask, completion_mask[:, :-1]], dim=1)  # (B, L + T - 1)
+        cache, mask = _assemble(known)
+        mask = torch.cat([mask, completions.mask[:, :-1]], dim=1)  # (B, L + T - 1)
         output = model.base_model(
-            input_ids=completion_ids[:, :-1],
+            input_ids=completions.ids[:, :-1],
             attention_mask=mask.long(),
-            position_ids=position_ids(mask)[:, 1 - completion_ids.shape[1] :],
+            position_ids=position_ids(mask)[:, 1 - completions.ids.shape[1] :],
             **cache_argument(model.base_model, cache),
             use_cache=True,
         )
         predicting = torch.cat([first, output.last_hidden_state], dim=1)  # (B, T, D)
         return predicting[keep]  # (N, D)
 
-    def _encode(self, model: Any, ids: Tensor, mask: Tensor, keys: list[tuple[int, ...]]) -> None:
-        split = split_if_worth(ids, mask)
+    def _encode(self, model: Any, prompts: Tokens, keys: list[tuple[int, ...]]) -> None:
+        split = split_if_worth(prompts)
         shared, cache = split.prefix_ids.numel(), None
-        whole = split.rest_mask  # (B, K + R)
+        whole = split.rest.mask  # (B, K + R)
         if shared:
             cache = encode_prefix(model, split.prefix_ids, len(keys))
             whole = torch.cat([whole.new_ones(len(keys), shared), whole], dim=1)
         output = model.base_model(
-            input_ids=split.rest_ids,
+            input_ids=split.rest.ids,
             attention_mask=whole.long(),
             position_ids=position_ids(whole)[:, shared:],
             **cache_argument(model.base_model, cache),

@@ -60,10 +60,8 @@ def score_continuations(
         else:
             hidden = completion_hidden_states(
                 model,
-                batch.context_ids[batch.owner],
-                batch.context_mask[batch.owner],
-                batch.continuation_ids,
-                keep,
+                batch.contexts.rows(batch.owner),
+                batch.continuations,
                 keep,
                 share_prefix=False,
             )  # (N, D)
@@ -89,12 +87,12 @@ def _shared_hidden_states(model: Any, batch: ScoringBatch) -> Tensor:
     mask = batch.context_mask  # (C, P)
     shared = 0
     if ids.shape[0] > 1:
-        split = split_prompts(ids, mask)
+        split = split_prompts(batch.contexts)
         if split.prefix_ids.numel() >= SHORTEST:
-            shared, ids = split.prefix_ids.numel(), split.rest_ids
+            shared, ids = split.prefix_ids.numel(), split.rest.ids
             cache = encode_prefix(model, split.prefix_ids, ids.shape[0])
-            ones = split.rest_mask.new_ones(ids.shape[0], shared)  # (C, K)
-            mask = torch.cat([ones, split.rest_mask], dim=1)  # (C, K + R)
+            ones = split.rest.mask.new_ones(ids.shape[0], shared)  # (C, K)
+            mask = torch.cat([ones, split.rest.mask], dim=1)  # (C, K + R)
     output = model.base_model(
         input_ids=ids,
         attention_mask=mask.long(),
@@ -169,7 +167,7 @@ def branch_hidden_states(model: Any, batch: ScoringBatch) -> Tensor:
     Returns:
         `(N, D)`, continuation by continuation.
     """
-    contexts = split_if_worth(batch.context_ids, batch.context_mask)
+    contexts = split_if_worth(batch.contexts)
     shared = contexts.prefix_ids.numel()
     rows = _lay_out(contexts, batch)
     cache = None
@@ -195,19 +193,19 @@ def branch_hidden_states(model: Any, batch: ScoringBatch) -> Tensor:
 def _lay_out(contexts: SplitPrompts, batch: ScoringBatch) -> _Rows:
     owner = batch.owner.tolist()
     inputs = (batch.continuation_mask.sum(dim=1) - 1).tolist()  # of each continuation
-    filled = contexts.rest_mask.sum(dim=1).tolist()  # columns used so far
+    filled = contexts.rest.mask.sum(dim=1).tolist()  # columns used so far
     last = [length - 1 for length in filled]
     start = []
     for row, length in zip(owner, inputs, strict=True):
         start.append(filled[row])
         filled[row] += length
-    device = contexts.rest_ids.device
+    device = contexts.rest.ids.device
     shape = (len(filled), max(filled))
     ids = torch.zeros(shape, dtype=torch.long, device=device)  # (C, L)
     part = torch.full(shape, _PADDING, device=device)  # (C, L)
     positions = torch.zeros(shape, dtype=torch.long, device=device)  # (C, L)
     for row, end in enumerate(last):
-        ids[row, : end + 1] = contexts.rest_ids[row][contexts.rest_mask[row]]
+        ids[row, : end + 1] = contexts.rest.ids[row][contexts.rest.mask[row]]
         part[row, : end + 1] = _CONTEXT
         positions[row, : end + 1] = torch.arange(end + 1, device=device)
     for index, (row, first, length) in enumerate(zip(owner, start, inputs, strict=True)):

@@ -185,8 +185,7 @@ def answer_requests(
         uniforms = row_uniforms(_ANSWER_SEED, 0, rows, 1, settings.max_new_tokens)  # (B, T)
     rollout = generate_rollout(
         model,
-        batch.prompt_ids,
-        batch.prompt_mask,
+        batch.prompts,
         sampling,
         uniforms,
         stop_ids,

@@ -20,7 +20,7 @@ class DFTModule(SupervisedModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         """Each token of the demonstration costs −sg[π(y)] · log π(y)."""
         target, keep = batch.demonstration_ids, batch.demonstration_mask  # (B, T)
-        student = self.student_hidden(batch.prompt_ids, batch.prompt_mask, target, keep)  # (N, D)
+        student = self.student_hidden(batch.prompts, batch.demonstrations)  # (N, D)
         loss, tokens = self.token_cross_entropy(student, target, keep, probability_weighted)
         self.log_step(loss, tokens, keep)
         return loss

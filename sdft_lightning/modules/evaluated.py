@@ -23,6 +23,7 @@ from sdft_lightning.types import (
     PromptBatch,
     Rollout,
     ScoringBatch,
+    Tokens,
     task_data,
 )
 
@@ -99,8 +100,7 @@ class EvaluatedModule(TimedModule):
             model = self.sampling_weights.model(model, self.trainer.global_step)
         return greedy_rollout(
             model,
-            prompt_ids,
-            prompt_mask,
+            Tokens(prompt_ids, prompt_mask),
             self.eval_max_new_tokens,
             self.stop_ids,
             self.tokenizer.pad_token_id,

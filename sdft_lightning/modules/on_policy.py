@@ -31,7 +31,14 @@ from sdft_lightning.rollout import (
 from sdft_lightning.rollout.engine import whole_weights_wanted
 from sdft_lightning.rollout.mismatch import MismatchCorrection, SamplerAlarm
 from sdft_lightning.rollout.student import SamplingDtype, SharedPrompts, give_back_memory
-from sdft_lightning.types import Demonstration, OutputHead, PromptBatch, Rollout, TokenStatistics
+from sdft_lightning.types import (
+    Demonstration,
+    OutputHead,
+    PromptBatch,
+    Rollout,
+    Tokens,
+    TokenStatistics,
+)
 
 log = logging.getLogger(__name__)
 
@@ -176,10 +183,8 @@ class OnPolicyModule(PolicyModule):
         """The completions of several micro-batches, sampled at once, for an optimizer step."""
         samples = self.sampling.completions_per_prompt
         row_ids = [row.id for batch in batches for row in batch.rows]
-        ids, mask = join_prompts([self.sampling_prompts(batch) for batch in batches])  # (ΣB, P)
         request = RolloutRequest(
-            ids,
-            mask,
+            join_prompts([self.sampling_prompts(batch) for batch in batches]),  # (ΣB, P)
             row_ids,
             self.sampling,
             self.seed,
@@ -219,9 +224,9 @@ class OnPolicyModule(PolicyModule):
         key = window_key(batch, self.trainer.global_step)
         return self._shared_prompts.take(key, self.student)
 
-    def sampling_prompts(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
-        """Ids and mask `(B, P)` of what the completions answer: the bare question."""
-        return batch.prompt_ids, batch.prompt_mask
+    def sampling_prompts(self, batch: PromptBatch) -> Tokens:
+        """What the completions answer `(B, P)`: the bare question."""
+        return batch.prompts
 
     def sampled(self, request: RolloutRequest) -> Rollout:
         """The student's completions, from the engine."""

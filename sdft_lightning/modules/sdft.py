@@ -33,7 +33,7 @@ from sdft_lightning.rollout import (
 from sdft_lightning.rollout.mismatch import MismatchCorrection, SamplerAlarm
 from sdft_lightning.rollout.student import SamplingDtype
 from sdft_lightning.teacher import EMATeacher, FrozenTeacher, Teacher
-from sdft_lightning.types import PromptBatch, Rollout, TaskData, TokenStatistics
+from sdft_lightning.types import PromptBatch, Rollout, TaskData, Tokens, TokenStatistics
 
 # Enough of a prompt's end to hold the assistant header.
 _HEADER_TOKENS = 8
@@ -237,7 +237,7 @@ class SDFTModule(OnPolicyModule):
         """Not where the teacher samples."""
         return super().samples_student and not self.generate_from_teacher
 
-    def sampling_prompts(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
+    def sampling_prompts(self, batch: PromptBatch) -> Tokens:
         """What is sampled from: the bare question, or what the teacher sees where it samples."""
         if self.generate_from_teacher:
             return self.teacher_prompts(batch)
@@ -251,9 +251,9 @@ class SDFTModule(OnPolicyModule):
             self.gather_teacher(), SamplingWeights("same"), request
         )
 
-    def teacher_prompts(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
-        """Ids and mask `(B, Q)` of what the teacher sees: question and demonstration."""
-        return batch.teacher_prompt_ids, batch.teacher_prompt_mask
+    def teacher_prompts(self, batch: PromptBatch) -> Tokens:
+        """What `(B, Q)` the teacher sees: question and demonstration."""
+        return batch.teacher_prompts
 
     def loss_mask(self, batch: PromptBatch, rollout: Rollout) -> Tensor:
         """`(R, T)` the completion tokens that count, see `masking.loss_mask`."""
@@ -274,10 +274,8 @@ class SDFTModule(OnPolicyModule):
         with self.timed("student"):
             return completion_hidden_states(
                 self.student,
-                batch.prompt_ids.repeat_interleave(samples, dim=0),
-                batch.prompt_mask.repeat_interleave(samples, dim=0),
-                rollout.completion_ids,
-                rollout.completion_mask,
+                batch.prompts.repeat(samples),
+                rollout.completions,
                 keep,
                 rounded=self.rounded_student,
                 read=self.take_prompts(batch),
@@ -286,15 +284,9 @@ class SDFTModule(OnPolicyModule):
     def teacher_hidden(self, batch: PromptBatch, rollout: Rollout, keep: Tensor) -> Tensor:
         """The teacher's hidden states `(N, D)` at the same tokens after its own prompt."""
         samples = self.sampling.completions_per_prompt
-        prompt_ids, prompt_mask = self.teacher_prompts(batch)  # (B, Q)
+        prompts = self.teacher_prompts(batch).repeat(samples)  # (R, Q)
         with self.timed("teacher"):
-            hidden: Tensor = self.teacher(
-                prompt_ids.repeat_interleave(samples, dim=0),
-                prompt_mask.repeat_interleave(samples, dim=0),
-                rollout.completion_ids,
-                rollout.completion_mask,
-                keep,
-            )
+            hidden: Tensor = self.teacher(prompts, rollout.completions, keep)
             return hidden
 
     def token_divergence(

@@ -102,7 +102,7 @@ class SFTKLModule(SupervisedModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         """Cross-entropy of the demonstration plus λ · KL at each of its tokens."""
         target, keep = batch.demonstration_ids, batch.demonstration_mask  # (B, T)
-        student = self.student_hidden(batch.prompt_ids, batch.prompt_mask, target, keep)  # (N, D)
+        student = self.student_hidden(batch.prompts, batch.demonstrations)  # (N, D)
         base = self.base_hidden(batch)  # (N, D), no gradient
         loss, tokens = self.penalised_cross_entropy(student, base, target, keep)
         self.log_step(loss, tokens, keep)
@@ -111,9 +111,10 @@ class SFTKLModule(SupervisedModule):
 
     def base_hidden(self, batch: PromptBatch) -> Tensor:
         """The initial model's hidden states `(N, D)` at the tokens of the demonstrations."""
-        target, keep = batch.demonstration_ids, batch.demonstration_mask  # (B, T)
         with self.timed("teacher"):
-            hidden: Tensor = self.base(batch.prompt_ids, batch.prompt_mask, target, keep, keep)
+            hidden: Tensor = self.base(
+                batch.prompts, batch.demonstrations, batch.demonstration_mask
+            )
             return hidden
 
     def penalised_cross_entropy(

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 from torch.nn.functional import pad
 
-from sdft_lightning.types import PromptBatch, Rollout
+from sdft_lightning.types import PromptBatch, Rollout, Tokens
 
 # (batches of a window, optimizer step) -> a rollout for each
 SampleWindow = Callable[[list[PromptBatch], int], list[Rollout]]
@@ -46,19 +45,19 @@ class SampledWindow:
         return self._ready.pop(key)
 
 
-def join_prompts(prompts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def join_prompts(prompts: Sequence[Tokens]) -> Tokens:
     """Put left-padded prompts below each other.
 
     Args:
-        prompts: Pairs of ids and mask `(B_i, P_i)`.
+        prompts: `(B_i, P_i)` each.
 
     Returns:
-        Ids and mask `(ΣB_i, max P_i)`, padded further on the left.
+        `(ΣB_i, max P_i)`, padded further on the left.
     """
     longest = max(ids.shape[1] for ids, _ in prompts)
     ids = [pad(ids, (longest - ids.shape[1], 0)) for ids, _ in prompts]
     masks = [pad(mask, (longest - mask.shape[1], 0)) for _, mask in prompts]
-    return torch.cat(ids), torch.cat(masks)
+    return Tokens(torch.cat(ids), torch.cat(masks))
 
 
 def split_rollout(rollout: Rollout, rows: Sequence[int]) -> list[Rollout]:

@@ -11,30 +11,29 @@ from sdft_lightning.forward.forward_paths import paths_of
 from sdft_lightning.forward.hidden import apply_head, output_head
 from sdft_lightning.forward.kv_cache import CachedSteps, without_cache
 from sdft_lightning.forward.layout import SplitPrompts, can_share, encode_prefix, split_if_worth
+from sdft_lightning.types import Tokens
 
 
-def split_prompts_of(model: Any, ids: Tensor, mask: Tensor) -> SplitPrompts:
+def split_prompts_of(model: Any, prompts: Tokens) -> SplitPrompts:
     """Prompts less what all of them begin with, where the model can share it.
 
     Args:
         model: A causal language model of transformers.
-        ids: `(B, P)`, padded on the left.
-        mask: `(B, P)`.
+        prompts: `(B, P)`, padded on the left.
     """
     if can_share(model):
-        return split_if_worth(ids, mask)
-    return SplitPrompts(ids[0, :0], ids, mask)
+        return split_if_worth(prompts)
+    return SplitPrompts.whole(prompts)
 
 
 def plain_steps(
-    model: Any, ids: Tensor, mask: Tensor, samples: int
+    model: Any, prompts: Tokens, samples: int
 ) -> CachedSteps | GroupedSteps | WholeRows:
     """Read prompts, each once for all of its completions where the model's cache allows it.
 
     Args:
         model: A causal language model of transformers, in eval mode.
-        ids: `(B, P)`, padded on the left.
-        mask: `(B, P)`.
+        prompts: `(B, P)`, padded on the left.
         samples: Completions of each prompt (n).
 
     Returns:
@@ -42,26 +41,26 @@ def plain_steps(
     """
     paths = paths_of(model)
     if samples > 1 and not paths.repeats_rows:
-        ids, mask = (each.repeat_interleave(samples, dim=0) for each in (ids, mask))  # (B · n, P)
-    steps = _read(model, ids, mask)
+        prompts = prompts.repeat(samples)  # (B · n, P)
+    steps = _read(model, prompts)
     if samples > 1 and paths.repeats_rows:
         steps.repeat(samples)
     return steps
 
 
-def _read(model: Any, ids: Tensor, mask: Tensor) -> CachedSteps | GroupedSteps | WholeRows:
+def _read(model: Any, prompts: Tokens) -> CachedSteps | GroupedSteps | WholeRows:
     decoding = paths_of(model).decoding
     if decoding == "uncached":
-        return WholeRows(model, ids, mask)
+        return WholeRows(model, prompts)
     if decoding == "grouped":
-        return GroupedSteps(model, ids, mask)
-    split = split_prompts_of(model, ids, mask)
-    shared, cache = split.prefix_ids.numel(), None
+        return GroupedSteps(model, prompts)
+    split = split_prompts_of(model, prompts)
+    shared, cache, mask = split.prefix_ids.numel(), None, prompts.mask
     if shared:
-        cache = encode_prefix(model, split.prefix_ids, ids.shape[0])
-        ones = split.rest_mask.new_ones(ids.shape[0], shared)  # (B, K)
-        mask = torch.cat([ones, split.rest_mask], dim=1)  # (B, K + R)
-    return CachedSteps(model, decoding, split.rest_ids, mask, cache)
+        cache = encode_prefix(model, split.prefix_ids, mask.shape[0])
+        ones = split.rest.mask.new_ones(mask.shape[0], shared)  # (B, K)
+        mask = torch.cat([ones, split.rest.mask], dim=1)  # (B, K + R)
+    return CachedSteps(model, decoding, split.rest.ids, mask, cache)
 
 
 class GroupedSteps:
@@ -70,7 +69,8 @@ class GroupedSteps:
     Arguments and attributes as of `CachedSteps`.
     """
 
-    def __init__(self, model: Any, ids: Tensor, mask: Tensor) -> None:
+    def __init__(self, model: Any, prompts: Tokens) -> None:
+        ids, mask = prompts
         lengths = mask.sum(dim=1)  # (B,)
         self.places: list[Tensor] = []  # of each group, the rows of the batch
         self.groups: list[CachedSteps] = []
@@ -120,7 +120,8 @@ class WholeRows:
     Arguments and attributes as of `CachedSteps`.
     """
 
-    def __init__(self, model: Any, ids: Tensor, mask: Tensor) -> None:
+    def __init__(self, model: Any, prompts: Tokens) -> None:
+        ids, mask = prompts
         self.model = model
         self.lengths = mask.sum(dim=1)  # (B,)
         self.ids = ids.new_zeros(ids.shape[0], int(self.lengths.max()))  # (B, L)

@@ -19,15 +19,14 @@ from sdft_lightning.forward.fused import ReadPrompts
 from sdft_lightning.rollout.generate import generate_rollout
 from sdft_lightning.rollout.sampling import Sampling, row_uniforms
 from sdft_lightning.rollout.student import SamplingWeights
-from sdft_lightning.types import Rollout
+from sdft_lightning.types import Rollout, Tokens
 
 
 class RolloutRequest(NamedTuple):
     """What is to be sampled.
 
     Attributes:
-        prompt_ids: `(B, P)`, padded on the left.
-        prompt_mask: `(B, P)` boolean.
+        prompts: `(B, P)`, padded on the left.
         row_ids: B ids; random numbers belong to them.
         sampling: Temperature, truncation, length, completions per prompt (n).
         seed: Seed of the run.
@@ -37,8 +36,7 @@ class RolloutRequest(NamedTuple):
         read: What the present weights have read of the prompts already, where they are fused.
     """
 
-    prompt_ids: Tensor
-    prompt_mask: Tensor
+    prompts: Tokens
     row_ids: list[str]
     sampling: Sampling
     seed: int
@@ -110,8 +108,7 @@ class TransformersEngine(Engine):
         )  # (R, T)
         return generate_rollout(
             weights.model(student, request.step),
-            request.prompt_ids,
-            request.prompt_mask,
+            request.prompts,
             sampling,
             uniforms,
             request.stop_ids,
@@ -211,7 +208,7 @@ def as_rollout(
     mask = torch.arange(length) < counts.unsqueeze(1)  # (R, T)
     # A stop token as the last that was allowed may be called cut off, and is whole.
     truncated = torch.tensor([row.token_ids[-1] not in request.stop_ids for row in rows])  # (R,)
-    device = request.prompt_ids.device
+    device = request.prompts.ids.device
     parts: list[Tensor] = [part.to(device) for part in (ids, mask, log_probs, truncated)]
     return Rollout(*parts)
 

@@ -14,7 +14,7 @@ from sdft_lightning.models.products import product_dtype
 from sdft_lightning.rollout.decode import plain_steps, split_prompts_of
 from sdft_lightning.rollout.decode_mode import decode_mode
 from sdft_lightning.rollout.sampling import Sampling, StopTexts, choose_tokens
-from sdft_lightning.types import Rollout
+from sdft_lightning.types import Rollout, Tokens
 
 # Finished rows are dropped from the batch when at least this fraction of it is finished.
 _COMPACT_AT = 0.25
@@ -22,8 +22,7 @@ _COMPACT_AT = 0.25
 
 def greedy_rollout(
     model: Any,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
+    prompts: Tokens,
     max_new_tokens: int,
     stop_ids: list[int],
     pad_id: int,
@@ -31,16 +30,13 @@ def greedy_rollout(
 ) -> Rollout:
     """The likeliest completion of each prompt, token by token; see `generate_rollout`."""
     sampling = Sampling(max_new_tokens=max_new_tokens)
-    return generate_rollout(
-        model, prompt_ids, prompt_mask, sampling, None, stop_ids, pad_id, stop_texts
-    )
+    return generate_rollout(model, prompts, sampling, None, stop_ids, pad_id, stop_texts)
 
 
 @torch.no_grad()
 def generate_rollout(
     model: Any,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
+    prompts: Tokens,
     sampling: Sampling,
     uniforms: Tensor | None,
     stop_ids: list[int],
@@ -55,8 +51,7 @@ def generate_rollout(
 
     Args:
         model: A causal language model of transformers.
-        prompt_ids: `(B, P)`, padded on the left.
-        prompt_mask: `(B, P)` boolean.
+        prompts: `(B, P)`, padded on the left.
         sampling: Temperature, truncation, length, completions per prompt (n).
         uniforms: `(B · n, max_new_tokens)` in [0, 1), see `sampling.row_uniforms`; None samples
             greedily.
@@ -74,9 +69,9 @@ def generate_rollout(
     """
     paths_of(model)  # found out before anything of the model is changed for decoding
     samples = sampling.completions_per_prompt
-    rows = prompt_ids.shape[0] * samples
+    rows = prompts.ids.shape[0] * samples
     shape = (rows, sampling.max_new_tokens)
-    device = prompt_ids.device
+    device = prompts.ids.device
     ids = torch.full(shape, pad_id, dtype=torch.long, device=device)  # (R, T)
     mask = torch.zeros(shape, dtype=torch.bool, device=device)  # (R, T)
     log_probs = torch.zeros(shape, dtype=torch.float32, device=device)  # (R, T)
@@ -84,7 +79,7 @@ def generate_rollout(
     alive = torch.arange(rows, device=device)  # rows that are still sampled
     length = 0
     with decode_mode(model, rows, sampling.max_new_tokens) as fused:
-        decoder = _Decoder(model, prompt_ids, prompt_mask, sampling, fused, read)
+        decoder = _Decoder(model, prompts, sampling, fused, read)
         logits = decoder.prefill()  # (R, V)
         for step in range(sampling.max_new_tokens):
             numbers = None if uniforms is None else uniforms[alive.cpu(), step]
@@ -98,7 +93,7 @@ def generate_rollout(
             if alive.numel() == 0 or length == sampling.max_new_tokens:
                 break
             logits = decoder.step(tokens, going)  # (A, V)
-        decoder.finish(ids[:, :length], mask[:, :length])
+        decoder.finish(Tokens(ids[:, :length], mask[:, :length]))
     _check_finite(log_probs)
     truncated = torch.zeros(rows, dtype=torch.bool, device=device)  # (R,)
     truncated[alive] = True
@@ -125,8 +120,7 @@ class _Decoder:
 
     Args:
         model: A causal language model of transformers.
-        prompt_ids: `(B, P)`.
-        prompt_mask: `(B, P)`.
+        prompts: `(B, P)`.
         sampling: Completions per prompt (n), and their length.
         fused: The model's parts, where its steps are fused.
         read: The prompts, where fused parts have read them.
@@ -135,21 +129,19 @@ class _Decoder:
     def __init__(
         self,
         model: Any,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
+        prompts: Tokens,
         sampling: Sampling,
         fused: Decoder | None,
         read: list[ReadPrompts] | None,
     ) -> None:
         self.model = model
-        self.prompt_ids = prompt_ids
+        self.prompts = Tokens(prompts.ids, prompts.mask.bool())
         self.sampling = sampling
         self.fused = fused
         self.read = read
         self.steps: Any = None
         self.drops_rows = fused is not None or paths_of(model).drops_rows
-        self.mask = prompt_mask.bool()  # (B, P)
-        rows = prompt_ids.shape[0] * sampling.completions_per_prompt
+        rows = prompts.ids.shape[0] * sampling.completions_per_prompt
         self.going = torch.ones(rows, dtype=torch.bool)  # (A,)
 
     def prefill(self) -> Tensor:
@@ -157,7 +149,7 @@ class _Decoder:
         samples = self.sampling.completions_per_prompt
         if self.fused is not None:
             return self._fused_prefill(self.fused, samples)
-        self.steps = plain_steps(self.model, self.prompt_ids, self.mask, samples)
+        self.steps = plain_steps(self.model, self.prompts, samples)
         logits: Tensor = self.steps.logits
         return logits
 
@@ -165,7 +157,7 @@ class _Decoder:
         head = self.model.get_output_embeddings()
         read, self.read = self.read, None  # so that nothing is held longer than it is needed
         if read is None:
-            split = split_prompts_of(self.model, self.prompt_ids, self.mask)
+            split = split_prompts_of(self.model, self.prompts)
             read = [read_prompts(fused, split, product_dtype(head.weight.dtype))]
         steps = DecodingSteps(fused, head, read, samples, self.sampling.max_new_tokens)
         self.steps = steps
@@ -194,7 +186,7 @@ class _Decoder:
         logits: Tensor = self.steps(inputs)  # (S, V)
         return logits if slots.numel() == size else logits[slots]  # (A, V)
 
-    def finish(self, completion_ids: Tensor, completion_mask: Tensor) -> None:
+    def finish(self, completions: Tokens) -> None:
         """Leave with the prompts what steps have found, where it is wanted."""
         if isinstance(self.steps, DecodingSteps):
-            self.steps.finish(completion_ids, completion_mask)
+            self.steps.finish(completions)

@@ -9,7 +9,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sdft_lightning.forward.fused import (
     Decoder,
@@ -23,6 +23,7 @@ from sdft_lightning.forward.layout import split_if_worth
 from sdft_lightning.models.products import product_dtype
 from sdft_lightning.models.sharding import empty_copy, fill_, is_sharded
 from sdft_lightning.rollout.decode_mode import can_pack
+from sdft_lightning.types import Tokens
 
 SamplingDtype = Literal["auto", "same", "bfloat16"]
 
@@ -141,8 +142,6 @@ def _device(module: nn.Module) -> torch.device:
 # What may be kept for later micro-batches of a window; the first one's is used at once.
 _MOST_BYTES = 3 * 2**28
 
-Prompts = tuple[Tensor, Tensor]  # ids and mask (B, P), padded on the left
-
 
 class _Pair(NamedTuple):
     """The student and what it is sampled with, as decoders; and the dtype that both keep."""
@@ -163,7 +162,7 @@ class SharedPrompts:
         self,
         student: Any,
         sampler: Any,
-        prompts: Sequence[tuple[Hashable, Prompts]],
+        prompts: Sequence[tuple[Hashable, Tokens]],
         samples: int,
         steps: int,
     ) -> list[ReadPrompts] | None:
@@ -190,10 +189,10 @@ class SharedPrompts:
         self._weights = _changes(student)
         found: list[ReadPrompts] = []
         room, each = _MOST_BYTES, 0.0  # bytes left, bytes of a token
-        for key, (ids, mask) in prompts:
-            needed = each * int(mask.sum())
+        for key, tokens in prompts:
+            needed = each * int(tokens.mask.sum())
             keep = not found or (room >= needed and len(self._kept) == len(found))
-            split = split_if_worth(ids, mask)
+            split = split_if_worth(tokens)
             part = read_prompts(pair.student, split, pair.dtype, pair.sampler, keep)
             if keep:
                 self._kept[key] = part

@@ -14,7 +14,7 @@ from sdft_lightning.forward.layout import split_prompts
 from sdft_lightning.rollout import Sampling, decode_mode, generate_rollout
 from sdft_lightning.rollout.sampling import row_uniforms
 from sdft_lightning.rollout.student import SamplingWeights
-from sdft_lightning.types import Rollout
+from sdft_lightning.types import Rollout, Tokens
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 Make = Callable[..., Any]
@@ -30,7 +30,10 @@ def steps_of(model: Any, given: Batch, samples: int = 1, in_pieces: bool = False
     assert decoder is not None
     dtype = model.lm_head.weight.dtype
     pieces = [slice(0, 2), slice(2, 5)] if in_pieces else [slice(0, 5)]
-    read = [read_prompts(decoder, split_prompts(ids[part], mask[part]), dtype) for part in pieces]
+    read = [
+        read_prompts(decoder, split_prompts(Tokens(ids[part], mask[part])), dtype)
+        for part in pieces
+    ]
     return DecodingSteps(decoder, model.lm_head, read, samples, 6)
 
 
@@ -106,12 +109,12 @@ def test_embeddings_and_norms_are_those_that_the_prompts_were_read_with(
     trained, rounded = decoder_of(model), decoder_of(copied)
     assert trained is not None
     assert rounded is not None
-    read = read_prompts(trained, split_prompts(ids, mask), torch.bfloat16, rounded)
+    read = read_prompts(trained, split_prompts(Tokens(ids, mask)), torch.bfloat16, rounded)
     steps = DecodingSteps(rounded, copied.lm_head, [read], 1, 6)
     found = steps(ids[:, -1])
     for norm in (copied.model.norm, copied.model.layers[0].input_layernorm):
         norm.weight.zero_()
-    again = read_prompts(trained, split_prompts(ids, mask), torch.bfloat16, rounded)
+    again = read_prompts(trained, split_prompts(Tokens(ids, mask)), torch.bfloat16, rounded)
     steps = DecodingSteps(rounded, copied.lm_head, [again], 1, 6)
     assert torch.equal(steps(ids[:, -1]), found)
 
@@ -120,7 +123,7 @@ def sampled(model: Any, given: Batch, samples: int, greedy: bool) -> Rollout:
     ids, mask, _, _ = given
     sampling = Sampling(max_new_tokens=12, completions_per_prompt=samples)
     numbers = None if greedy else row_uniforms(1, 0, list("abcde"), samples, 12)
-    return generate_rollout(model, ids, mask, sampling, numbers, list(range(10, 16)), 0)
+    return generate_rollout(model, Tokens(ids, mask), sampling, numbers, list(range(10, 16)), 0)
 
 
 @torch.no_grad()
@@ -181,7 +184,8 @@ def test_bfloat16_weights_sample_as_the_same_weights_in_float32(
     model = build("llama").bfloat16()
     ids = torch.randint(2, 64, (3, 9), generator=torch.Generator().manual_seed(5))
     numbers = row_uniforms(3, 0, list("abc"), 1, 12)
-    arguments = (ids, torch.ones_like(ids).bool(), Sampling(max_new_tokens=12), numbers, [1], 0)
+    prompts = Tokens(ids, torch.ones_like(ids).bool())
+    arguments = (prompts, Sampling(max_new_tokens=12), numbers, [1], 0)
     found = generate_rollout(model, *arguments)
     exact = generate_rollout(model.float(), *arguments)
     assert torch.equal(found.completion_ids, exact.completion_ids)

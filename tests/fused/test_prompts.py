@@ -19,6 +19,7 @@ from sdft_lightning.forward.fused.structure import Product
 from sdft_lightning.forward.hidden import completion_hidden_states
 from sdft_lightning.forward.layout import SplitPrompts, split_prompts
 from sdft_lightning.rollout.student import SamplingWeights
+from sdft_lightning.types import Tokens
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 Make = Callable[..., Any]
@@ -29,7 +30,9 @@ def read(model: Any, given: Batch, prefix: bool, keep: bool = True) -> ReadPromp
     ids, mask = given[:2]
     decoder = decoder_of(model)
     assert decoder is not None
-    split = split_prompts(ids, mask) if prefix else SplitPrompts(ids[0, :0], ids, mask)
+    split = (
+        split_prompts(Tokens(ids, mask)) if prefix else SplitPrompts(ids[0, :0], Tokens(ids, mask))
+    )
     return read_prompts(decoder, split, torch.float32, keep=keep)
 
 
@@ -72,9 +75,13 @@ def test_states_and_gradients_are_the_models(
     rows = repeated(given, samples)
     keep = rows[3].clone()
     keep[1, 0] = False
-    plain = completion_hidden_states(model, *rows, keep, pack=False, fuse=False)
+    plain = completion_hidden_states(
+        model, Tokens(*rows[:2]), Tokens(*rows[2:]), keep, pack=False, fuse=False
+    )
     expected = gradients(model, plain)
-    again = completion_hidden_states(model, *rows, keep, read=read(model, given, prefix))
+    again = completion_hidden_states(
+        model, Tokens(*rows[:2]), Tokens(*rows[2:]), keep, read=read(model, given, prefix)
+    )
     assert_same(gradients(model, again), expected, 1e-4)
 
 
@@ -96,7 +103,7 @@ def test_what_was_read_is_not_computed_again(
     heads, width, active = 64, 32, 96
     assert set(tokens) == {(heads, count), (width, count), (active, count), (active, 5), (width, 5)}
     tokens.clear()
-    completion_hidden_states(model, *given, given[3], read=prompts)
+    completion_hidden_states(model, Tokens(*given[:2]), Tokens(*given[2:]), given[3], read=prompts)
     fresh, wanted = int((given[3].sum(dim=1) - 1).sum()), int(given[3].sum())
     first, last = {(heads, fresh), (width, fresh), (active, fresh)}, {(active, wanted)}
     assert set(tokens) == first | last | {(width, wanted)}
@@ -124,8 +131,12 @@ def test_other_prompts_than_were_read_are_computed_anew(build: Make, batch: Make
     other[:, -1] += 1
     prompts = read(model, (ids, mask, completion_ids, completion_mask), prefix=True)
     given = (other, mask, completion_ids, completion_mask)
-    found = completion_hidden_states(model, *given, completion_mask, read=prompts)
-    plain = completion_hidden_states(model, *given, completion_mask, fuse=False)
+    found = completion_hidden_states(
+        model, Tokens(*given[:2]), Tokens(*given[2:]), completion_mask, read=prompts
+    )
+    plain = completion_hidden_states(
+        model, Tokens(*given[:2]), Tokens(*given[2:]), completion_mask, fuse=False
+    )
     torch.testing.assert_close(found, plain, atol=1e-4, rtol=1e-4)
     assert prompts.nbytes, "used up"
 
@@ -137,10 +148,11 @@ def test_in_bfloat16_they_are_those_of_a_pass_over_everything(
     copied = SamplingWeights("bfloat16").model(model, 0)
     decoder, rounded = decoder_of(model), decoder_of(copied) if either_processor else None
     assert decoder is not None
-    split, keep = split_prompts(*given[:2]), given[3]
+    split, keep = split_prompts(Tokens(*given[:2])), given[3]
     found = []
     for shares in (False, True):
-        arguments = (decoder, split, given[2], given[3], keep, torch.bfloat16, rounded)
+        completions = Tokens(*given[2:])
+        arguments = (decoder, split, completions, keep, torch.bfloat16, rounded)
         prompts = read_prompts(decoder, split, torch.bfloat16, rounded, keep=True)
         assert prompts.last.dtype == torch.float32
         with torch.autocast("cpu", torch.bfloat16):
@@ -155,8 +167,10 @@ def test_what_is_kept_in_another_dtype_is_not_used(
     model, given = build("llama"), batch()
     prompts = read(model, given, prefix=True)
     with torch.autocast("cpu", torch.bfloat16):
-        found = completion_hidden_states(model, *given, given[3], read=prompts)
-        plain = completion_hidden_states(model, *given, given[3])
+        found = completion_hidden_states(
+            model, Tokens(*given[:2]), Tokens(*given[2:]), given[3], read=prompts
+        )
+        plain = completion_hidden_states(model, Tokens(*given[:2]), Tokens(*given[2:]), given[3])
     assert torch.equal(found, plain)
     assert prompts.is_kept
 
@@ -164,7 +178,7 @@ def test_what_is_kept_in_another_dtype_is_not_used(
 def test_both_halves_are_kept_in_bfloat16(build: Make, batch: Make, either_processor: bool) -> None:
     decoder, given = decoder_of(build("llama")), batch()
     assert decoder is not None
-    prompts = read_prompts(decoder, split_prompts(*given[:2]), torch.bfloat16, keep=True)
+    prompts = read_prompts(decoder, split_prompts(Tokens(*given[:2])), torch.bfloat16, keep=True)
     attention, mlp = prompts.layer(0)
     assert mlp is not None
     kept = [attention.out, *attention.products, *mlp.products]

@@ -17,7 +17,7 @@ from sdft_lightning.forward.layout import split_if_worth
 from sdft_lightning.rollout import Sampling, SamplingWeights, generate_rollout
 from sdft_lightning.rollout.sampling import row_uniforms
 from sdft_lightning.rollout.student import SharedPrompts
-from sdft_lightning.types import Rollout
+from sdft_lightning.types import Rollout, Tokens
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 Make = Callable[..., Any]
@@ -37,13 +37,13 @@ def sampled(
     assert decoder is not None
     parts = zip(ids.split(pieces), mask.split(pieces), strict=True)
     read = [
-        read_prompts(decoder, split_if_worth(*part), torch.float32, keep=place < keep)
+        read_prompts(decoder, split_if_worth(Tokens(*part)), torch.float32, keep=place < keep)
         for place, part in enumerate(parts)
     ]
     sampling = Sampling(max_new_tokens=NEW_TOKENS, completions_per_prompt=samples)
     numbers = row_uniforms(3, 0, list("abcde"), samples, NEW_TOKENS)
     stops = list(range(10, 16))
-    rollout = generate_rollout(model, ids, mask, sampling, numbers, stops, 0, read=read)
+    rollout = generate_rollout(model, Tokens(ids, mask), sampling, numbers, stops, 0, read=read)
     lengths = rollout.completion_mask.sum(dim=1)
     assert len(lengths.unique()) > 2, "of one length they would show little"
     return rollout, read
@@ -56,7 +56,7 @@ def states_and_gradients(
     ids, mask = rollout.completion_ids[rows], rollout.completion_mask[rows]
     width = int(mask.sum(dim=1).max())
     ids, mask = ids[:, :width], mask[:, :width]
-    states = completion_hidden_states(model, *prompts, ids, mask, mask, **options)
+    states = completion_hidden_states(model, Tokens(*prompts), Tokens(ids, mask), mask, **options)
     draw = torch.Generator().manual_seed(2)
     model.zero_grad()
     (states * torch.randn(states.shape, generator=draw)).sum().backward()
@@ -164,8 +164,8 @@ def test_in_bfloat16_gradients_are_as_near_to_float32_as_those_of_a_pass_of_its_
     sampling = Sampling(max_new_tokens=NEW_TOKENS)
     numbers = row_uniforms(3, 0, list("abcde"), 1, NEW_TOKENS)
     with torch.autocast("cpu", torch.bfloat16):
-        read = SharedPrompts().read(model, copied, [("a", (ids, mask))], 1, NEW_TOKENS)
-        rollout = generate_rollout(copied, ids, mask, sampling, numbers, [10], 0, read=read)
+        read = SharedPrompts().read(model, copied, [("a", Tokens(ids, mask))], 1, NEW_TOKENS)
+        rollout = generate_rollout(copied, Tokens(ids, mask), sampling, numbers, [10], 0, read=read)
     assert read is not None
     assert read[0].completions is not None, "nothing was recorded"
     halves = read[0]._layers[1]

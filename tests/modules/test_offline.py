@@ -17,7 +17,7 @@ from sdft_lightning.modules import OfflineDistillationModule, SDFTModule
 from sdft_lightning.modules.offline import COMPLETIONS_KEY
 from sdft_lightning.rollout import Sampling, student
 from sdft_lightning.teacher import FrozenTeacher
-from sdft_lightning.types import PromptBatch, Rollout
+from sdft_lightning.types import PromptBatch, Rollout, Tokens
 
 FitModule = Callable[..., Any]
 
@@ -63,9 +63,9 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     generate = module_of_engine.generate_rollout
 
-    def counted(model: Any, prompt_ids: Tensor, *args: Any, **more: Any) -> Rollout:
-        sizes.append(prompt_ids.shape[0])
-        return generate(model, prompt_ids, *args, **more)
+    def counted(model: Any, prompts: Tokens, *args: Any, **more: Any) -> Rollout:
+        sizes.append(len(prompts.ids))
+        return generate(model, prompts, *args, **more)
 
     monkeypatch.setattr(module_of_engine, "generate_rollout", counted)
     return sizes

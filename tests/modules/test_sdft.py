@@ -18,7 +18,7 @@ from sdft_lightning.modules import OfflineDistillationModule, ReinvokeModule, SD
 from sdft_lightning.modules.on_policy import distinct_bigrams
 from sdft_lightning.rollout import Sampling
 from sdft_lightning.rollout.sampling import row_uniforms
-from sdft_lightning.types import PromptBatch, Rollout
+from sdft_lightning.types import PromptBatch, Rollout, Tokens
 
 FitModule = Callable[..., Any]
 
@@ -166,9 +166,9 @@ def test_accumulation_window_is_sampled_at_once_and_completes_as_one_by_one(
     sizes: list[int] = []
     generate = module_of_engine.generate_rollout
 
-    def counted(model: Any, prompt_ids: Tensor, *args: Any, **more: Any) -> Rollout:
-        sizes.append(prompt_ids.shape[0])
-        return generate(model, prompt_ids, *args, **more)
+    def counted(model: Any, prompts: Tokens, *args: Any, **more: Any) -> Rollout:
+        sizes.append(len(prompts.ids))
+        return generate(model, prompts, *args, **more)
 
     monkeypatch.setattr(module_of_engine, "generate_rollout", counted)
     together, apart = Recorder(), Recorder()

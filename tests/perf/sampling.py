@@ -28,6 +28,7 @@ from sdft_lightning.forward.policy import load_policy
 from sdft_lightning.rollout import Sampling, generate_rollout
 from sdft_lightning.rollout.sampling import choose_tokens, row_uniforms
 from sdft_lightning.rollout.student import SamplingWeights
+from sdft_lightning.types import Tokens
 
 REPEATS = 2
 
@@ -88,7 +89,9 @@ def with_ours(model: Any, ids: Tensor, mask: Tensor, lengths: list[int], stops: 
 
     generate_module.choose_tokens = choose
     sampling = Sampling(max_new_tokens=max(lengths))
-    return generate_rollout(model, ids, mask, sampling, uniforms, stops, stops[0]).completion_ids
+    return generate_rollout(
+        model, Tokens(ids, mask), sampling, uniforms, stops, stops[0]
+    ).completion_ids
 
 
 def main(kind: str, workload: Workload, tail: bool) -> None:

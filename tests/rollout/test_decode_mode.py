@@ -10,13 +10,16 @@ import torch
 from sdft_lightning.rollout import Sampling, SamplingWeights, generate_rollout
 from sdft_lightning.rollout.decode_mode import decode_mode
 from sdft_lightning.rollout.sampling import row_uniforms
+from sdft_lightning.types import Tokens
 
 
 def rollout(model: Any) -> Any:
     ids = torch.randint(3, 60, (3, 6), generator=torch.Generator().manual_seed(1))
     sampling = Sampling(max_new_tokens=5)
     uniforms = row_uniforms(0, 0, ["a", "b", "c"], 1, 5)
-    return generate_rollout(model, ids, torch.ones_like(ids).bool(), sampling, uniforms, [2], 0)
+    return generate_rollout(
+        model, Tokens(ids, torch.ones_like(ids).bool()), sampling, uniforms, [2], 0
+    )
 
 
 def test_head_gets_its_inputs_in_one_piece_and_keeps_no_hook(model: Any) -> None:

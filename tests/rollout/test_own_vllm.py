@@ -20,6 +20,7 @@ from sdft_lightning.rollout import RolloutRequest, Sampling, SamplingWeights, VL
 from sdft_lightning.rollout.engine import Sampled, as_rollout
 from sdft_lightning.rollout.sampling import row_seeds
 from sdft_lightning.rollout.vllm.weights import WeightsFolder
+from sdft_lightning.types import Tokens
 
 
 class FakeLLM:
@@ -80,7 +81,7 @@ def request(step: int = 0, samples: int = 2) -> RolloutRequest:
     sampling = Sampling(5, 0.7, top_p=0.9, completions_per_prompt=samples)
     ids = torch.tensor([[0, 0, 5], [3, 4, 5]])  # (2, P), the first padded
     mask = torch.tensor([[False, False, True], [True, True, True]])  # (2, P)
-    return RolloutRequest(ids, mask, ["a", "b"], sampling, 1, step, [2, 9], 0)
+    return RolloutRequest(Tokens(ids, mask), ["a", "b"], sampling, 1, step, [2, 9], 0)
 
 
 def generate(engine: VLLMEngine, model: Any, step: int = 0) -> Any:

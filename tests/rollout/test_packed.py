@@ -15,6 +15,7 @@ from sdft_lightning.rollout import decode_mode as decode_file
 from sdft_lightning.rollout.decode_mode import packed_linears
 from sdft_lightning.rollout.sampling import row_uniforms
 from sdft_lightning.rollout.student import SamplingWeights
+from sdft_lightning.types import Tokens
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN"
@@ -111,10 +112,10 @@ def test_a_rollout_of_the_bfloat16_copy_samples_the_same_tokens_as_without(
     sampling = Sampling(max_new_tokens=12)
     uniforms = row_uniforms(0, 0, ["a", "b", "c", "d"], 1, 12)
     packings = count_packings(monkeypatch)
-    packed = generate_rollout(copied, ids, mask, sampling, uniforms, [2], 0)
+    packed = generate_rollout(copied, Tokens(ids, mask), sampling, uniforms, [2], 0)
     assert packings == [True]
     monkeypatch.setattr(decode_file, "packed_linears", lambda *_: nullcontext())
-    plain = generate_rollout(copied, ids, mask, sampling, uniforms, [2], 0)
+    plain = generate_rollout(copied, Tokens(ids, mask), sampling, uniforms, [2], 0)
     assert packed.completion_ids.tolist() == plain.completion_ids.tolist()
     torch.testing.assert_close(packed.sampled_log_probs, plain.sampled_log_probs)
 
@@ -168,10 +169,10 @@ def test_a_rollout_samples_the_same_tokens_as_without(
     sampling = Sampling(max_new_tokens=12)
     uniforms = row_uniforms(0, 0, ["a", "b", "c", "d"], 1, 12)
     packings = count_packings(monkeypatch)
-    packed = generate_rollout(model, ids, mask, sampling, uniforms, [2], 0)
+    packed = generate_rollout(model, Tokens(ids, mask), sampling, uniforms, [2], 0)
     assert packings == [True]
     monkeypatch.setattr(decode_file, "packed_linears", lambda *_: nullcontext())
-    plain = generate_rollout(model, ids, mask, sampling, uniforms, [2], 0)
+    plain = generate_rollout(model, Tokens(ids, mask), sampling, uniforms, [2], 0)
     assert packed.completion_ids.tolist() == plain.completion_ids.tolist()
     torch.testing.assert_close(packed.sampled_log_probs, plain.sampled_log_probs)
 

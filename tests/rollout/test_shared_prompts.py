@@ -12,6 +12,7 @@ from torch import Tensor
 from sdft_lightning.rollout import Sampling, generate_rollout, student
 from sdft_lightning.rollout.sampling import row_uniforms
 from sdft_lightning.rollout.student import SamplingWeights, SharedPrompts
+from sdft_lightning.types import Tokens
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN"
@@ -27,7 +28,7 @@ def prompts() -> list[tuple[str, tuple[Tensor, Tensor]]]:
         ids = torch.randint(2, 60, (2, width), generator=draw)
         mask = torch.ones_like(ids, dtype=torch.bool)
         mask[1, :3] = False
-        found.append((key, (ids, mask)))
+        found.append((key, Tokens(ids, mask)))
     return found
 
 
@@ -50,7 +51,7 @@ def test_completions_are_the_same_as_from_prompts_that_are_read_anew(
     assert read is not None
     assert [len(part.rows.owner) for part in read] == [2, 2, 2]
     found = [
-        generate_rollout(model, *joined(prompts), sampling, numbers, [7], 0, read=each)
+        generate_rollout(model, Tokens(*joined(prompts)), sampling, numbers, [7], 0, read=each)
         for each in (None, read)
     ]
     assert torch.equal(found[0].completion_ids, found[1].completion_ids)

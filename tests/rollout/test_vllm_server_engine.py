@@ -18,7 +18,7 @@ from sdft_lightning.errors import UserError
 from sdft_lightning.rollout import RolloutRequest, Sampling, SamplingWeights, VLLMServerEngine
 from sdft_lightning.rollout.sampling import row_seeds
 from sdft_lightning.rollout.vllm.client import VLLMClient
-from sdft_lightning.types import Rollout
+from sdft_lightning.types import Rollout, Tokens
 
 NAME = "model.layers.0.mlp.down_proj.weight"
 
@@ -136,7 +136,7 @@ def generate(engine: VLLMServerEngine, model: Any, step: int = 0) -> Rollout:
     sampling = Sampling(5, 0.7, min_p=0.1, completions_per_prompt=2)
     ids = torch.tensor([[0, 0, 5], [3, 4, 5]])  # (2, P), the first padded
     mask = torch.tensor([[False, False, True], [True, True, True]])  # (2, P)
-    request = RolloutRequest(ids, mask, ["a", "b"], sampling, 1, step, [2, 9], 0)
+    request = RolloutRequest(Tokens(ids, mask), ["a", "b"], sampling, 1, step, [2, 9], 0)
     return engine.generate(model, SamplingWeights("same"), request)
 
 

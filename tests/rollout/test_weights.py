@@ -10,6 +10,7 @@ from torch import nn
 
 from sdft_lightning.rollout import Sampling, SamplingWeights, generate_rollout
 from sdft_lightning.rollout import student as student_file
+from sdft_lightning.types import Tokens
 
 
 @torch.no_grad()
@@ -114,6 +115,8 @@ def test_completions_are_sampled_from_the_copy(model: Any) -> None:
     ids = torch.tensor([[5, 6, 7]])
     mask = torch.ones_like(ids).bool()
     numbers = torch.rand(1, 4, dtype=torch.float64)
-    rollout = generate_rollout(copied, ids, mask, Sampling(max_new_tokens=4), numbers, [2], 2)
+    rollout = generate_rollout(
+        copied, Tokens(ids, mask), Sampling(max_new_tokens=4), numbers, [2], 2
+    )
     assert rollout.completion_ids.shape[1] <= 4
     assert rollout.sampled_log_probs.dtype == torch.float32

@@ -23,6 +23,7 @@ from sdft_lightning.models.embedded import embedded_model_path
 from sdft_lightning.rollout import RolloutRequest, Sampling, SamplingWeights, VLLMServerEngine
 from sdft_lightning.rollout.vllm.client import VLLMClient
 from sdft_lightning.rollout.vllm.weights import write_weights
+from sdft_lightning.types import Tokens
 
 # Trainer and server both compute in float32 here; what is left is the order of sums.
 NOISE = 1e-3
@@ -162,7 +163,7 @@ def test_cpu_server_that_would_keep_the_old_head_is_refused(server: Server, stud
 def request(prompt: list[int]) -> RolloutRequest:
     ids = torch.tensor([prompt])  # (1, P)
     mask = torch.ones_like(ids, dtype=torch.bool)  # (1, P)
-    return RolloutRequest(ids, mask, ["a"], Sampling(6), 1, 0, [2], 2)
+    return RolloutRequest(Tokens(ids, mask), ["a"], Sampling(6), 1, 0, [2], 2)
 
 
 def test_restarted_server_gets_the_weights_again_and_a_dead_one_is_named(

@@ -19,6 +19,7 @@ from sdft_lightning.forward.fused.common import normed, rms
 from sdft_lightning.forward.fused.kept import ReadPrompts, Recording, hand_over, kept_rows
 from sdft_lightning.forward.fused.structure import Decoder, LaidOut, LaidOutLayer, Layer
 from sdft_lightning.models.products import product_dtype
+from sdft_lightning.types import Tokens
 
 # Tokens that room is made for at once: most completions end long before the longest allowed.
 _MORE = 64
@@ -140,17 +141,16 @@ class DecodingSteps:
         self.positions = self.positions + 1
         return self.head(self._normed(hidden, decoder.norm)[1])
 
-    def finish(self, completion_ids: Tensor, completion_mask: Tensor) -> None:
+    def finish(self, completions: Tokens) -> None:
         """Hand what was recorded over to the prompts, for a pass over both; no step can follow.
 
         Args:
-            completion_ids: `(B · n, T)` what was sampled, padded on the right.
-            completion_mask: `(B · n, T)`.
+            completions: `(B · n, T)` what was sampled, padded on the right.
         """
         # What is handed over needs the room.
         self.layers, self.keys, self.values = [], [], []
         del self.head, self.wide, self.unseen, self.logits
-        hand_over(self.recording, self.prompts, self.samples, completion_ids, completion_mask)
+        hand_over(self.recording, self.prompts, self.samples, completions)
 
     def _normed(self, hidden: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
         """The scale of a norm `(S, 1)`, and what comes out in the dtype of the products."""

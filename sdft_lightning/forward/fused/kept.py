@@ -12,9 +12,10 @@ from torch.nn.functional import embedding
 
 from sdft_lightning.forward.fused.blocks import attend_rows, mlp_rows
 from sdft_lightning.forward.fused.common import Results, pass_over
-from sdft_lightning.forward.fused.rows import PromptRows, prompt_rows, token_lists, with_completions
+from sdft_lightning.forward.fused.rows import PromptRows, prompt_rows, with_completions
 from sdft_lightning.forward.fused.structure import Decoder
 from sdft_lightning.forward.layout import SplitPrompts
+from sdft_lightning.types import Tokens
 
 # Of a layer: its attention, and its MLP where that is computed at all tokens.
 LayerResults = tuple[Results, Results | None]
@@ -69,33 +70,26 @@ class ReadPrompts:
         """Keep results of a layer, in place of those that were taken."""
         self._layers[place] = results
 
-    def fits(
-        self,
-        split: SplitPrompts,
-        completion_ids: Tensor,
-        completion_mask: Tensor,
-        dtype: torch.dtype,
-    ) -> bool:
+    def fits(self, split: SplitPrompts, completions: Tokens, dtype: torch.dtype) -> bool:
         """Whether something is kept, in this dtype, and it is of these prompts and completions.
 
         Args:
             split: Of each completion the prompt.
-            completion_ids: `(R, T)`.
-            completion_mask: `(R, T)`.
+            completions: `(R, T)`.
             dtype: That products are kept in.
         """
         if not self.is_kept or self.kept != dtype:
             return False
-        samples = completion_ids.shape[0] // len(self.rows.owner)
-        if samples * len(self.rows.owner) != completion_ids.shape[0]:
+        samples = completions.ids.shape[0] // len(self.rows.owner)
+        if samples * len(self.rows.owner) != completions.ids.shape[0]:
             return False
         prefix = split.prefix_ids.tolist()
-        given = [prefix + ids for ids in token_lists(split.rest_ids, split.rest_mask)]
+        given = [prefix + ids for ids in split.rest.lists()]
         if given != [ids for ids in self.rows.token_lists() for _ in range(samples)]:
             return False
         if self.completions is None:
             return True
-        return self.completions == token_lists(completion_ids, completion_mask)
+        return self.completions == completions.lists()
 
     def forget_keys(self) -> None:
         """Drop keys and values, which only a rollout needs."""
@@ -230,8 +224,7 @@ def hand_over(
     recording: Recording,
     prompts: list[ReadPrompts],
     samples: int,
-    completion_ids: Tensor,
-    completion_mask: Tensor,
+    completions: Tokens,
 ) -> None:
     """Give each part of the prompts what was recorded of its completions.
 
@@ -239,10 +232,9 @@ def hand_over(
         recording: Is empty afterwards.
         prompts: In the order of the rows.
         samples: Completions of each prompt (n).
-        completion_ids: `(B · n, T)`, padded on the right.
-        completion_mask: `(B · n, T)`.
+        completions: `(B · n, T)`, padded on the right.
     """
-    length = completion_mask.shape[1]
+    length = completions.ids.shape[1]
     if length < 2:
         return
     places = recording.places(recording.recorded, length - 1)  # (rows, T - 1)
@@ -252,13 +244,13 @@ def hand_over(
         end = start + samples * len(part.rows.owner)
         if end > recording.recorded:
             break
-        ids, mask = completion_ids[start:end], completion_mask[start:end]
-        rows = with_completions(part.rows, ids, mask, part.decoder.heads)
-        inputs = mask[:, 1:]  # (R, T - 1) tokens that another one follows
+        own = completions.rows(slice(start, end))
+        rows = with_completions(part.rows, own, part.decoder.heads)
+        inputs = own.mask[:, 1:]  # (R, T - 1) tokens that another one follows
         index = torch.empty(rows.ids.numel() - rows.prompts, dtype=torch.long)
         index[rows.predicting[:, 1:][inputs] - rows.prompts] = places[start:end][inputs]
         if index.numel():
-            part.completions = token_lists(ids, mask)
+            part.completions = own.lists()
             taken.append((part, index))
         start = end
     for layer in range(len(prompts[0].decoder.layers)):

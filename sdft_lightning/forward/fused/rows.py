@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.forward.layout import SplitPrompts
+from sdft_lightning.types import Tokens
 
 # Scores that exist at once, over all heads: 4 MB in float32, which a processor's cache holds.
 _MOST_SCORES = 2**20
@@ -196,11 +197,6 @@ class FlatRows(NamedTuple):
     predicting: Tensor
 
 
-def token_lists(ids: Tensor, mask: Tensor) -> list[list[int]]:
-    """The tokens of rows `(B, L)` without their padding."""
-    return [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
-
-
 def prompt_rows(split: SplitPrompts, heads: int) -> PromptRows:
     """Lay out prompts.
 
@@ -210,7 +206,7 @@ def prompt_rows(split: SplitPrompts, heads: int) -> PromptRows:
     """
     shared = split.prefix_ids.numel()
     known: dict[tuple[int, ...], int] = {}
-    keys = [tuple(row) for row in token_lists(split.rest_ids, split.rest_mask)]
+    keys = [tuple(row) for row in split.rest.lists()]
     for key in sorted(keys, key=len):
         known.setdefault(key, len(known))
     tokens: list[range] = []
@@ -228,21 +224,18 @@ def prompt_rows(split: SplitPrompts, heads: int) -> PromptRows:
     return PromptRows(torch.cat(pieces), torch.cat(positions), groups, shared, tokens, owner)
 
 
-def with_completions(
-    prompts: PromptRows, completion_ids: Tensor, completion_mask: Tensor, heads: int
-) -> FlatRows:
+def with_completions(prompts: PromptRows, completions: Tokens, heads: int) -> FlatRows:
     """Lay out completions behind their prompts; the last token of each is left out.
 
     Args:
         prompts: B prompts.
-        completion_ids: `(B · n, T)`, padded on the right: n of each prompt.
-        completion_mask: `(B · n, T)`.
+        completions: `(B · n, T)`, padded on the right: n of each prompt.
         heads: Query heads of the model.
     """
-    count, width = completion_ids.shape
+    count, width = completions.ids.shape
     samples = count // len(prompts.owner)
     owner = [prompt for prompt in prompts.owner for _ in range(samples)]
-    lengths = (completion_mask.sum(dim=1) - 1).clamp(min=0).tolist()  # nothing follows the last
+    lengths = (completions.mask.sum(dim=1) - 1).clamp(min=0).tolist()  # nothing follows the last
     tokens = [prompts.tokens[prompt] for prompt in owner]
     order = sorted(range(count), key=lambda row: (lengths[row], len(tokens[row])))
     first = at = prompts.ids.numel()
@@ -250,7 +243,7 @@ def with_completions(
     predicting = torch.zeros(count, width, dtype=torch.long)  # (B · n, T)
     for row in order:
         length, prompt = lengths[row], tokens[row]
-        pieces.append(completion_ids[row, :length])
+        pieces.append(completions.ids[row, :length])
         positions.append(torch.arange(length) + prompts.shared + len(prompt))
         predicting[row, 0] = prompt.stop - 1
         predicting[row, 1 : length + 1] = torch.arange(at, at + length)

@@ -13,13 +13,13 @@ from sdft_lightning.forward.fused.rows import FlatRows, prompt_rows, with_comple
 from sdft_lightning.forward.fused.structure import Decoder
 from sdft_lightning.forward.layout import SplitPrompts
 from sdft_lightning.models.products import product_dtype
+from sdft_lightning.types import Tokens
 
 
 def completion_states(
     decoder: Decoder,
     split: SplitPrompts,
-    completion_ids: Tensor,
-    completion_mask: Tensor,
+    completions: Tokens,
     keep: Tensor,
     dtype: torch.dtype,
     rounded: Decoder | None = None,
@@ -30,8 +30,7 @@ def completion_states(
     Args:
         decoder: Of the model, see `decoder_of`.
         split: The prompts, less what all begin with.
-        completion_ids: `(B, T)`, padded on the right.
-        completion_mask: `(B, T)`.
+        completions: `(B, T)`, padded on the right.
         keep: `(B, T)` tokens of which the state is wanted.
         dtype: Of the matrix products, see `products`.
         rounded: The same model in that dtype, where there is one; weights are cast without it.
@@ -42,10 +41,10 @@ def completion_states(
     Returns:
         `(N, D)` in float32, row by row.
     """
-    if read is not None and not read.fits(split, completion_ids, completion_mask, dtype):
+    if read is not None and not read.fits(split, completions, dtype):
         read = None  # somebody has changed what was sampled, or what it answers
     prompts = prompt_rows(split, decoder.heads) if read is None else read.rows
-    rows = with_completions(prompts, completion_ids, completion_mask, decoder.heads)
+    rows = with_completions(prompts, completions, decoder.heads)
     wanted = rows.predicting[keep]  # (N,)
     # A copy in bfloat16 spares nothing where products are float32.
     own = decoder if rounded is None or product_dtype(dtype) != dtype else rounded

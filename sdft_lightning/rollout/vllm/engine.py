@@ -196,7 +196,7 @@ def repeated_prompts(request: RolloutRequest) -> list[list[int]]:
     """The prompt of each of the R completions, without padding."""
     return [
         ids[mask.bool()].tolist()
-        for ids, mask in zip(request.prompt_ids, request.prompt_mask, strict=True)
+        for ids, mask in zip(*request.prompts, strict=True)
         for _ in range(request.sampling.completions_per_prompt)
     ]
 

@@ -7,7 +7,7 @@ scores, so it is used only where these are few.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -179,7 +179,7 @@ def completion_hidden_states(
     pack: bool = True,
     fuse: bool = True,
     rounded: Any = None,
-    read: ReadPrompts | None = None,
+    read: Sequence[ReadPrompts] = (),
 ) -> Tensor:
     """Hidden states that predict the kept completion tokens.
 
@@ -189,25 +189,27 @@ def completion_hidden_states(
     Args:
         model: A causal language model of transformers.
         prompts: `(B, P)`, padded on the left.
-        completions: `(B, T)`, padded on the right.
-        keep: `(B, T)` tokens of which the state is wanted.
+        completions: `(B · n, T)`, padded on the right: n of each prompt.
+        keep: `(B · n, T)` tokens of which the state is wanted.
         share_prefix: Compute what all prompts begin with only once, see `layout`.
         pack: Lay short rows side by side instead of padding them, see `layout`.
         fuse: Compute known decoders in fewer operations where that is faster, see `fused`.
         rounded: The same model in bfloat16, where there is a copy: it spares fused decoders to cast
             their weights under bfloat16 autocast where that is multiplied, and is not used
             otherwise. Gradients are the model's.
-        read: What the same weights have left of the prompts when they were sampled from, used up
-            here; fused decoders need not compute it again.
+        read: What the same weights have computed while sampling; fused decoders use up the first
+            that is of these tokens, and need not compute it again.
 
     Returns:
         `(N, D)` with N = keep.sum(), row by row.
     """
+    dtype = training_dtype(model)
+    decoder = decoder_of(model) if fuse and dtype is not None else None
+    if decoder is None:  # a fused one computes each prompt once however many completions it has
+        prompts = prompts.repeat(completions.ids.shape[0] // prompts.ids.shape[0])
     split = SplitPrompts.whole(prompts)
     if share_prefix and can_share(model):
         split = split_if_worth(prompts)
-    dtype = training_dtype(model)
-    decoder = decoder_of(model) if fuse and dtype is not None else None
     if decoder is not None and dtype is not None:
         copied = decoder_of(rounded) if rounded is not None and rounded.dtype == dtype else None
         return completion_states(decoder, split, completions, keep, dtype, copied, read)

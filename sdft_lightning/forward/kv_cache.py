@@ -7,6 +7,7 @@ the old name in 5.40; older versions, and models that others wrote, know only th
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Literal
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.losses.masking import position_ids
+from sdft_lightning.types import Tokens
 
 NEW, OLD = "cache", "past_key_values"
 
@@ -46,7 +48,34 @@ def cache_of(output: Any) -> Any:
 Appending = Literal["masked", "unmasked", "grouped"]
 
 
-class CachedSteps:
+class Decoding(ABC):
+    """Rows that grow by one token at each step. Whoever is made has read the prompts.
+
+    Attributes:
+        logits: `(R, V)` of what follows the prompts.
+        drops_rows: Whether `keep` is possible.
+    """
+
+    logits: Tensor
+    drops_rows: bool = True
+
+    @abstractmethod
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append `(R,)` tokens; logits `(R, V)`."""
+
+    @abstractmethod
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these, which are named in ascending order."""
+
+    def finish(self, completions: Tokens) -> None:  # noqa: B027 - most have nothing to do
+        """End; no step can follow.
+
+        Args:
+            completions: `(R, T)` all that was appended, padded on the right, of all rows.
+        """
+
+
+class CachedSteps(Decoding):
     """Reads prompts into a cache and appends one token a row at each call.
 
     Args:
@@ -77,7 +106,7 @@ class CachedSteps:
         self.cache = cache_of(output)
         self.logits: Tensor = output.logits[:, -1]
 
-    def __call__(self, tokens: Tensor) -> Tensor:
+    def step(self, tokens: Tensor) -> Tensor:
         """Append `(B,)` tokens; logits `(B, V)`."""
         column = torch.ones_like(self.mask[:, :1])  # (B, 1)
         self.mask = torch.cat([self.mask, column], dim=1)  # (B, L + 1)
@@ -101,7 +130,7 @@ class CachedSteps:
         self.mask = self.mask.repeat_interleave(times, dim=0)  # (B · times, L)
         self.logits = self.logits.repeat_interleave(times, dim=0)  # (B · times, V)
 
-    def select(self, rows: Tensor) -> None:
+    def keep(self, rows: Tensor) -> None:
         """Keep some rows, in the order in which they are named."""
         self.cache.batch_select_indices(rows)
         self.mask = self.mask[rows]  # (A, L)

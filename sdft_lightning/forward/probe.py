@@ -171,10 +171,10 @@ class Probe:
         found = [[values] for values in steps.logits]
         for step in range(_STEPS):
             if drop and step == _STEPS // 2 and len(owner) > 1:
-                steps.select(torch.arange(1, len(owner), device=ids.device))
+                steps.keep(torch.arange(1, len(owner), device=ids.device))
                 owner, found = owner[1:], found[1:]
             tokens = torch.stack([rows[row][step - _STEPS] for row in owner])  # (A,)
-            for values, predicted in zip(found, steps(tokens), strict=True):
+            for values, predicted in zip(found, steps.step(tokens), strict=True):
                 values.append(predicted)
         return [
             (torch.stack(values), plain[row][-_STEPS - 1 :])

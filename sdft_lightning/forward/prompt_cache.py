@@ -67,6 +67,7 @@ class PromptCache:
         completions: Tokens,
         keep: Tensor,
     ) -> Tensor:
+        prompts = prompts.repeat(completions.ids.shape[0] // prompts.ids.shape[0])
         keys = [tuple(ids) for ids in prompts.lists()]
         missing = [row for row, key in enumerate(keys) if key not in self._prompts]
         if missing:

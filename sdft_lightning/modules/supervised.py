@@ -6,7 +6,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from sdft_lightning.forward.hidden import completion_hidden_states
 from sdft_lightning.losses.bounded import TokenLoss, bounded_cross_entropy
 from sdft_lightning.losses.divergence import cross_entropy
 from sdft_lightning.losses.masking import sequence_weights
@@ -34,7 +33,7 @@ class SupervisedModule(PolicyModule):
             targets: `(B, T)`, padded on the right.
         """
         with self.timed("student"):
-            return completion_hidden_states(self.student, prompts, targets, targets.mask)
+            return self.passes.hidden(prompts, targets, targets.mask)
 
     def token_cross_entropy(
         self,

@@ -1,4 +1,7 @@
-"""Decoding by transformers' own model, in the way that `forward_paths` found right for it."""
+"""How tokens are appended: in fused steps, or by transformers' own model in a way that is right.
+
+`prefill` chooses once; all forms are a `Decoding`.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,11 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.forward.forward_paths import paths_of
+from sdft_lightning.forward.fused import Decoder, DecodingSteps, ReadPrompts, read_prompts
 from sdft_lightning.forward.hidden import apply_head, output_head
-from sdft_lightning.forward.kv_cache import CachedSteps, without_cache
+from sdft_lightning.forward.kv_cache import CachedSteps, Decoding, without_cache
 from sdft_lightning.forward.layout import SplitPrompts, can_share, encode_prefix, split_if_worth
+from sdft_lightning.models.products import product_dtype
 from sdft_lightning.types import Tokens
 
 
@@ -26,9 +31,37 @@ def split_prompts_of(model: Any, prompts: Tokens) -> SplitPrompts:
     return SplitPrompts.whole(prompts)
 
 
-def plain_steps(
-    model: Any, prompts: Tokens, samples: int
-) -> CachedSteps | GroupedSteps | WholeRows:
+def prefill(
+    model: Any,
+    prompts: Tokens,
+    samples: int,
+    steps: int,
+    fused: Decoder | None,
+    read: list[ReadPrompts] | None = None,
+) -> Decoding:
+    """Read prompts, each once for all of its completions, and choose how tokens are appended.
+
+    Args:
+        model: A causal language model of transformers, in eval mode.
+        prompts: `(B, P)`, padded on the left.
+        samples: Completions of each prompt (n).
+        steps: Most tokens that will be appended.
+        fused: The model's parts, where its steps are fused, see `decode_mode`.
+        read: The prompts, where fused parts have read them.
+
+    Returns:
+        What appends tokens to the B · n rows.
+    """
+    if fused is None:
+        return plain_steps(model, prompts, samples)
+    head = model.get_output_embeddings()
+    if read is None:
+        split = split_prompts_of(model, prompts)
+        read = [read_prompts(fused, split, product_dtype(head.weight.dtype))]
+    return DecodingSteps(fused, head, read, samples, steps)
+
+
+def plain_steps(model: Any, prompts: Tokens, samples: int) -> Decoding:
     """Read prompts, each once for all of its completions where the model's cache allows it.
 
     Args:
@@ -37,7 +70,7 @@ def plain_steps(
         samples: Completions of each prompt (n).
 
     Returns:
-        What holds the logits `(B · n, V)` and appends tokens to the B · n rows.
+        What appends tokens to the B · n rows, in the way that `forward_paths` found right.
     """
     paths = paths_of(model)
     if samples > 1 and not paths.repeats_rows:
@@ -45,6 +78,7 @@ def plain_steps(
     steps = _read(model, prompts)
     if samples > 1 and paths.repeats_rows:
         steps.repeat(samples)
+    steps.drops_rows = paths.drops_rows
     return steps
 
 
@@ -63,7 +97,7 @@ def _read(model: Any, prompts: Tokens) -> CachedSteps | GroupedSteps | WholeRows
     return CachedSteps(model, decoding, split.rest.ids, mask, cache)
 
 
-class GroupedSteps:
+class GroupedSteps(Decoding):
     """Prompts of one length side by side without padding, each length on a cache of its own.
 
     Arguments and attributes as of `CachedSteps`.
@@ -81,10 +115,10 @@ class GroupedSteps:
             self.groups.append(CachedSteps(model, "grouped", part, torch.ones_like(part).bool()))
         self.logits = self._in_order([group.logits for group in self.groups])  # (B, V)
 
-    def __call__(self, tokens: Tensor) -> Tensor:
+    def step(self, tokens: Tensor) -> Tensor:
         """Append `(B,)` tokens; logits `(B, V)`."""
         return self._in_order(
-            [group(tokens[rows]) for group, rows in zip(self.groups, self.places, strict=True)]
+            [group.step(tokens[rows]) for group, rows in zip(self.groups, self.places, strict=True)]
         )
 
     def repeat(self, times: int) -> None:
@@ -95,7 +129,7 @@ class GroupedSteps:
             self.places[number] = (self.places[number].unsqueeze(1) * times + copies).flatten()
         self.logits = self._in_order([group.logits for group in self.groups])
 
-    def select(self, rows: Tensor) -> None:
+    def keep(self, rows: Tensor) -> None:
         """Keep some rows, named in ascending order."""
         places, groups = [], []
         for group, former in zip(self.groups, self.places, strict=True):
@@ -103,7 +137,7 @@ class GroupedSteps:
             if not kept.numel():
                 continue
             if kept.numel() < former.numel():
-                group.select(kept)
+                group.keep(kept)
             groups.append(group)
             places.append(torch.searchsorted(rows, former[kept]))  # (A_g,)
         self.places, self.groups = places, groups
@@ -114,7 +148,7 @@ class GroupedSteps:
         return torch.cat(values)[order.argsort()]  # (B, V)
 
 
-class WholeRows:
+class WholeRows(Decoding):
     """Rows that are computed from their first token at every step, for models without a cache.
 
     Arguments and attributes as of `CachedSteps`.
@@ -129,7 +163,7 @@ class WholeRows:
             self.ids[row, : int(self.lengths[row])] = tokens[mask[row]]
         self.logits = self._compute()
 
-    def __call__(self, tokens: Tensor) -> Tensor:
+    def step(self, tokens: Tensor) -> Tensor:
         """Append `(B,)` tokens; logits `(B, V)`."""
         self.ids = torch.nn.functional.pad(self.ids, (0, 1))  # (B, L + 1)
         self.ids[self._rows(), self.lengths] = tokens
@@ -142,7 +176,7 @@ class WholeRows:
         self.lengths = self.lengths.repeat_interleave(times)  # (B · times,)
         self.logits = self.logits.repeat_interleave(times, dim=0)  # (B · times, V)
 
-    def select(self, rows: Tensor) -> None:
+    def keep(self, rows: Tensor) -> None:
         """Keep some rows."""
         self.ids, self.lengths = self.ids[rows], self.lengths[rows]
 

@@ -15,35 +15,10 @@ from torch import Tensor
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.errors.foreign_text import shown
-from sdft_lightning.forward.fused import ReadPrompts
-from sdft_lightning.rollout.generate import generate_rollout
-from sdft_lightning.rollout.sampling import Sampling, row_uniforms
-from sdft_lightning.rollout.student import SamplingWeights
-from sdft_lightning.types import Rollout, Tokens
-
-
-class RolloutRequest(NamedTuple):
-    """What is to be sampled.
-
-    Attributes:
-        prompts: `(B, P)`, padded on the left.
-        row_ids: B ids; random numbers belong to them.
-        sampling: Temperature, truncation, length, completions per prompt (n).
-        seed: Seed of the run.
-        step: Optimizer step; the weights are those of this step.
-        stop_ids: Ids of which any ends a completion; it is part of the completion.
-        pad_id: Id that fills the rest of a row.
-        read: What the present weights have read of the prompts already, where they are fused.
-    """
-
-    prompts: Tokens
-    row_ids: list[str]
-    sampling: Sampling
-    seed: int
-    step: int
-    stop_ids: list[int]
-    pad_id: int
-    read: list[ReadPrompts] | None = None
+from sdft_lightning.rollout.generate import RolloutRequest, join_requests, split_rollout
+from sdft_lightning.rollout.sampling import Sampling
+from sdft_lightning.rollout.student import StudentPasses
+from sdft_lightning.types import Rollout
 
 
 class Engine(ABC):
@@ -71,13 +46,21 @@ class Engine(ABC):
             UserError: Names the option and the remedy.
         """
 
+    def sample(self, student: StudentPasses, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+        """Sample the completions of several micro-batches at once; a rollout for each.
+
+        Args:
+            student: The passes of the trained model; `student.model` is the model itself.
+            requests: Alike but for their rows.
+        """
+        return split_rollout(self.generate(student, join_requests(requests)), requests)
+
     @abstractmethod
-    def generate(self, student: Any, weights: SamplingWeights, request: RolloutRequest) -> Rollout:
+    def generate(self, student: StudentPasses, request: RolloutRequest) -> Rollout:
         """Sample completions.
 
         Args:
-            student: The trained model.
-            weights: Keeps the copy of the student that transformers samples with.
+            student: The passes of the trained model; `student.model` is the model itself.
             request: What is to be sampled.
 
         Returns:
@@ -96,25 +79,14 @@ class TransformersEngine(Engine):
 
     is_trainer: ClassVar[bool] = True
 
-    def generate(self, student: Any, weights: SamplingWeights, request: RolloutRequest) -> Rollout:
-        """See `generate_rollout`."""
-        sampling = request.sampling
-        uniforms = row_uniforms(
-            request.seed,
-            request.step,
-            request.row_ids,
-            sampling.completions_per_prompt,
-            sampling.max_new_tokens,
-        )  # (R, T)
-        return generate_rollout(
-            weights.model(student, request.step),
-            request.prompts,
-            sampling,
-            uniforms,
-            request.stop_ids,
-            request.pad_id,
-            read=request.read,
-        )
+    def sample(self, student: StudentPasses, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+        """The student's own completions, see `StudentPasses.sample`."""
+        return student.sample(requests)
+
+    def generate(self, student: StudentPasses, request: RolloutRequest) -> Rollout:
+        """The student's own completions."""
+        (rollout,) = student.sample([request])
+        return rollout
 
 
 def whole_weights_wanted() -> UserError:

@@ -2,22 +2,80 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.forward.forward_paths import paths_of
-from sdft_lightning.forward.fused import Decoder, DecodingSteps, ReadPrompts, read_prompts
-from sdft_lightning.models.products import product_dtype
-from sdft_lightning.rollout.decode import plain_steps, split_prompts_of
+from sdft_lightning.forward.fused import ReadPrompts
+from sdft_lightning.forward.kv_cache import Decoding
+from sdft_lightning.rollout.decode import prefill
 from sdft_lightning.rollout.decode_mode import decode_mode
 from sdft_lightning.rollout.sampling import Sampling, StopTexts, choose_tokens
 from sdft_lightning.types import Rollout, Tokens
 
 # Finished rows are dropped from the batch when at least this fraction of it is finished.
 _COMPACT_AT = 0.25
+
+
+class RolloutRequest(NamedTuple):
+    """What is to be sampled.
+
+    Attributes:
+        prompts: `(B, P)`, padded on the left.
+        row_ids: B ids; random numbers belong to them.
+        sampling: Temperature, truncation, length, completions per prompt (n).
+        seed: Seed of the run.
+        step: Optimizer step; the weights are those of this step.
+        stop_ids: Ids of which any ends a completion; it is part of the completion.
+        pad_id: Id that fills the rest of a row.
+    """
+
+    prompts: Tokens
+    row_ids: list[str]
+    sampling: Sampling
+    seed: int
+    step: int
+    stop_ids: list[int]
+    pad_id: int
+
+
+def join_requests(requests: Sequence[RolloutRequest]) -> RolloutRequest:
+    """One request for the rows of several, whose prompts are padded further on the left.
+
+    Args:
+        requests: Alike but for their rows.
+    """
+    prompts = [request.prompts for request in requests]
+    longest = max(part.ids.shape[1] for part in prompts)
+    joined = Tokens(
+        torch.cat([pad(part.ids, (longest - part.ids.shape[1], 0)) for part in prompts]),
+        torch.cat([pad(part.mask, (longest - part.mask.shape[1], 0)) for part in prompts]),
+    )  # (ΣB, P)
+    row_ids = [row_id for request in requests for row_id in request.row_ids]
+    return requests[0]._replace(prompts=joined, row_ids=row_ids)
+
+
+def split_rollout(rollout: Rollout, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+    """The rollout of each of several joined requests, as long as its longest completion."""
+    rows = [len(each.row_ids) * each.sampling.completions_per_prompt for each in requests]
+    parts = []
+    for piece in zip(*(tensor.split(rows) for tensor in rollout), strict=True):
+        part = Rollout(*piece)
+        length = int(part.completion_mask.sum(dim=1).max())
+        parts.append(
+            Rollout(
+                part.completion_ids[:, :length],
+                part.completion_mask[:, :length],
+                part.sampled_log_probs[:, :length],
+                part.truncated,
+            )
+        )
+    return parts
 
 
 def greedy_rollout(
@@ -79,8 +137,9 @@ def generate_rollout(
     alive = torch.arange(rows, device=device)  # rows that are still sampled
     length = 0
     with decode_mode(model, rows, sampling.max_new_tokens) as fused:
-        decoder = _Decoder(model, prompts, sampling, fused, read)
-        logits = decoder.prefill()  # (R, V)
+        prompts = Tokens(prompts.ids, prompts.mask.bool())
+        decoding = prefill(model, prompts, samples, sampling.max_new_tokens, fused, read)
+        logits, going_on = decoding.logits, _Rows(decoding)  # (R, V)
         for step in range(sampling.max_new_tokens):
             numbers = None if uniforms is None else uniforms[alive.cpu(), step]
             tokens, chosen = choose_tokens(logits, sampling, numbers)  # (A,)
@@ -92,8 +151,8 @@ def generate_rollout(
             alive, tokens = alive[going], tokens[going]
             if alive.numel() == 0 or length == sampling.max_new_tokens:
                 break
-            logits = decoder.step(tokens, going)  # (A, V)
-        decoder.finish(Tokens(ids[:, :length], mask[:, :length]))
+            logits = going_on.step(tokens, going)  # (A, V)
+        decoding.finish(Tokens(ids[:, :length], mask[:, :length]))
     _check_finite(log_probs)
     truncated = torch.zeros(rows, dtype=torch.bool, device=device)  # (R,)
     truncated[alive] = True
@@ -112,56 +171,19 @@ def _check_finite(log_probs: Tensor) -> None:
         )
 
 
-class _Decoder:
-    """Keys and values of the rows that go on, and the next logits of each.
+class _Rows:
+    """The rows that go on, among those that are still computed.
 
     Finished rows stay in the batch until enough of them can be dropped at once, or to the end where
     the model's cache cannot drop any.
 
     Args:
-        model: A causal language model of transformers.
-        prompts: `(B, P)`.
-        sampling: Completions per prompt (n), and their length.
-        fused: The model's parts, where its steps are fused.
-        read: The prompts, where fused parts have read them.
+        decoding: Appends tokens to R rows.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        prompts: Tokens,
-        sampling: Sampling,
-        fused: Decoder | None,
-        read: list[ReadPrompts] | None,
-    ) -> None:
-        self.model = model
-        self.prompts = Tokens(prompts.ids, prompts.mask.bool())
-        self.sampling = sampling
-        self.fused = fused
-        self.read = read
-        self.steps: Any = None
-        self.drops_rows = fused is not None or paths_of(model).drops_rows
-        rows = prompts.ids.shape[0] * sampling.completions_per_prompt
-        self.going = torch.ones(rows, dtype=torch.bool)  # (A,)
-
-    def prefill(self) -> Tensor:
-        """Read the prompts once for all samples of each; logits `(B · n, V)`."""
-        samples = self.sampling.completions_per_prompt
-        if self.fused is not None:
-            return self._fused_prefill(self.fused, samples)
-        self.steps = plain_steps(self.model, self.prompts, samples)
-        logits: Tensor = self.steps.logits
-        return logits
-
-    def _fused_prefill(self, fused: Decoder, samples: int) -> Tensor:
-        head = self.model.get_output_embeddings()
-        read, self.read = self.read, None  # so that nothing is held longer than it is needed
-        if read is None:
-            split = split_prompts_of(self.model, self.prompts)
-            read = [read_prompts(fused, split, product_dtype(head.weight.dtype))]
-        steps = DecodingSteps(fused, head, read, samples, self.sampling.max_new_tokens)
-        self.steps = steps
-        return steps.logits
+    def __init__(self, decoding: Decoding) -> None:
+        self.decoding = decoding
+        self.going = torch.ones(len(decoding.logits), dtype=torch.bool)  # (A,)
 
     def step(self, tokens: Tensor, going: Tensor) -> Tensor:
         """Append one token to each row that goes on.
@@ -175,18 +197,13 @@ class _Decoder:
         """
         slots = self.going.to(going.device).nonzero().squeeze(-1)[going]  # (A,) places in the batch
         size = self.going.numel()
-        if self.drops_rows and slots.numel() <= (1 - _COMPACT_AT) * size:
-            self.steps.select(slots)
+        if self.decoding.drops_rows and slots.numel() <= (1 - _COMPACT_AT) * size:
+            self.decoding.keep(slots)
             size = slots.numel()
             slots = torch.arange(size, device=slots.device)
         self.going = torch.zeros(size, dtype=torch.bool, device=slots.device)
         self.going[slots] = True
         inputs = torch.zeros(size, dtype=torch.long, device=slots.device)  # (S,)
         inputs[slots] = tokens
-        logits: Tensor = self.steps(inputs)  # (S, V)
+        logits = self.decoding.step(inputs)  # (S, V)
         return logits if slots.numel() == size else logits[slots]  # (A, V)
-
-    def finish(self, completions: Tokens) -> None:
-        """Leave with the prompts what steps have found, where it is wanted."""
-        if isinstance(self.steps, DecodingSteps):
-            self.steps.finish(completions)

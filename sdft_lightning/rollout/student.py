@@ -1,15 +1,20 @@
-"""The student's weights to sample with, and what sampling has read for the student's own pass."""
+"""The student's passes on one set of weights: what it samples, and its states at the tokens.
+
+The weights do not move between sampling and training. So what sampling has computed of prompts and
+completions is stored here, and `hidden` uses it where tokens and weights are still the same ones.
+Only fused decoders store anything, see `fused.kept`.
+"""
 
 from __future__ import annotations
 
 import copy
 import ctypes
 import sys
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sdft_lightning.forward.fused import (
     Decoder,
@@ -19,208 +24,227 @@ from sdft_lightning.forward.fused import (
     read_prompts,
     training_dtype,
 )
+from sdft_lightning.forward.hidden import completion_hidden_states, output_head
 from sdft_lightning.forward.layout import split_if_worth
 from sdft_lightning.models.products import product_dtype
 from sdft_lightning.models.sharding import empty_copy, fill_, is_sharded
 from sdft_lightning.rollout.decode_mode import can_pack
-from sdft_lightning.types import Tokens
+from sdft_lightning.rollout.generate import (
+    RolloutRequest,
+    generate_rollout,
+    join_requests,
+    split_rollout,
+)
+from sdft_lightning.rollout.sampling import row_uniforms
+from sdft_lightning.types import OutputHead, Rollout, Tokens
 
 SamplingDtype = Literal["auto", "same", "bfloat16"]
 
+# What may be stored for later micro-batches of a window; the first one's is used at once.
+_MOST_BYTES = 3 * 2**28
 
-class SamplingWeights:
-    """Keeps a bfloat16 copy of a model and refreshes it when the model has moved.
 
-    The copy is no part of any module: it is never trained, moved or saved. Of a model that is
-    spread over processes a whole copy is kept in any case: each process samples until its own rows
-    are finished, and cannot wait for the others at every token.
+class StudentPasses:
+    """Answers for a model on its present weights, which `at` names.
+
+    Samples from the model itself or from a bfloat16 copy, which is refreshed when the weights have
+    moved. The copy is no part of any module: it is never trained, moved or saved. Of a model that
+    is spread over processes a whole copy is made in any case: each process samples until its own
+    rows are finished, and cannot wait for the others at every token.
 
     Args:
         dtype: same samples with the trained weights, bfloat16 with a copy, which only costs memory
             where bfloat16 is not multiplied (see `products`); auto takes the copy where the
             hardware multiplies bfloat16 natively and the weights are float32.
+
+    Attributes:
+        model: The model; None before `at`.
+        step: Its optimizer step.
     """
 
     def __init__(self, dtype: SamplingDtype = "auto") -> None:
         self.dtype = dtype
+        self.model: Any = None
+        self.step = 0
         self._copy: Any = None
-        self._version: object = None
+        self._copied: object = None  # the weights that the copy was made of
         self._empty: Any = None
+        self._stored: list[ReadPrompts] = []
+        self._stored_by: object = None  # the weights that have computed these
 
-    def prepare(self, student: nn.Module) -> None:
-        """Remember the form of a model that is about to be spread over processes."""
-        self._copy, self._empty = None, empty_copy(student)
-
-    def model(self, student: Any, version: object) -> Any:
-        """The model to sample with.
+    def at(self, model: Any, step: int) -> StudentPasses:
+        """These passes, of a model at an optimizer step.
 
         Args:
-            student: The trained model.
-            version: Anything that changes whenever the weights do, e.g. the optimizer step.
-
-        Returns:
-            `student` itself or its up-to-date copy in eval mode. Of a model that is spread over
-            processes all must ask for a new version at the same time.
+            model: A causal language model of transformers.
+            step: Tells its weights from those of other steps. Weights that were written to in
+                between are noticed, too, but for those of a model that is spread over processes.
         """
-        if is_sharded(student):
-            return self._whole(student, version)
-        if not self.uses_copy(student):
-            return student
-        if self._copy is None or _device(self._copy) != _device(student):
+        self.model, self.step = model, step
+        return self
+
+    def prepare(self, model: nn.Module) -> None:
+        """Remember the form of a model that is about to be spread over processes."""
+        self._copy, self._empty = None, empty_copy(model)
+
+    def sample(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+        """Sample the completions of several micro-batches at once; a rollout for each.
+
+        Each token is the inverse CDF at the number that belongs to its row and position. Where
+        gradients are enabled, what the student's passes over these tokens would compute again is
+        stored until `hidden` asks for it; that of former calls is dropped.
+
+        Args:
+            requests: Of micro-batches that will be trained on one after the other.
+        """
+        sampler = self.sampler()
+        request = join_requests(requests)
+        sampling = request.sampling
+        uniforms = row_uniforms(
+            request.seed,
+            request.step,
+            request.row_ids,
+            sampling.completions_per_prompt,
+            sampling.max_new_tokens,
+        )  # (R, T)
+        rollout = generate_rollout(
+            sampler,
+            request.prompts,
+            sampling,
+            uniforms,
+            request.stop_ids,
+            request.pad_id,
+            read=self._read(sampler, requests) if torch.is_grad_enabled() else None,
+        )
+        rollouts = split_rollout(rollout, requests)
+        give_back_memory()
+        return rollouts
+
+    def hidden(self, prompts: Tokens, completions: Tokens, keep: Tensor) -> Tensor:
+        """Hidden states `(N, D)` that predict the kept tokens, see `completion_hidden_states`.
+
+        Args:
+            prompts: `(B, P)`, padded on the left.
+            completions: `(B · n, T)`, padded on the right: n of each prompt.
+            keep: `(B · n, T)` tokens of which the state is wanted.
+        """
+        if self._stored and self._stored_by != self._weights():
+            self._stored = []
+        states = completion_hidden_states(
+            self.model, prompts, completions, keep, rounded=self._rounded(), read=self._stored
+        )
+        self._stored = [each for each in self._stored if each.is_kept]
+        return states
+
+    def head(self) -> OutputHead:
+        """The model's output head; of a model in shards this takes all processes at once."""
+        head, rounded = output_head(self.model), self._rounded()
+        if rounded is None:
+            return head
+        return head._replace(rounded=rounded.get_output_embeddings().weight)
+
+    def whole(self) -> Any:
+        """The model as one that this process can call alone, not to be trained.
+
+        Of a model that is spread over processes it is a copy; all must ask for new weights at the
+        same time.
+        """
+        return self.sampler() if is_sharded(self.model) else self.model
+
+    def sampler(self) -> Any:
+        """The model to sample with: the model itself, or its up-to-date copy in eval mode."""
+        model, weights = self.model, self._weights()
+        if is_sharded(model):
+            return self._whole(weights)
+        if not self._uses_copy(model):
+            return model
+        if self._copy is None or _device(self._copy) != _device(model):
             # Never as inference tensors, or the copy could not be refreshed later.
             with torch.inference_mode(False), torch.no_grad():
-                self._copy = copy.deepcopy(student).eval().requires_grad_(False)
+                self._copy = copy.deepcopy(model).eval().requires_grad_(False)
                 # Parameters only: rounded rotary frequencies would turn far positions astray.
                 for parameter in self._copy.parameters():
                     parameter.data = parameter.data.to(torch.bfloat16)
                 join_(self._copy)
-            self._version = version
-        elif version != self._version:
+        elif weights != self._copied:
             with torch.inference_mode(False), torch.no_grad():
-                for target, source in zip(
-                    self._copy.parameters(), student.parameters(), strict=True
-                ):
+                for target, source in zip(self._copy.parameters(), model.parameters(), strict=True):
                     if source.requires_grad:  # all else stays, e.g. below adapters
                         target.copy_(source)
-            self._version = version
+        self._copied = weights
         return self._copy
-
-    def rounded(self, student: nn.Module, version: object) -> Any:
-        """The bfloat16 copy as it was last asked for, if it is still the student; else None.
-
-        Args:
-            student: The trained model.
-            version: As of `model`.
-        """
-        current = version == self._version and not is_sharded(student)
-        return self._copy if current and self.uses_copy(student) else None
-
-    @property
-    def holds_copy(self) -> bool:
-        """Whether there is a copy, of whatever version."""
-        return self._copy is not None
-
-    def _whole(self, student: nn.Module, version: object) -> Any:
-        if self._copy is None or version != self._version:
-            with torch.inference_mode(False):
-                whole = copy.deepcopy(self._empty) if self._copy is None else self._copy
-                fill_(whole, student, torch.bfloat16 if self.uses_copy(student) else None)
-                self._copy = whole.to(_device(student))  # the buffers
-            self._version = version
-        return self._copy
-
-    def uses_copy(self, student: nn.Module) -> bool:
-        """Whether this model is sampled from a bfloat16 copy on its device."""
-        if self.dtype == "same" or next(student.parameters()).dtype != torch.float32:
-            return False
-        if getattr(student, "is_quantized", False):
-            return False  # its layers read 4 bits and nothing else
-        return self.dtype == "bfloat16" or has_native_bfloat16(_device(student))
 
     def forget(self) -> None:
-        """Drop the copy, e.g. after weights were loaded."""
-        self._copy = None
+        """Drop the copy and what was stored, e.g. after weights were loaded."""
+        self._copy, self._stored = None, []
 
+    def _weights(self) -> tuple[int, int, int]:
+        """What changes whenever the weights do; alike on all processes of a model in shards."""
+        changes = 0 if is_sharded(self.model) else _changes(self.model)
+        return id(self.model), self.step, changes
 
-def has_native_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 matrices in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
-        # Other AVX-512 multiplies bfloat16 no faster than float32.
-        return any(
-            getattr(torch.cpu, name, bool)()
-            for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-        )
-    return False
+    def _rounded(self) -> Any:
+        """The bfloat16 copy, where there is one of the present weights; else None.
 
+        It spares to cast the weights where bfloat16 is multiplied; gradients are the model's.
+        """
+        model = self.model
+        if self._copy is None or is_sharded(model) or not self._uses_copy(model):
+            return None
+        return self._copy if self._copied == self._weights() else None
 
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
+    def _whole(self, weights: object) -> Any:
+        if self._copy is None or weights != self._copied:
+            with torch.inference_mode(False):
+                whole = copy.deepcopy(self._empty) if self._copy is None else self._copy
+                fill_(whole, self.model, torch.bfloat16 if self._uses_copy(self.model) else None)
+                self._copy = whole.to(_device(self.model))  # the buffers
+            self._copied = weights
+        return self._copy
 
+    def _uses_copy(self, model: nn.Module) -> bool:
+        """Whether this model is sampled from a bfloat16 copy on its device."""
+        if self.dtype == "same" or next(model.parameters()).dtype != torch.float32:
+            return False
+        if getattr(model, "is_quantized", False):
+            return False  # its layers read 4 bits and nothing else
+        return self.dtype == "bfloat16" or has_native_bfloat16(_device(model))
 
-# What may be kept for later micro-batches of a window; the first one's is used at once.
-_MOST_BYTES = 3 * 2**28
-
-
-class _Pair(NamedTuple):
-    """The student and what it is sampled with, as decoders; and the dtype that both keep."""
-
-    student: Decoder
-    sampler: Decoder
-    dtype: torch.dtype
-
-
-class SharedPrompts:
-    """Keeps what was read of the prompts of each micro-batch until it is asked for."""
-
-    def __init__(self) -> None:
-        self._kept: dict[Hashable, ReadPrompts] = {}
-        self._weights = 0
-
-    def read(
-        self,
-        student: Any,
-        sampler: Any,
-        prompts: Sequence[tuple[Hashable, Tokens]],
-        samples: int,
-        steps: int,
-    ) -> list[ReadPrompts] | None:
-        """Read the prompts of a window, to sample from, and keep what the student needs of them.
-
-        Of what was kept before nothing is left.
-
-        Args:
-            student: The model that is trained.
-            sampler: The model that samples: the student itself, or its copy of this step.
-            prompts: A key and the prompts of each micro-batch.
-            samples: Completions of each prompt.
-            steps: Longest completion.
+    def _read(self, sampler: Any, requests: Sequence[RolloutRequest]) -> list[ReadPrompts] | None:
+        """Read the prompts to sample from, and store what training needs of them.
 
         Returns:
-            The prompts, in order; None where student and sampler do not compute them alike, or
+            The prompts of each request; None where model and sampler do not compute them alike, or
             the rollout is one that fused decoding steps are not used for.
         """
-        self.forget()
-        rows = samples * sum(ids.shape[0] for _, (ids, _) in prompts)
-        pair = _pair(student, sampler, rows, steps)
+        self._stored = []
+        sampling = requests[0].sampling
+        rows = sum(len(each.row_ids) for each in requests) * sampling.completions_per_prompt
+        pair = _pair(self.model, sampler, rows, sampling.max_new_tokens)
         if pair is None:
             return None
-        self._weights = _changes(student)
+        self._stored_by = self._weights()
         found: list[ReadPrompts] = []
-        room, each = _MOST_BYTES, 0.0  # bytes left, bytes of a token
-        for key, tokens in prompts:
-            needed = each * int(tokens.mask.sum())
-            keep = not found or (room >= needed and len(self._kept) == len(found))
-            split = split_if_worth(tokens)
+        left, each = _MOST_BYTES, 0.0  # bytes left, bytes of a token
+        for request in requests:
+            needed = each * int(request.prompts.mask.sum())
+            keep = not found or (left >= needed and len(self._stored) == len(found))
+            split = split_if_worth(request.prompts)
             part = read_prompts(pair.student, split, pair.dtype, pair.sampler, keep)
             if keep:
-                self._kept[key] = part
-                room -= part.nbytes if found else 0
+                self._stored.append(part)
+                left -= part.nbytes if found else 0
                 each = part.nbytes / part.rows.ids.numel()
             found.append(part)
         return found
 
-    def take(self, key: Hashable, student: Any) -> ReadPrompts | None:
-        """What was kept of a micro-batch, once; None where there is nothing, or it is void.
 
-        Args:
-            key: As of `read`.
-            student: As of `read`; void is what other weights have computed.
-        """
-        found = self._kept.pop(key, None)
-        if found is None or self._weights != _changes(student):
-            return None
-        return found
+class _Pair(NamedTuple):
+    """The student and what it is sampled with, as decoders; and the dtype that both store."""
 
-    def forget(self) -> None:
-        """Drop everything, e.g. after weights were loaded."""
-        self._kept = {}
-
-
-def _changes(model: Any) -> int:
-    """How often weights of a model were written to."""
-    return sum(parameter._version for parameter in model.parameters())
+    student: Decoder
+    sampler: Decoder
+    dtype: torch.dtype
 
 
 def _pair(student: Any, sampler: Any, rows: int, steps: int) -> _Pair | None:
@@ -238,6 +262,28 @@ def _pair(student: Any, sampler: Any, rows: int, steps: int) -> _Pair | None:
     if trained is None or sampling is None:
         return None
     return _Pair(trained, sampling, dtype)
+
+
+def _changes(model: nn.Module) -> int:
+    """How often weights of a model were written to."""
+    return sum(each._version for each in model.parameters() if not each.is_inference())
+
+
+def has_native_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        # Other AVX-512 multiplies bfloat16 no faster than float32.
+        return any(
+            getattr(torch.cpu, name, bool)()
+            for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        )
+    return False
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
 
 
 def give_back_memory() -> None:

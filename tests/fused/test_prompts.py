@@ -18,7 +18,7 @@ from sdft_lightning.forward.fused import (
 from sdft_lightning.forward.fused.structure import Product
 from sdft_lightning.forward.hidden import completion_hidden_states
 from sdft_lightning.forward.layout import SplitPrompts, split_prompts
-from sdft_lightning.rollout.student import SamplingWeights
+from sdft_lightning.rollout.student import StudentPasses
 from sdft_lightning.types import Tokens
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -80,7 +80,7 @@ def test_states_and_gradients_are_the_models(
     )
     expected = gradients(model, plain)
     again = completion_hidden_states(
-        model, Tokens(*rows[:2]), Tokens(*rows[2:]), keep, read=read(model, given, prefix)
+        model, Tokens(*rows[:2]), Tokens(*rows[2:]), keep, read=[read(model, given, prefix)]
     )
     assert_same(gradients(model, again), expected, 1e-4)
 
@@ -103,7 +103,9 @@ def test_what_was_read_is_not_computed_again(
     heads, width, active = 64, 32, 96
     assert set(tokens) == {(heads, count), (width, count), (active, count), (active, 5), (width, 5)}
     tokens.clear()
-    completion_hidden_states(model, Tokens(*given[:2]), Tokens(*given[2:]), given[3], read=prompts)
+    completion_hidden_states(
+        model, Tokens(*given[:2]), Tokens(*given[2:]), given[3], read=[prompts]
+    )
     fresh, wanted = int((given[3].sum(dim=1) - 1).sum()), int(given[3].sum())
     first, last = {(heads, fresh), (width, fresh), (active, fresh)}, {(active, wanted)}
     assert set(tokens) == first | last | {(width, wanted)}
@@ -132,7 +134,7 @@ def test_other_prompts_than_were_read_are_computed_anew(build: Make, batch: Make
     prompts = read(model, (ids, mask, completion_ids, completion_mask), prefix=True)
     given = (other, mask, completion_ids, completion_mask)
     found = completion_hidden_states(
-        model, Tokens(*given[:2]), Tokens(*given[2:]), completion_mask, read=prompts
+        model, Tokens(*given[:2]), Tokens(*given[2:]), completion_mask, read=[prompts]
     )
     plain = completion_hidden_states(
         model, Tokens(*given[:2]), Tokens(*given[2:]), completion_mask, fuse=False
@@ -145,7 +147,7 @@ def test_in_bfloat16_they_are_those_of_a_pass_over_everything(
     build: Make, batch: Make, either_processor: bool
 ) -> None:
     model, given = build("llama"), batch()
-    copied = SamplingWeights("bfloat16").model(model, 0)
+    copied = StudentPasses("bfloat16").at(model, 0).sampler()
     decoder, rounded = decoder_of(model), decoder_of(copied) if either_processor else None
     assert decoder is not None
     split, keep = split_prompts(Tokens(*given[:2])), given[3]
@@ -156,7 +158,7 @@ def test_in_bfloat16_they_are_those_of_a_pass_over_everything(
         prompts = read_prompts(decoder, split, torch.bfloat16, rounded, keep=True)
         assert prompts.last.dtype == torch.float32
         with torch.autocast("cpu", torch.bfloat16):
-            states = completion_states(*arguments, prompts if shares else None)
+            states = completion_states(*arguments, [prompts] if shares else [])
         found.append(gradients(model, states))
     assert_same(found[1], found[0], 2e-2)
 
@@ -168,7 +170,7 @@ def test_what_is_kept_in_another_dtype_is_not_used(
     prompts = read(model, given, prefix=True)
     with torch.autocast("cpu", torch.bfloat16):
         found = completion_hidden_states(
-            model, Tokens(*given[:2]), Tokens(*given[2:]), given[3], read=prompts
+            model, Tokens(*given[:2]), Tokens(*given[2:]), given[3], read=[prompts]
         )
         plain = completion_hidden_states(model, Tokens(*given[:2]), Tokens(*given[2:]), given[3])
     assert torch.equal(found, plain)

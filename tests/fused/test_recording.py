@@ -14,9 +14,8 @@ from sdft_lightning.forward.fused import ReadPrompts, decoder_of, kept, read_pro
 from sdft_lightning.forward.fused.structure import Product
 from sdft_lightning.forward.hidden import completion_hidden_states
 from sdft_lightning.forward.layout import split_if_worth
-from sdft_lightning.rollout import Sampling, SamplingWeights, generate_rollout
+from sdft_lightning.rollout import RolloutRequest, Sampling, StudentPasses, generate_rollout
 from sdft_lightning.rollout.sampling import row_uniforms
-from sdft_lightning.rollout.student import SharedPrompts
 from sdft_lightning.types import Rollout, Tokens
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -98,7 +97,7 @@ def test_states_and_gradients_are_the_models_and_nothing_is_computed_twice(
         rows = slice(start, start + samples * len(part.rows.owner))
         plain = states_and_gradients(model, given, rollout, samples, rows, fuse=False)
         counted.clear()
-        found = states_and_gradients(model, given, rollout, samples, rows, read=part)
+        found = states_and_gradients(model, given, rollout, samples, rows, read=[part])
         assert_same(found, plain)
         # The last layer's MLP is made of the wanted tokens in any case.
         assert counted == [int(rollout.completion_mask[rows].sum())] * 2
@@ -118,7 +117,7 @@ def test_later_micro_batches_are_recorded_while_they_fit(
     for part in read[:2]:
         rows = slice(start, start + 4)
         plain = states_and_gradients(model, given, rollout, 2, rows, fuse=False)
-        assert_same(states_and_gradients(model, given, rollout, 2, rows, read=part), plain)
+        assert_same(states_and_gradients(model, given, rollout, 2, rows, read=[part]), plain)
         start += 4
     assert not read[2].is_kept
 
@@ -143,7 +142,7 @@ def test_what_was_changed_afterwards_is_computed_anew(
     rollout = rollout._replace(completion_ids=ids, completion_mask=mask)
     rows = slice(0, 5)
     plain = states_and_gradients(model, given, rollout, 1, rows, fuse=False)
-    assert_same(states_and_gradients(model, given, rollout, 1, rows, read=part), plain)
+    assert_same(states_and_gradients(model, given, rollout, 1, rows, read=[part]), plain)
 
 
 def test_prompts_that_are_not_kept_are_not_recorded(build: Make, batch: Make) -> None:
@@ -160,11 +159,12 @@ def test_in_bfloat16_gradients_are_as_near_to_float32_as_those_of_a_pass_of_its_
         pytest.skip("such a model is not fused where bfloat16 is multiplied")
     model, (ids, mask, _, _) = build(kind).to(weights), batch()
     # Where products are float32, there is nothing to be gained from a copy.
-    copied = SamplingWeights("bfloat16").model(model, 0) if either_processor else model
+    copied = StudentPasses("bfloat16").at(model, 0).sampler() if either_processor else model
     sampling = Sampling(max_new_tokens=NEW_TOKENS)
     numbers = row_uniforms(3, 0, list("abcde"), 1, NEW_TOKENS)
     with torch.autocast("cpu", torch.bfloat16):
-        read = SharedPrompts().read(model, copied, [("a", Tokens(ids, mask))], 1, NEW_TOKENS)
+        request = RolloutRequest(Tokens(ids, mask), list("abcde"), sampling, 3, 0, [10], 0)
+        read = StudentPasses().at(model, 0)._read(copied, [request])
         rollout = generate_rollout(copied, Tokens(ids, mask), sampling, numbers, [10], 0, read=read)
     assert read is not None
     assert read[0].completions is not None, "nothing was recorded"
@@ -174,7 +174,7 @@ def test_in_bfloat16_gradients_are_as_near_to_float32_as_those_of_a_pass_of_its_
     rows = slice(0, 5)
     exact = states_and_gradients(copy.deepcopy(model).float(), given, rollout, 1, rows, fuse=False)
     errors = []
-    for options in ({"read": read[0]}, {}):
+    for options in ({"read": read}, {}):
         with torch.autocast("cpu", torch.bfloat16):
             found = states_and_gradients(model, given, rollout, 1, rows, rounded=copied, **options)
         errors.append(distance(found, exact))

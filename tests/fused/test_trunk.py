@@ -16,7 +16,7 @@ from sdft_lightning.forward.fused.attention import Buffers
 from sdft_lightning.forward.hidden import completion_hidden_states
 from sdft_lightning.forward.layout import split_prompts
 from sdft_lightning.models import products
-from sdft_lightning.rollout.student import SamplingWeights
+from sdft_lightning.rollout.student import StudentPasses
 from sdft_lightning.types import Tokens
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -266,7 +266,7 @@ def test_a_rounded_copy_spares_the_cast_and_changes_nothing(
     build: Make, batch: Make, bfloat16_products: None
 ) -> None:
     model, given = build("llama"), batch()
-    copied = SamplingWeights("bfloat16").model(model, 0)
+    copied = StudentPasses("bfloat16").at(model, 0).sampler()
     found = []
     for rounded in (None, copied):
         with torch.autocast("cpu", torch.bfloat16):

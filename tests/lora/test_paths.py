@@ -26,7 +26,7 @@ from sdft_lightning.models.lora import (
     base_copy,
     sharing_copy,
 )
-from sdft_lightning.rollout import SamplingWeights, greedy_rollout
+from sdft_lightning.rollout import StudentPasses, greedy_rollout
 from sdft_lightning.types import ScoringBatch, Tokens
 
 Make = Callable[..., Any]
@@ -208,13 +208,13 @@ def test_a_rollout_of_an_adapted_model_is_that_of_its_merged_weights(
 
 
 def test_sampling_weights_follow_the_adapters(make_adapted: Make) -> None:
-    model, weights = make_adapted(moved=False), SamplingWeights("bfloat16")
+    model, weights = make_adapted(moved=False), StudentPasses("bfloat16")
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
-        before = weights.model(model, 0)(input_ids=ids).logits
+        before = weights.at(model, 0).sampler()(input_ids=ids).logits
         for parameter in adapter_parameters(model).values():
             parameter.add_(0.1)
-        after = weights.model(model, 1)(input_ids=ids).logits
+        after = weights.at(model, 1).sampler()(input_ids=ids).logits
         expected = model(input_ids=ids).logits
     assert float((after - before).abs().max()) > 0.5
     torch.testing.assert_close(after.float(), expected, rtol=0.1, atol=0.3)
@@ -223,4 +223,4 @@ def test_sampling_weights_follow_the_adapters(make_adapted: Make) -> None:
 def test_a_quantized_model_is_sampled_from_as_it_is(make_adapted: Make) -> None:
     model = make_adapted()
     model.is_quantized = True
-    assert SamplingWeights("bfloat16").model(model, 0) is model
+    assert StudentPasses("bfloat16").at(model, 0).sampler() is model

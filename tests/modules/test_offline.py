@@ -58,16 +58,16 @@ def fast(parameters: Any) -> torch.optim.Optimizer:
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of each call that samples."""
-    import sdft_lightning.rollout.engine as module_of_engine
+    import sdft_lightning.rollout.student as file_of_passes
 
     sizes: list[int] = []
-    generate = module_of_engine.generate_rollout
+    generate = file_of_passes.generate_rollout
 
     def counted(model: Any, prompts: Tokens, *args: Any, **more: Any) -> Rollout:
         sizes.append(len(prompts.ids))
         return generate(model, prompts, *args, **more)
 
-    monkeypatch.setattr(module_of_engine, "generate_rollout", counted)
+    monkeypatch.setattr(file_of_passes, "generate_rollout", counted)
     return sizes
 
 

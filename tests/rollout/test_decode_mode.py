@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdft_lightning.rollout import Sampling, SamplingWeights, generate_rollout
+from sdft_lightning.rollout import Sampling, StudentPasses, generate_rollout
 from sdft_lightning.rollout.decode_mode import decode_mode
 from sdft_lightning.rollout.sampling import row_uniforms
 from sdft_lightning.types import Tokens
@@ -50,8 +50,8 @@ def test_head_keeps_no_hook_after_an_error(model: Any) -> None:
 def test_only_weights_that_are_all_bfloat16_are_sampled_from_without_autocast(
     model: Any, either_processor: bool
 ) -> None:
-    copied = SamplingWeights("bfloat16").model(model, 0)
-    mixed = SamplingWeights("bfloat16").model(model, 0)
+    copied = StudentPasses("bfloat16").at(model, 0).sampler()
+    mixed = StudentPasses("bfloat16").at(model, 0).sampler()
     next(iter(mixed.parameters())).data = next(iter(mixed.parameters())).data.float()
     with torch.autocast("cpu", torch.bfloat16):
         # A float32 model leaves it where it would be slow.
@@ -62,7 +62,7 @@ def test_only_weights_that_are_all_bfloat16_are_sampled_from_without_autocast(
 
 
 def test_copy_samples_under_autocast_what_it_samples_without(model: Any) -> None:
-    copied = SamplingWeights("bfloat16").model(model, 0)
+    copied = StudentPasses("bfloat16").at(model, 0).sampler()
     plain = rollout(copied)
     with torch.autocast("cpu", torch.bfloat16):
         inside = rollout(copied)

@@ -151,14 +151,14 @@ def test_dropping_finished_rows_changes_nothing(
     model: Any, pad_left: Pad, monkeypatch: pytest.MonkeyPatch, fused: bool
 ) -> None:
     sizes: list[int] = []
-    step = DecodingSteps.__call__
+    step = DecodingSteps.step
 
     def counted(self: DecodingSteps, tokens: Tensor) -> Tensor:
         sizes.append(len(tokens))
         return step(self, tokens)
 
     if fused:
-        monkeypatch.setattr(DecodingSteps, "__call__", counted)
+        monkeypatch.setattr(DecodingSteps, "step", counted)
     else:  # a model with a hook is not fused
         hook = model.base_model.register_forward_hook
         hook(lambda _module, _args, output: sizes.append(len(output.last_hidden_state)))

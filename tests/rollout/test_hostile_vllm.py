@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.rollout import RolloutRequest, Sampling, SamplingWeights, VLLMServerEngine
+from sdft_lightning.rollout import RolloutRequest, Sampling, StudentPasses, VLLMServerEngine
 from sdft_lightning.rollout.mismatch import MismatchCorrection
 from sdft_lightning.types import Tokens
 
@@ -70,7 +70,7 @@ def sample(vllm: Any, tmp_path: Path, model: Any) -> Callable[..., Any]:
         sampling = Sampling(4, completions_per_prompt=2)
         mask = torch.ones_like(ids, dtype=torch.bool)
         request = RolloutRequest(Tokens(ids, mask), ["a"], sampling, 1, 0, [2, 9], 0)
-        return engine.generate(model, SamplingWeights("same"), request)
+        return engine.generate(StudentPasses("same").at(model, 0), request)
 
     return run
 

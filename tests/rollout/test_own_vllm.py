@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.rollout import RolloutRequest, Sampling, SamplingWeights, VLLMEngine
+from sdft_lightning.rollout import RolloutRequest, Sampling, StudentPasses, VLLMEngine
 from sdft_lightning.rollout.engine import Sampled, as_rollout
 from sdft_lightning.rollout.sampling import row_seeds
 from sdft_lightning.rollout.vllm.weights import WeightsFolder
@@ -85,7 +85,7 @@ def request(step: int = 0, samples: int = 2) -> RolloutRequest:
 
 
 def generate(engine: VLLMEngine, model: Any, step: int = 0) -> Any:
-    return engine.generate(model, SamplingWeights("same"), request(step))
+    return engine.generate(StudentPasses("same").at(model, 0), request(step))
 
 
 def test_every_completion_is_asked_for_by_token_ids_with_its_own_seed(

@@ -14,7 +14,7 @@ from sdft_lightning.rollout import Sampling, generate_rollout
 from sdft_lightning.rollout import decode_mode as decode_file
 from sdft_lightning.rollout.decode_mode import packed_linears
 from sdft_lightning.rollout.sampling import row_uniforms
-from sdft_lightning.rollout.student import SamplingWeights
+from sdft_lightning.rollout.student import StudentPasses
 from sdft_lightning.types import Tokens
 
 needs_onednn = pytest.mark.skipif(
@@ -105,7 +105,7 @@ def test_bfloat16_that_is_slow_is_laid_out_in_float32_whatever_the_size(
 def test_a_rollout_of_the_bfloat16_copy_samples_the_same_tokens_as_without(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copied = SamplingWeights("bfloat16").model(model, 0)
+    copied = StudentPasses("bfloat16").at(model, 0).sampler()
     torch.manual_seed(1)
     ids = torch.randint(3, 60, (4, 6))
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -204,7 +204,7 @@ def test_an_adapted_layer_is_packed_with_its_adapter_merged(
 def test_adapted_layers_of_the_bfloat16_copy_are_packed_in_its_precision(
     make_adapted: Callable[..., Any],
 ) -> None:
-    copied = SamplingWeights("bfloat16").model(make_adapted(), 0)
+    copied = StudentPasses("bfloat16").at(make_adapted(), 0).sampler()
     layer = next(iter(adapter_layers(copied).values()))
     inputs = torch.randn(2, layer.get_base_layer().in_features, dtype=torch.bfloat16)
     with torch.no_grad():

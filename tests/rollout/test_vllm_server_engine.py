@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.rollout import RolloutRequest, Sampling, SamplingWeights, VLLMServerEngine
+from sdft_lightning.rollout import RolloutRequest, Sampling, StudentPasses, VLLMServerEngine
 from sdft_lightning.rollout.sampling import row_seeds
 from sdft_lightning.rollout.vllm.client import VLLMClient
 from sdft_lightning.types import Rollout, Tokens
@@ -137,7 +137,7 @@ def generate(engine: VLLMServerEngine, model: Any, step: int = 0) -> Rollout:
     ids = torch.tensor([[0, 0, 5], [3, 4, 5]])  # (2, P), the first padded
     mask = torch.tensor([[False, False, True], [True, True, True]])  # (2, P)
     request = RolloutRequest(Tokens(ids, mask), ["a", "b"], sampling, 1, step, [2, 9], 0)
-    return engine.generate(model, SamplingWeights("same"), request)
+    return engine.generate(StudentPasses("same").at(model, 0), request)
 
 
 def weight(model: Any) -> float:

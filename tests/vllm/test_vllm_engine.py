@@ -14,7 +14,7 @@ from sdft_lightning.forward.hidden import completion_hidden_states, output_head
 from sdft_lightning.rollout import (
     RolloutRequest,
     Sampling,
-    SamplingWeights,
+    StudentPasses,
     VLLMEngine,
     trained_log_probs,
 )
@@ -131,8 +131,8 @@ def test_log_probs_are_of_the_distribution_that_is_sampled_from(
     prompt = torch.tensor([[0, 0, *fixed_ids[:14]]])  # (1, P)
     mask = torch.tensor([[False] * 2 + [True] * 14])  # (1, P)
     request = RolloutRequest(Tokens(prompt, mask), ["a"], sampling, 1, 0, [2], 2)
-    rollout = engine.generate(student, SamplingWeights("same"), request)
-    again = engine.generate(student, SamplingWeights("same"), request)
+    rollout = engine.generate(StudentPasses("same").at(student, 0), request)
+    again = engine.generate(StudentPasses("same").at(student, 0), request)
 
     assert torch.equal(rollout.completion_ids, again.completion_ids)  # same seeds
     assert not torch.equal(rollout.completion_ids[0], rollout.completion_ids[1])  # own seeds

@@ -1,4 +1,4 @@
-"""Decoding one token a row in few operations, with room for keys and values made beforehand.
+"""Decoding one token a row in few operations, with buffers for keys and values made beforehand.
 
 Weights are rearranged once a rollout for few rows; queries, keys and values are one product, and so
 are gate and up. Norms, residual sums and attention are computed in float32, as in training, so that
@@ -18,14 +18,15 @@ from sdft_lightning.forward.fused.attention import Shape, rotate
 from sdft_lightning.forward.fused.common import normed, rms
 from sdft_lightning.forward.fused.kept import ReadPrompts, Recording, hand_over, kept_rows
 from sdft_lightning.forward.fused.structure import Decoder, LaidOut, LaidOutLayer, Layer
+from sdft_lightning.forward.kv_cache import Decoding
 from sdft_lightning.models.products import product_dtype
 from sdft_lightning.types import Tokens
 
-# Tokens that room is made for at once: most completions end long before the longest allowed.
+# Tokens that buffers grow by: most completions end long before the longest allowed.
 _MORE = 64
 
 
-class DecodingSteps:
+class DecodingSteps(Decoding):
     """Keys and values of some rows, and what comes next in each.
 
     Args:
@@ -79,7 +80,7 @@ class DecodingSteps:
         self.logits = self.head(last).repeat_interleave(samples, dim=0)
 
     def _grow(self) -> None:
-        """Make room for more keys and values, layer by layer."""
+        """Enlarge the buffers of keys and values, layer by layer."""
         more = min(_MORE, self.longest - self.length)
         for buffers in (self.keys, self.values):
             for place, buffer in enumerate(buffers):
@@ -88,22 +89,22 @@ class DecodingSteps:
         if self.wide.numel():
             self.wide = _wide(2 * self.keys[0].numel())
 
-    def select(self, slots: Tensor) -> None:
+    def keep(self, rows: Tensor) -> None:
         """Keep some rows only.
 
         Args:
-            slots: `(n,)` ascending.
+            rows: `(n,)` ascending.
         """
-        count = slots.numel()
+        count = rows.numel()
         for buffers in (self.keys, self.values):
             for place, buffer in enumerate(buffers):
                 # In place: what is behind the last key is not read, and need not be moved.
-                buffer[:count, :, : self.length] = buffer[slots, :, : self.length]
+                buffer[:count, :, : self.length] = buffer[rows, :, : self.length]
                 buffers[place] = buffer[:count]
-        self.positions, self.unseen = self.positions[slots], self.unseen[slots]
-        self.rows = self.rows[slots]
+        self.positions, self.unseen = self.positions[rows], self.unseen[rows]
+        self.rows = self.rows[rows]
 
-    def __call__(self, tokens: Tensor) -> Tensor:
+    def step(self, tokens: Tensor) -> Tensor:
         """Append a token to each row.
 
         Args:
@@ -142,12 +143,12 @@ class DecodingSteps:
         return self.head(self._normed(hidden, decoder.norm)[1])
 
     def finish(self, completions: Tokens) -> None:
-        """Hand what was recorded over to the prompts, for a pass over both; no step can follow.
+        """Store what the steps have computed with the prompts, for a training pass over both.
 
         Args:
             completions: `(B · n, T)` what was sampled, padded on the right.
         """
-        # What is handed over needs the room.
+        # What is stored needs the memory.
         self.layers, self.keys, self.values = [], [], []
         del self.head, self.wide, self.unseen, self.logits
         hand_over(self.recording, self.prompts, self.samples, completions)

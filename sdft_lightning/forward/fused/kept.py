@@ -74,8 +74,8 @@ class ReadPrompts:
         """Whether something is kept, in this dtype, and it is of these prompts and completions.
 
         Args:
-            split: Of each completion the prompt.
-            completions: `(R, T)`.
+            split: The prompts.
+            completions: `(R, T)`, as many of each prompt as of any other.
             dtype: That products are kept in.
         """
         if not self.is_kept or self.kept != dtype:
@@ -85,6 +85,7 @@ class ReadPrompts:
             return False
         prefix = split.prefix_ids.tolist()
         given = [prefix + ids for ids in split.rest.lists()]
+        given = [ids for ids in given for _ in range(completions.ids.shape[0] // len(given))]
         if given != [ids for ids in self.rows.token_lists() for _ in range(samples)]:
             return False
         if self.completions is None:

@@ -45,6 +45,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.model = None
         self.shares_weights = False
+        self._cache: PromptCache | None = None
         self.eval()
 
     def copy_from(self, student: nn.Module) -> None:
@@ -92,7 +93,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, prompts: Tokens, completions: Tokens, keep: Tensor) -> Tensor:
         """Hidden states `(N, D)` at the kept tokens, see `completion_hidden_states`."""
-        return completion_hidden_states(self.network, prompts, completions, keep)
+        return completion_hidden_states(self.network, prompts, completions, keep, cache=self._cache)
 
     @property
     def is_loaded(self) -> bool:
@@ -184,13 +185,6 @@ class FrozenTeacher(Teacher):
         """A move to another device leaves the cache behind."""
         self.forget()
         return super()._apply(fn, recurse)
-
-    @torch.no_grad()
-    def forward(self, prompts: Tokens, completions: Tokens, keep: Tensor) -> Tensor:
-        """Hidden states at kept completion tokens, `(N, D)`; prompts are read once and cached."""
-        if self._cache is None:
-            return super().forward(prompts, completions, keep)
-        return self._cache.completion_hidden_states(self.network, prompts, completions, keep)
 
     def forget(self) -> None:
         """Empty the cache, after the weights were changed from outside."""

@@ -100,7 +100,8 @@ def test_gradient_checkpointing_and_sliding_windows_take_the_plain_path(model: A
     assert not can_share(model)
 
 
-def test_cached_prompts_give_the_same_states_in_any_batch(model: Any) -> None:
+@pytest.mark.parametrize("fuse", [True, False])
+def test_cached_prompts_give_the_same_states_in_any_batch(model: Any, fuse: bool) -> None:
     ids, mask, completion, completion_mask = batch(9)
     plain = completion_hidden_states(
         model,
@@ -111,14 +112,21 @@ def test_cached_prompts_give_the_same_states_in_any_batch(model: Any) -> None:
     )
     cache = PromptCache()
     for _ in range(2):  # the second time from memory
-        cached = cache.completion_hidden_states(
-            model, Tokens(ids, mask), Tokens(completion, completion_mask), completion_mask
+        cached = completion_hidden_states(
+            model,
+            Tokens(ids, mask),
+            Tokens(completion, completion_mask),
+            completion_mask,
+            cache=cache,
+            fuse=fuse,
         )
         torch.testing.assert_close(cached, plain, rtol=1e-4, atol=1e-5)
-    last = cache.completion_hidden_states(
+    last = completion_hidden_states(
         model,
         Tokens(ids[2:], mask[2:]),
         Tokens(completion[2:], completion_mask[2:]),
         completion_mask[2:],
+        cache=cache,
+        fuse=fuse,
     )
     torch.testing.assert_close(last, plain[-3:], rtol=1e-4, atol=1e-5)

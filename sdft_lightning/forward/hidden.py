@@ -16,23 +16,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.forward.forward_paths import paths_of
 from sdft_lightning.forward.fused import ReadPrompts, completion_states, decoder_of, training_dtype
-from sdft_lightning.forward.kv_cache import cache_argument, without_cache
 from sdft_lightning.forward.layout import (
-    PackedRows,
     SplitPrompts,
-    attention_mask,
     can_share,
-    encode_prefix,
-    one_a_row,
-    own_sequence,
-    pack_if_worth,
+    layout_of,
     split_if_worth,
-    takes_own_mask,
-    unpack,
 )
-from sdft_lightning.losses.masking import position_ids
+from sdft_lightning.forward.prompt_cache import PromptCache, check_keeps_prompts
 from sdft_lightning.models.eval_mode import eval_mode
 from sdft_lightning.models.products import product_dtype, takes_float32, without_slow_autocast
 from sdft_lightning.models.sharding import gathered
@@ -141,35 +132,6 @@ def _leave_autocast(base: nn.Module, _: Any, output: Any) -> None:
 _HEAD_TOLERANCE = 2e-2
 
 
-def hidden_states(model: Any, tokens: Tokens, prefix_ids: Tensor | None = None) -> Tensor:
-    """Last hidden states, after the final norm: what the output head is applied to.
-
-    Args:
-        model: A causal language model of transformers.
-        tokens: `(B, L)`, padded on either side.
-        prefix_ids: `(K,)` tokens that stand before each row, without padding between.
-
-    Returns:
-        `(B, L, D)`, without the states of the prefix.
-    """
-    input_ids, attention_mask = tokens
-    rows, shared = input_ids.shape[0], 0 if prefix_ids is None else prefix_ids.numel()
-    cache = None
-    if prefix_ids is not None and shared:
-        cache = encode_prefix(model, prefix_ids, rows)
-        ones = attention_mask.new_ones(rows, shared)  # (B, K)
-        attention_mask = torch.cat([ones, attention_mask], dim=1)  # (B, K + L)
-    output = model.base_model(
-        input_ids=input_ids,
-        attention_mask=attention_mask.long(),
-        position_ids=position_ids(attention_mask)[:, shared:],
-        **cache_argument(model.base_model, cache),
-        use_cache=cache is not None,
-    )
-    hidden: Tensor = output.last_hidden_state  # (B, L, D)
-    return hidden
-
-
 def completion_hidden_states(
     model: Any,
     prompts: Tokens,
@@ -180,6 +142,7 @@ def completion_hidden_states(
     fuse: bool = True,
     rounded: Any = None,
     read: Sequence[ReadPrompts] = (),
+    cache: PromptCache | None = None,
 ) -> Tensor:
     """Hidden states that predict the kept completion tokens.
 
@@ -199,71 +162,40 @@ def completion_hidden_states(
             otherwise. Gradients are the model's.
         read: What the same weights have computed while sampling; fused decoders use up the first
             that is of these tokens, and need not compute it again.
+        cache: Stores what is computed of prompts for later calls. For a model whose weights do not
+            change; no gradient flows then.
 
     Returns:
         `(N, D)` with N = keep.sum(), row by row.
+
+    Raises:
+        UserError: If prompts are to be stored and the model does not allow it.
     """
     dtype = training_dtype(model)
     decoder = decoder_of(model) if fuse and dtype is not None else None
-    if decoder is None:  # a fused one computes each prompt once however many completions it has
-        prompts = prompts.repeat(completions.ids.shape[0] // prompts.ids.shape[0])
-    split = SplitPrompts.whole(prompts)
-    if share_prefix and can_share(model):
-        split = split_if_worth(prompts)
+    if cache is not None:
+        check_keeps_prompts(model)
     if decoder is not None and dtype is not None:
         copied = decoder_of(rounded) if rounded is not None and rounded.dtype == dtype else None
+        if cache is not None:
+            return cache.fused_states(decoder, prompts, completions, keep, dtype)
+        split = _split(model, prompts, share_prefix)
         return completion_states(decoder, split, completions, keep, dtype, copied, read)
+    # A fused decoder computes each prompt once, however many completions it has.
+    prompts = prompts.repeat(completions.ids.shape[0] // prompts.ids.shape[0])
     length = prompts.ids.shape[1] + completions.ids.shape[1]
     with without_slow_autocast(model), training_attention(model, prompts.ids.shape[0], length):
-        return _plain_states(model, split, completions, keep, pack)
+        if cache is not None:
+            return cache.states(model, prompts, completions, keep)
+        split = _split(model, prompts, share_prefix)
+        return layout_of(model, split, completions, pack).states(model, keep)
 
 
-def _plain_states(
-    model: Any,
-    split: SplitPrompts,
-    completions: Tokens,
-    keep: Tensor,
-    pack: bool,
-) -> Tensor:
-    """Hidden states at kept completion tokens, `(N, D)`, by the model itself."""
-    if not paths_of(model).pads_left:
-        return _unpadded_states(model, split, completions, keep)
-    if pack and takes_own_mask(model):
-        rows = pack_if_worth(split, completions)
-        if rows is not None:
-            return unpack(_packed_hidden_states(model, split.prefix_ids, rows), rows, keep)
-    # The last token of a completion predicts nothing.
-    input_ids = torch.cat([split.rest.ids, completions.ids[:, :-1]], dim=1)  # (B, R + T - 1)
-    mask = torch.cat([split.rest.mask, completions.mask[:, :-1]], dim=1)  # (B, R + T - 1)
-    # Padding tokens may be embedded as zeros, where some norms have no gradient: repeat a real one.
-    last = split.rest.ids[:, -1:]  # (B, 1)
-    input_ids = torch.where(mask, input_ids, last)  # (B, R + T - 1)
-    hidden = hidden_states(model, Tokens(input_ids, mask), split.prefix_ids)  # (B, R + T - 1, D)
-    predicting = hidden[:, split.rest.ids.shape[1] - 1 :]  # (B, T, D)
-    return predicting[keep]  # (N, D)
-
-
-def _unpadded_states(model: Any, split: SplitPrompts, completions: Tokens, keep: Tensor) -> Tensor:
-    """Hidden states of rows that begin in column 0, for models that do not read left padding."""
-    rows = one_a_row(split, completions)
-    base = model.base_model
-    hidden = base(input_ids=rows.ids, **without_cache(base)).last_hidden_state  # (B, L, D)
-    return unpack(hidden, rows, keep)
-
-
-def _packed_hidden_states(model: Any, prefix_ids: Tensor, rows: PackedRows) -> Tensor:
-    """Hidden states `(G, L, D)` of sequences that stand side by side behind a shared prefix."""
-    shared = prefix_ids.numel()
-    cache = encode_prefix(model, prefix_ids, rows.ids.shape[0]) if shared else None
-    output = model.base_model(
-        input_ids=rows.ids,
-        attention_mask=attention_mask(own_sequence(rows.sequence), shared, model.dtype),
-        position_ids=rows.positions + shared,
-        **cache_argument(model.base_model, cache),
-        use_cache=cache is not None,
-    )
-    hidden: Tensor = output.last_hidden_state
-    return hidden
+def _split(model: Any, prompts: Tokens, share_prefix: bool) -> SplitPrompts:
+    """Prompts less what all of them begin with, where the model can share it."""
+    if share_prefix and can_share(model):
+        return split_if_worth(prompts)
+    return SplitPrompts.whole(prompts)
 
 
 def output_head(model: Any) -> OutputHead:

@@ -1,4 +1,4 @@
-"""The key/value cache of transformers' own models, and decoding steps on it.
+"""Calls of transformers' own models: passes over rows, the key/value cache, decoding steps on it.
 
 transformers 5.24 renamed the argument and the output `past_key_values` to `cache` and will drop
 the old name in 5.40; older versions, and models that others wrote, know only the old one.
@@ -10,7 +10,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +43,66 @@ def cache_of(output: Any) -> Any:
     """The cache in what a model has returned."""
     found = getattr(output, NEW, None)
     return getattr(output, OLD) if found is None else found
+
+
+class Inputs(NamedTuple):
+    """Arguments of a pass over rows.
+
+    Attributes:
+        ids: `(G, L)`.
+        mask: `(G, K + L)` boolean, or `(G, 1, L, K + L)` to be added to attention scores; None
+            where rows begin in column 0 and each token sees all before it.
+        positions: `(G, L)`; None where the mask is.
+        cache: Keys and values of K columns before; None without any.
+    """
+
+    ids: Tensor
+    mask: Tensor | None = None
+    positions: Tensor | None = None
+    cache: Any = None
+
+    @staticmethod
+    def behind(tokens: Tokens, before: Tensor | None = None, cache: Any = None) -> Inputs:
+        """Rows that may be padded, behind what is in a cache.
+
+        Args:
+            tokens: `(G, L)`.
+            before: `(G, K)` which of the cached columns are no padding; None without any.
+            cache: Their keys and values.
+        """
+        mask = tokens.mask if before is None else torch.cat([before, tokens.mask], dim=1)
+        first = mask.shape[1] - tokens.ids.shape[1]
+        return Inputs(tokens.ids, mask, position_ids(mask)[:, first:], cache)
+
+    def arguments(self, part: Any, fill: bool) -> dict[str, Any]:
+        """Keyword arguments of a model or its base.
+
+        Args:
+            part: Which is called.
+            fill: Return keys and values, those of the cache among them.
+        """
+        if self.mask is None:
+            return {"input_ids": self.ids, **without_cache(part)}
+        mask = self.mask.long() if self.mask.dtype == torch.bool else self.mask
+        return {
+            "input_ids": self.ids,
+            "attention_mask": mask,
+            "position_ids": self.positions,
+            **cache_argument(part, self.cache),
+            "use_cache": fill or self.cache is not None,
+        }
+
+
+def run(model: Any, inputs: Inputs, fill: bool = False) -> Any:
+    """What the decoder below the head of a causal language model returns.
+
+    Args:
+        model: A causal language model of transformers.
+        inputs: Of the pass.
+        fill: Return keys and values, too.
+    """
+    base = model.base_model
+    return base(**inputs.arguments(base, fill))
 
 
 Appending = Literal["masked", "unmasked", "grouped"]
@@ -83,26 +143,20 @@ class CachedSteps(Decoding):
         appending: masked: with the mask of all columns and positions; unmasked: the prompts so,
             the tokens behind them with positions only; grouped: rows of equal length, without
             either.
-        ids: `(B, P)` prompts, padded on the left.
-        mask: `(B, K + P)`.
-        cache: K positions before them, computed already.
+        inputs: `(B, P)` prompts, padded on the left.
 
     Attributes:
         logits: `(B, V)` that predict the token after each prompt.
     """
 
-    def __init__(
-        self, model: Any, appending: Appending, ids: Tensor, mask: Tensor, cache: Any = None
-    ) -> None:
-        self.model, self.appending, self.mask = model, appending, mask
-        options: dict[str, Any] = {}
-        if appending != "grouped":
-            options = {
-                "attention_mask": mask.long(),
-                "position_ids": position_ids(mask)[:, mask.shape[1] - ids.shape[1] :],
-                **cache_argument(model, cache),
-            }
-        output = model(input_ids=ids, **options, use_cache=True, **_last_logits_only(model))
+    def __init__(self, model: Any, appending: Appending, inputs: Inputs) -> None:
+        assert inputs.mask is not None
+        self.model, self.appending, self.mask = model, appending, inputs.mask
+        if appending == "grouped":
+            arguments = {"input_ids": inputs.ids, "use_cache": True}
+        else:
+            arguments = inputs.arguments(model, fill=True)
+        output = model(**arguments, **_last_logits_only(model))
         self.cache = cache_of(output)
         self.logits: Tensor = output.logits[:, -1]
 

@@ -1,11 +1,14 @@
-"""How a batch of prompts and completions is laid out, so that little is computed twice or padded.
+"""How prompts and completions are laid out as rows of a pass, so that little is computed twice.
 
-Chat templates open every prompt with the same system turn. Its keys and values are formed at batch
-size 1 and repeated; gradients flow through the repetition. `SHORTEST` and `can_share` say where.
+- `padded`: a prompt with its completion in each row;
+- `packed`: several of these side by side, where that saves padding. The attention mask separates
+  them, and positions start anew with each;
+- `alone`: rows that begin in column 0, for models that do not read left padding;
+- `after`: completions behind prompts whose keys and values are known.
 
-Behind it, several sequences stand one after another in a row. The attention mask separates them,
-and positions start anew with each. The last token of a completion is left out: nothing is predicted
-from it. Results equal those of the padded batch up to rounding.
+What all prompts begin with, such as a system turn, is computed once: at batch size 1, repeated;
+gradients flow through the repetition. `SHORTEST` and `can_share` say where. The last token of a
+completion is left out: nothing is predicted from it. Results are equal up to rounding.
 """
 
 from __future__ import annotations
@@ -16,12 +19,17 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.forward.forward_paths import paths_of, sees_all_before
-from sdft_lightning.forward.kv_cache import cache_of
+from sdft_lightning.forward.kv_cache import Inputs, cache_of, run
 from sdft_lightning.models.sharding import is_sharded
 from sdft_lightning.types import Tokens
 
 # Below this many shared tokens an extra forward pass is not worth its overhead.
 SHORTEST = 8
+# Rows may grow to this many tokens: longer ones pack better, and pay it back in attention.
+WIDTH = 256
+# Packed only where it saves at least this part of the tokens.
+_WORTH = 0.1
+_PADDING = -1
 
 
 class SplitPrompts(NamedTuple):
@@ -97,7 +105,7 @@ def split_if_worth(prompts: Tokens) -> SplitPrompts:
 
 
 def encode_prefix(model: Any, prefix_ids: Tensor, rows: int) -> Any:
-    """Keys and values of the prefix for so many rows.
+    """Keys and values of a prefix for so many rows.
 
     Args:
         model: A causal language model of transformers.
@@ -105,19 +113,124 @@ def encode_prefix(model: Any, prefix_ids: Tensor, rows: int) -> Any:
         rows: B.
 
     Returns:
-        A cache of transformers with K positions of B rows.
+        A cache of transformers with K positions of B rows; None without a prefix.
     """
+    if not prefix_ids.numel():
+        return None
     cache = cache_of(model.base_model(input_ids=prefix_ids.unsqueeze(0), use_cache=True))
     if rows > 1:
         cache.batch_repeat_interleave(rows)
     return cache
 
 
-# Rows may grow to this many tokens: longer ones pack better, and pay it back in attention.
-WIDTH = 256
-# Packed only where it saves at least this part of the tokens.
-_WORTH = 0.1
-_PADDING = -1
+def behind_prefix(model: Any, split: SplitPrompts) -> Inputs:
+    """The rest of prompts, behind their common prefix, which is computed here.
+
+    Args:
+        model: A causal language model of transformers.
+        split: The prompts.
+    """
+    rows, shared = split.rest.ids.shape[0], split.prefix_ids.numel()
+    before = split.rest.mask.new_ones(rows, shared)  # (B, K)
+    return Inputs.behind(split.rest, before, encode_prefix(model, split.prefix_ids, rows))
+
+
+class Layout(NamedTuple):
+    """A pass, and which of its states predict R completions of up to T tokens.
+
+    Attributes:
+        inputs: Of the pass, G rows of L columns.
+        row: `(R,)` row of each completion.
+        columns: `(R, T)` column of the state that predicts each token.
+        before: `(G, 1, D)` states in front of column 0, which then counts as column 1.
+    """
+
+    inputs: Inputs
+    row: Tensor
+    columns: Tensor
+    before: Tensor | None = None
+
+    def states(self, model: Any, keep: Tensor) -> Tensor:
+        """The states that predict the kept tokens.
+
+        Args:
+            model: A causal language model of transformers.
+            keep: `(R, T)`.
+
+        Returns:
+            `(N, D)`, row by row.
+        """
+        parts = [] if self.before is None else [self.before]
+        if self.inputs.ids.shape[1]:
+            parts.append(run(model, self.inputs).last_hidden_state)
+        hidden = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)  # (G, L, D)
+        rows = self.row.unsqueeze(1).expand_as(self.columns)  # (R, T)
+        return hidden[rows[keep], self.columns[keep]]  # (N, D)
+
+
+def layout_of(model: Any, split: SplitPrompts, completions: Tokens, pack: bool) -> Layout:
+    """The layout that is right for a model, and the shortest one.
+
+    Args:
+        model: A causal language model of transformers.
+        split: R prompts.
+        completions: `(R, T)`, padded on the right.
+        pack: Lay short rows side by side where that saves padding.
+    """
+    if not paths_of(model).pads_left:
+        return alone(split, completions)
+    rows = pack_if_worth(split, completions) if pack and takes_own_mask(model) else None
+    return padded(model, split, completions) if rows is None else packed(model, split, rows)
+
+
+def padded(model: Any, split: SplitPrompts, completions: Tokens) -> Layout:
+    """A prompt, padded on the left, with its completion in each row."""
+    ids = torch.cat([split.rest.ids, completions.ids[:, :-1]], dim=1)  # (R, P + T - 1)
+    mask = torch.cat([split.rest.mask, completions.mask[:, :-1]], dim=1)  # (R, P + T - 1)
+    # Padding tokens may be embedded as zeros, where some norms have no gradient: repeat a real one.
+    ids = torch.where(mask, ids, split.rest.ids[:, -1:])
+    inputs = behind_prefix(model, SplitPrompts(split.prefix_ids, Tokens(ids, mask)))
+    row = torch.arange(len(ids), device=ids.device)  # (R,)
+    return Layout(inputs, row, _steps(completions) + split.rest.ids.shape[1] - 1)
+
+
+def packed(model: Any, split: SplitPrompts, rows: PackedRows) -> Layout:
+    """Sequences side by side."""
+    shared = split.prefix_ids.numel()
+    inputs = Inputs(
+        rows.ids,
+        attention_mask(own_sequence(rows.sequence), shared, model.dtype),
+        rows.positions + shared,
+        encode_prefix(model, split.prefix_ids, rows.ids.shape[0]),
+    )
+    return Layout(inputs, rows.row, rows.columns)
+
+
+def alone(split: SplitPrompts, completions: Tokens) -> Layout:
+    """Each sequence from column 0, padded behind its end, without mask and positions."""
+    lengths = _lengths(split, completions)
+    rows = _lay_out(split, completions, lengths, [[index] for index in range(len(lengths))])
+    return Layout(Inputs(rows.ids), rows.row, rows.columns)
+
+
+def after(last: Tensor, mask: Tensor, cache: Any, completions: Tokens) -> Layout:
+    """Completions behind prompts whose keys and values are known.
+
+    Args:
+        last: `(R, 1, D)` states that predict the first tokens.
+        mask: `(R, K)` which of the cached columns are no padding.
+        cache: Keys and values of the prompts.
+        completions: `(R, T)`, padded on the right.
+    """
+    tokens = Tokens(completions.ids[:, :-1], completions.mask[:, :-1])
+    row = torch.arange(len(tokens.ids), device=tokens.ids.device)  # (R,)
+    return Layout(Inputs.behind(tokens, mask, cache), row, _steps(completions), last)
+
+
+def _steps(completions: Tokens) -> Tensor:
+    """`(R, T)` the place of each token in its completion."""
+    steps = torch.arange(completions.ids.shape[1], device=completions.ids.device)  # (T,)
+    return steps.expand(completions.ids.shape)
 
 
 class PackedRows(NamedTuple):
@@ -128,14 +241,14 @@ class PackedRows(NamedTuple):
         sequence: `(G, L)` which of the B sequences a column belongs to, `_PADDING` for none.
         positions: `(G, L)` counted anew in each sequence.
         row: `(B,)` row of each sequence.
-        first: `(B,)` column that predicts the first token of each completion.
+        columns: `(B, T)` column that predicts each token of a completion.
     """
 
     ids: Tensor
     sequence: Tensor
     positions: Tensor
     row: Tensor
-    first: Tensor
+    columns: Tensor
 
 
 def pack_if_worth(split: SplitPrompts, completions: Tokens) -> PackedRows | None:
@@ -152,15 +265,6 @@ def pack_if_worth(split: SplitPrompts, completions: Tokens) -> PackedRows | None
     if len(bins) * width > (1 - _WORTH) * padded:
         return None
     return _lay_out(split, completions, lengths, bins)
-
-
-def one_a_row(split: SplitPrompts, completions: Tokens) -> PackedRows:
-    """Lay each sequence out from column 0, padded behind its end.
-
-    Arguments as of `pack_if_worth`.
-    """
-    lengths = _lengths(split, completions)
-    return _lay_out(split, completions, lengths, [[index] for index in range(len(lengths))])
 
 
 def _lengths(split: SplitPrompts, completions: Tokens) -> list[int]:
@@ -192,7 +296,7 @@ def _lay_out(
             positions[group, columns] = torch.arange(lengths[index], device=device)
             row[index], first[index] = group, start + prompt.numel() - 1
             start += lengths[index]
-    return PackedRows(ids, sequence, positions, row, first)
+    return PackedRows(ids, sequence, positions, row, first.unsqueeze(1) + _steps(completions))
 
 
 def own_sequence(sequence: Tensor) -> Tensor:
@@ -221,33 +325,16 @@ def attention_mask(seen: Tensor, shared: int, dtype: torch.dtype) -> Tensor:
     return torch.nn.functional.pad(scores, (shared, 0)).unsqueeze(1)
 
 
-def unpack(hidden: Tensor, rows: PackedRows, keep: Tensor) -> Tensor:
-    """The states that predict the kept completion tokens, sequence by sequence.
-
-    Args:
-        hidden: `(G, L, D)`.
-        rows: Where the sequences are.
-        keep: `(B, T)`.
-
-    Returns:
-        `(N, D)`.
-    """
-    steps = torch.arange(keep.shape[1], device=keep.device)  # (T,)
-    columns = rows.first.unsqueeze(1) + steps  # (B, T)
-    groups = rows.row.unsqueeze(1).expand_as(columns)  # (B, T)
-    return hidden[groups[keep], columns[keep]]  # (N, D)
-
-
 def _fill_bins(lengths: list[int], width: int) -> list[list[int]]:
     """First fit, longest first: indices of the sequences of each row."""
     bins: list[list[int]] = []
-    room: list[int] = []
+    free: list[int] = []  # columns of each row
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        place = next((i for i, left in enumerate(room) if left >= lengths[index]), None)
+        place = next((i for i, left in enumerate(free) if left >= lengths[index]), None)
         if place is None:
             bins.append([])
-            room.append(width)
+            free.append(width)
             place = len(bins) - 1
         bins[place].append(index)
-        room[place] -= lengths[index]
+        free[place] -= lengths[index]
     return bins

@@ -12,12 +12,14 @@ from sdft_lightning.errors import UserError
 from sdft_lightning.forward.kv_cache import (
     Appending,
     CachedSteps,
+    Inputs,
     cache_argument,
     cache_of,
     without_cache,
 )
 from sdft_lightning.losses.masking import position_ids
 from sdft_lightning.models.products import takes_float32
+from sdft_lightning.types import Tokens
 
 # Tokens of the probe: a prefix that both rows share, the rest of each prompt, its continuation.
 _PREFIX, _RESTS, _STEPS = 4, (3, 7), 8
@@ -164,7 +166,7 @@ class Probe:
     ) -> list[tuple[Tensor, Tensor]]:
         ids, mask = _pad_left([row[:-_STEPS] for row in rows])
         owner = list(range(len(rows)))
-        steps = CachedSteps(self.model, kind, ids, mask)
+        steps = CachedSteps(self.model, kind, Inputs.behind(Tokens(ids, mask)))
         if repeat:
             steps.repeat(2)
             owner = [row for row in owner for _ in range(2)]

@@ -14,18 +14,18 @@ from torch import Tensor
 
 from sdft_lightning.forward.forward_paths import paths_of
 from sdft_lightning.forward.hidden import apply_head, completion_hidden_states, output_head
-from sdft_lightning.forward.kv_cache import cache_argument, cache_of
+from sdft_lightning.forward.kv_cache import Inputs, cache_of, run
 from sdft_lightning.forward.layout import (
-    SHORTEST,
+    Layout,
     SplitPrompts,
+    after,
     attention_mask,
+    behind_prefix,
     can_share,
     encode_prefix,
     split_if_worth,
-    split_prompts,
     takes_own_mask,
 )
-from sdft_lightning.losses.masking import position_ids
 from sdft_lightning.models.eval_mode import eval_mode
 from sdft_lightning.models.products import without_slow_autocast
 from sdft_lightning.types import ContinuationScore, OutputHead, ScoringBatch
@@ -54,9 +54,9 @@ def score_continuations(
     with eval_mode(model), without_slow_autocast(model):
         short = keep.shape[1] <= _LONGEST_BRANCH
         if share and short and can_share(model) and takes_own_mask(model):
-            hidden = branch_hidden_states(model, batch)  # (N, D)
+            hidden = _branches(model, batch).states(model, keep)  # (N, D)
         elif share and can_share(model) and paths_of(model).drops_rows:
-            hidden = _shared_hidden_states(model, batch)  # (N, D)
+            hidden = _after_contexts(model, batch).states(model, keep)  # (N, D)
         else:
             hidden = completion_hidden_states(
                 model,
@@ -77,45 +77,15 @@ def score_continuations(
     ]
 
 
-def _shared_hidden_states(model: Any, batch: ScoringBatch) -> Tensor:
-    """Hidden states `(N, D)` that predict the kept tokens.
-
-    What all contexts begin with is computed once, then the rest of each context, then each
-    continuation on the keys and values of its own context.
-    """
-    cache, ids = None, batch.context_ids
-    mask = batch.context_mask  # (C, P)
-    shared = 0
-    if ids.shape[0] > 1:
-        split = split_prompts(batch.contexts)
-        if split.prefix_ids.numel() >= SHORTEST:
-            shared, ids = split.prefix_ids.numel(), split.rest.ids
-            cache = encode_prefix(model, split.prefix_ids, ids.shape[0])
-            ones = split.rest.mask.new_ones(ids.shape[0], shared)  # (C, K)
-            mask = torch.cat([ones, split.rest.mask], dim=1)  # (C, K + R)
-    output = model.base_model(
-        input_ids=ids,
-        attention_mask=mask.long(),
-        position_ids=position_ids(mask)[:, shared:],
-        **cache_argument(model.base_model, cache),
-        use_cache=True,
-    )
-    first = output.last_hidden_state[batch.owner, -1:]  # (R, 1, D)
-    keep = batch.continuation_mask  # (R, T)
-    if keep.shape[1] == 1:
-        only: Tensor = first[keep]  # (N, D)
-        return only
+def _after_contexts(model: Any, batch: ScoringBatch) -> Layout:
+    """Continuations behind their contexts, which are computed once, like what these begin with."""
+    inputs = behind_prefix(model, split_if_worth(batch.contexts))
+    output = run(model, inputs, fill=True)
+    assert inputs.mask is not None
     cache = cache_of(output)
     cache.batch_select_indices(batch.owner)
-    mask = torch.cat([mask[batch.owner], keep[:, :-1]], dim=1)  # (R, P + T - 1)
-    output = model.base_model(
-        input_ids=batch.continuation_ids[:, :-1],
-        attention_mask=mask.long(),
-        position_ids=position_ids(mask)[:, 1 - keep.shape[1] :],
-        **cache_argument(model.base_model, cache),
-        use_cache=True,
-    )
-    return torch.cat([first, output.last_hidden_state], dim=1)[keep]  # (N, D)
+    last = output.last_hidden_state[batch.owner, -1:]  # (R, 1, D)
+    return after(last, inputs.mask[batch.owner], cache, batch.continuations)
 
 
 def _token_scores(head: OutputHead, hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,37 +127,27 @@ class _Rows(NamedTuple):
     start: Tensor
 
 
-def branch_hidden_states(model: Any, batch: ScoringBatch) -> Tensor:
-    """Hidden states that predict the kept tokens of all continuations.
+def _branches(model: Any, batch: ScoringBatch) -> Layout:
+    """Contexts with all of their continuations, which do not see each other.
 
     Args:
         model: A causal language model of transformers that takes a mask of its user's own.
         batch: C contexts and R continuations.
-
-    Returns:
-        `(N, D)`, continuation by continuation.
     """
     contexts = split_if_worth(batch.contexts)
     shared = contexts.prefix_ids.numel()
     rows = _lay_out(contexts, batch)
-    cache = None
-    if shared:
-        cache = encode_prefix(model, contexts.prefix_ids, rows.ids.shape[0])
-    output = model.base_model(
-        input_ids=rows.ids,
-        attention_mask=attention_mask(_visible(rows.part), shared, model.dtype),
-        position_ids=rows.positions + shared,
-        **cache_argument(model.base_model, cache),
-        use_cache=cache is not None,
+    inputs = Inputs(
+        rows.ids,
+        attention_mask(_visible(rows.part), shared, model.dtype),
+        rows.positions + shared,
+        encode_prefix(model, contexts.prefix_ids, rows.ids.shape[0]),
     )
-    keep = batch.continuation_mask  # (R, T)
     # The first token is predicted by the context's last state, token t by that of token t - 1.
-    steps = torch.arange(keep.shape[1], device=keep.device)  # (T,)
+    steps = torch.arange(batch.continuation_ids.shape[1], device=rows.ids.device)  # (T,)
     columns = rows.start.unsqueeze(1) + steps - 1  # (R, T)
     columns[:, 0] = rows.last[batch.owner]
-    owners = batch.owner.unsqueeze(1).expand_as(columns)  # (R, T)
-    chosen: Tensor = output.last_hidden_state[owners[keep], columns[keep]]
-    return chosen  # (N, D)
+    return Layout(inputs, batch.owner, columns)
 
 
 def _lay_out(contexts: SplitPrompts, batch: ScoringBatch) -> _Rows:

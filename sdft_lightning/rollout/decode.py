@@ -13,8 +13,8 @@ from torch import Tensor
 from sdft_lightning.forward.forward_paths import paths_of
 from sdft_lightning.forward.fused import Decoder, DecodingSteps, ReadPrompts, read_prompts
 from sdft_lightning.forward.hidden import apply_head, output_head
-from sdft_lightning.forward.kv_cache import CachedSteps, Decoding, without_cache
-from sdft_lightning.forward.layout import SplitPrompts, can_share, encode_prefix, split_if_worth
+from sdft_lightning.forward.kv_cache import CachedSteps, Decoding, Inputs, without_cache
+from sdft_lightning.forward.layout import SplitPrompts, behind_prefix, can_share, split_if_worth
 from sdft_lightning.models.products import product_dtype
 from sdft_lightning.types import Tokens
 
@@ -88,13 +88,7 @@ def _read(model: Any, prompts: Tokens) -> CachedSteps | GroupedSteps | WholeRows
         return WholeRows(model, prompts)
     if decoding == "grouped":
         return GroupedSteps(model, prompts)
-    split = split_prompts_of(model, prompts)
-    shared, cache, mask = split.prefix_ids.numel(), None, prompts.mask
-    if shared:
-        cache = encode_prefix(model, split.prefix_ids, mask.shape[0])
-        ones = split.rest.mask.new_ones(mask.shape[0], shared)  # (B, K)
-        mask = torch.cat([ones, split.rest.mask], dim=1)  # (B, K + R)
-    return CachedSteps(model, decoding, split.rest.ids, mask, cache)
+    return CachedSteps(model, decoding, behind_prefix(model, split_prompts_of(model, prompts)))
 
 
 class GroupedSteps(Decoding):
@@ -112,7 +106,8 @@ class GroupedSteps(Decoding):
             rows = (lengths == length).nonzero().squeeze(-1)  # (G,)
             part = ids[rows][mask[rows]].view(-1, length)  # (G, length)
             self.places.append(rows)
-            self.groups.append(CachedSteps(model, "grouped", part, torch.ones_like(part).bool()))
+            inputs = Inputs.behind(Tokens(part, torch.ones_like(part).bool()))
+            self.groups.append(CachedSteps(model, "grouped", inputs))
         self.logits = self._in_order([group.logits for group in self.groups])  # (B, V)
 
     def step(self, tokens: Tensor) -> Tensor:

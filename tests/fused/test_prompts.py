@@ -18,6 +18,7 @@ from sdft_lightning.forward.fused import (
 from sdft_lightning.forward.fused.structure import Product
 from sdft_lightning.forward.hidden import completion_hidden_states
 from sdft_lightning.forward.layout import SplitPrompts, split_prompts
+from sdft_lightning.forward.prompt_cache import PromptCache
 from sdft_lightning.rollout.student import StudentPasses
 from sdft_lightning.types import Tokens
 
@@ -201,3 +202,56 @@ def test_keys_and_states_are_the_models(build: Make, batch: Make) -> None:
     torch.testing.assert_close(prompts.last[0], own.last_hidden_state[0, -1], atol=1e-4, rtol=1e-4)
     prompts.forget_keys()
     assert prompts.keys == prompts.values == []
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_prompts_of_a_frozen_model_are_stored_and_only_completions_are_computed(
+    build: Make, batch: Make, kind: str, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, given = build(kind).eval(), batch()
+    prompts = Tokens(*given[:2])
+    completions = Tokens(*repeated(given, samples)[2:])
+    keep = completions.mask.clone()
+    keep[1, 0] = False
+    plain = completion_hidden_states(model, prompts, completions, keep, fuse=False)
+    tokens: list[int] = []
+    multiply = Product.__call__
+
+    def spy(self: Product, inputs: Tensor) -> Tensor:
+        tokens.append(len(inputs))
+        return multiply(self, inputs)
+
+    monkeypatch.setattr(Product, "__call__", spy)
+    cache = PromptCache()
+    for again in (False, True):
+        tokens.clear()
+        found = completion_hidden_states(model, prompts, completions, keep, cache=cache)
+        assert not found.requires_grad
+        torch.testing.assert_close(found, plain.detach(), atol=1e-4, rtol=1e-4)
+        fresh = int((completions.mask.sum(dim=1) - 1).sum())
+        wanted = int(keep[:, 1:].sum())  # the first is predicted by the prompt
+        layers = len(model.model.layers)
+        of_completions = [fresh, fresh, fresh, fresh] * (layers - 1) + [fresh, fresh] + [wanted] * 2
+        assert tokens[-4 * layers :] == of_completions
+        assert (len(tokens) == 4 * layers) is again
+    # In another order and number, each row is still its own.
+    rows = [4, 1]
+    place = [row * samples + sample for row in rows for sample in range(samples)]
+    some = completion_hidden_states(
+        model, prompts.rows(rows), completions.rows(place), keep[place], cache=cache
+    )
+    starts = [0, *keep.sum(dim=1).cumsum(dim=0).tolist()]
+    expected = torch.cat([plain[starts[row] : starts[row + 1]] for row in place])
+    torch.testing.assert_close(some, expected.detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_stored_prompt_is_enough_for_a_completion_of_one_token(build: Make, batch: Make) -> None:
+    model, given = build("llama").eval(), batch()
+    prompts, completions = Tokens(*given[:2]), Tokens(given[2][:, :1], given[3][:, :1])
+    keep = completions.mask
+    plain = completion_hidden_states(model, prompts, completions, keep, fuse=False)
+    for fuse in (True, False):
+        found = completion_hidden_states(
+            model, prompts, completions, keep, fuse=fuse, cache=PromptCache()
+        )
+        torch.testing.assert_close(found, plain.detach(), atol=1e-4, rtol=1e-4)

@@ -170,8 +170,8 @@ def test_reentrant_checkpointing_reaches_the_adapters_too(
 def test_cached_prompts_of_an_adapted_model(make_adapted: Make, batch: tuple[Tensor, ...]) -> None:
     model, cache = make_adapted(), PromptCache()
     for _ in range(2):
-        cached = cache.completion_hidden_states(
-            model, Tokens(*batch[:2]), Tokens(*batch[2:4]), batch[4]
+        cached = completion_hidden_states(
+            model, Tokens(*batch[:2]), Tokens(*batch[2:4]), batch[4], cache=cache
         )
         plain = completion_hidden_states(
             model, Tokens(*batch[:2]), Tokens(*batch[2:4]), batch[4], share_prefix=False

@@ -176,11 +176,12 @@ def check_kept_prompts(model: Any, batch: Batch) -> bool:
             for what in ("new prompts", "kept prompts"):
                 check_close(
                     what,
-                    cache.completion_hidden_states(
+                    completion_hidden_states(
                         model,
                         Tokens(*batch.arguments[:2]),
                         Tokens(*batch.arguments[2:4]),
                         batch.arguments[4],
+                        cache=cache,
                     ),
                     plain,
                 )
@@ -189,8 +190,8 @@ def check_kept_prompts(model: Any, batch: Batch) -> bool:
                 raise
             return False
         some = [part[1:] for part in batch.arguments]
-        states = cache.completion_hidden_states(
-            model, Tokens(*some[:2]), Tokens(*some[2:4]), some[4]
+        states = completion_hidden_states(
+            model, Tokens(*some[:2]), Tokens(*some[2:4]), some[4], cache=cache
         )
         check_close("kept prompts in another batch", states, plain[6:])
     return True

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from sdft_lightning.forward import hidden
+from sdft_lightning.forward import hidden, layout
 from sdft_lightning.modules import SDFTModule
 from sdft_lightning.rollout import Sampling, decode_mode, student
 from sdft_lightning.rollout.sampling import row_uniforms
@@ -92,7 +92,7 @@ def test_ten_steps_equal_the_plain_path(
         for module_of_it in (hidden, student, decode_mode):
             monkeypatch.setattr(module_of_it, "decoder_of", lambda _: None)
     else:
-        monkeypatch.setattr(hidden, "pack_if_worth", None)  # not reached
+        monkeypatch.setattr(layout, "pack_if_worth", None)  # not reached
     rate, within = 1e-3, {"abs": 1e-3}
     if kind.endswith("16"):  # or rounded prompts or weights would give other tokens
         rate, within = 1e-6, {"rel": 2e-2}  # activations are rounded

@@ -8,15 +8,23 @@ work on tokens without padding, keep less for the backward pass, and equal the m
 from sdft_lightning.forward.fused.decoding import DecodingSteps
 from sdft_lightning.forward.fused.kept import ReadPrompts, read_prompts
 from sdft_lightning.forward.fused.structure import Decoder, decoder_of, join_, training_dtype
-from sdft_lightning.forward.fused.trunk import completion_states
+from sdft_lightning.forward.fused.trunk import (
+    StoredPrompt,
+    completion_states,
+    states_after,
+    store_prompts,
+)
 
 __all__ = [
     "Decoder",
     "DecodingSteps",
     "ReadPrompts",
+    "StoredPrompt",
     "completion_states",
     "decoder_of",
     "join_",
     "read_prompts",
+    "states_after",
+    "store_prompts",
     "training_dtype",
 ]

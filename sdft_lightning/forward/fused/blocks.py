@@ -70,6 +70,31 @@ def attend_rows(
     return Attended(Results(scale, products, out), weights, turned, values)
 
 
+def attend_after(hidden: Tensor, layer: Layer, run: Pass, keys: Tensor, values: Tensor) -> Tensor:
+    """attention(norm(x)) of tokens behind others whose keys and values are known; no gradient.
+
+    Args:
+        hidden: x `(N, D)`, float32.
+        layer: Whose attention.
+        run: The pass over these tokens; its groups count the M others, too, which are the first.
+        keys: `(M, K, E)`, rotated, float32.
+        values: `(M, K, E)`.
+
+    Returns:
+        `(N, D)` in the dtype that products are kept in.
+    """
+    count, heads = keys.shape[0], run.shape.heads
+    first, second = _products(layer, run.dtype)
+    scale = rms(hidden, layer.input_norm.variance_epsilon)
+    inputs = normed(hidden, scale, layer.input_norm.weight, run.dtype)
+    mine, more = rotated((first(inputs).to(run.kept),), layer, run)
+    turned = mine.new_empty(count + mine.shape[0], run.shape.turned, run.shape.size)
+    turned[:count, heads:], turned[count:] = keys, mine
+    every = torch.cat([values.to(run.dtype), more.to(run.dtype)])  # (M + N, K, E)
+    mixed = attend(turned, every, run.groups, run.shape, run.buffers)[count:]
+    return second(mixed.flatten(1)).to(run.kept)
+
+
 def _products(layer: Layer, dtype: torch.dtype) -> tuple[Product, Product]:
     return Product.of([layer.q, layer.k, layer.v], dtype), Product.of([layer.o], dtype)
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -222,6 +223,19 @@ def prompt_rows(split: SplitPrompts, heads: int) -> PromptRows:
     groups += groups_of([len(each) for each in tokens], nothing, shared, shared, heads)
     owner = [known[key] for key in keys]
     return PromptRows(torch.cat(pieces), torch.cat(positions), groups, shared, tokens, owner)
+
+
+def stored_rows(lengths: Sequence[int], owner: list[int]) -> PromptRows:
+    """Prompts that are not computed: only what completions behind them need to know.
+
+    Args:
+        lengths: Tokens of each prompt.
+        owner: Which prompt each of the B rows has.
+    """
+    ends = list(accumulate(lengths))
+    tokens = [range(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+    nothing = torch.zeros(sum(lengths), dtype=torch.long)  # (M,)
+    return PromptRows(nothing, nothing, [], 0, tokens, owner)
 
 
 def with_completions(prompts: PromptRows, completions: Tokens, heads: int) -> FlatRows:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from sdft_lightning.forward.fused.blocks import attention_block, mlp_block
+from sdft_lightning.forward.fused.blocks import attend_after, attention_block, mlp_block, mlp_rows
 from sdft_lightning.forward.fused.common import pass_over
-from sdft_lightning.forward.fused.kept import ReadPrompts
-from sdft_lightning.forward.fused.rows import FlatRows, prompt_rows, with_completions
+from sdft_lightning.forward.fused.kept import ReadPrompts, read_prompts
+from sdft_lightning.forward.fused.rows import FlatRows, prompt_rows, stored_rows, with_completions
 from sdft_lightning.forward.fused.structure import Decoder
 from sdft_lightning.forward.layout import SplitPrompts
 from sdft_lightning.models.products import product_dtype
@@ -74,3 +75,74 @@ def _layers(
             hidden, attended = hidden.index_select(0, wanted), attended.index_select(0, wanted)
         hidden = mlp_block(hidden, attended, layer, own, run, halves[1])
     return hidden
+
+
+class StoredPrompt(NamedTuple):
+    """What later passes need of a prompt of L tokens.
+
+    Attributes:
+        states: Keys and values of each layer; of fused blocks `(L, K, E)` each, keys rotated.
+        last: `(D,)` the state that predicts the first token of a completion.
+    """
+
+    states: list[tuple[Tensor, Tensor]]
+    last: Tensor
+
+
+def store_prompts(decoder: Decoder, split: SplitPrompts, dtype: torch.dtype) -> list[StoredPrompt]:
+    """Read prompts whose keys and values will be used many times.
+
+    Args:
+        decoder: Of a model that does not change, see `decoder_of`.
+        split: B prompts, less what all begin with.
+        dtype: Of the matrix products, see `products`.
+    """
+    read = read_prompts(decoder, split, product_dtype(dtype))
+    found = []
+    for row, prompt in enumerate(read.rows.owner):
+        tokens = torch.tensor([*range(read.rows.shared), *read.rows.tokens[prompt]])  # (L,)
+        layers = zip(read.keys, read.values, strict=True)
+        states = [(keys[tokens], values[tokens]) for keys, values in layers]
+        found.append(StoredPrompt(states, read.last[row].clone()))
+    return found
+
+
+@torch.no_grad()
+def states_after(
+    decoder: Decoder,
+    prompts: Sequence[StoredPrompt],
+    completions: Tokens,
+    keep: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Hidden states that predict the kept tokens of completions behind stored prompts.
+
+    Arguments as of `completion_states`, without gradient.
+    """
+    dtype = product_dtype(dtype)  # nothing is kept
+    different = list({id(prompt): prompt for prompt in prompts}.values())
+    places = {id(prompt): place for place, prompt in enumerate(different)}
+    lengths = [prompt.states[0][0].shape[0] for prompt in different]
+    before = stored_rows(lengths, [places[id(prompt)] for prompt in prompts])
+    rows, count = with_completions(before, completions, decoder.heads), sum(lengths)  # M
+    wanted = rows.predicting[keep]  # (N,)
+    begins = wanted < count  # (N,) predicted by the prompt
+    owners = torch.arange(len(prompts)).repeat_interleave(len(keep) // len(prompts))  # (R,)
+    of_first = owners[keep.nonzero()[begins, 0]]
+    fresh = wanted[~begins] - count
+    hidden = embedding(rows.ids[count:], decoder.embedding.weight).float()  # (n, D)
+    run = pass_over(decoder, rows.groups, rows.positions[count:], hidden, dtype)
+    with torch.autocast("cpu", enabled=False):
+        for place, layer in enumerate(decoder.layers):
+            keys, values = (
+                torch.cat([prompt.states[place][part] for prompt in different]) for part in (0, 1)
+            )  # (M, K, E)
+            attended = attend_after(hidden, layer, run, keys, values)
+            if layer is decoder.layers[-1]:  # nothing looks at the other tokens any more
+                hidden, attended = hidden[fresh], attended[fresh]
+            hidden = mlp_rows(hidden, attended, layer, layer, run)[0].out
+        found = hidden.new_empty(len(wanted), hidden.shape[1])  # (N, D)
+        found[~begins] = decoder.norm(hidden)
+    last = torch.stack([prompt.last for prompt in prompts])  # (B, D)
+    found[begins] = last[of_first]
+    return found

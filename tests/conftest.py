@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch  # noqa: F401 - now: its log handler keeps the stderr of its import
 import pytest
 import torch
 
@@ -263,9 +264,9 @@ def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     from sdft_lightning.forward.fused.structure import LaidOut, joined
-    from sdft_lightning.models import products
+    from sdft_lightning.models import precision
 
-    if products.multiplies_bfloat16():
+    if precision.multiplies_bfloat16():
         return
 
     def of(parts: list[Any], rows: int) -> LaidOut:
@@ -276,15 +277,15 @@ def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(LaidOut, "of", staticmethod(of))
     monkeypatch.setattr(LaidOut, "__call__", call)
-    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: True)
 
 
 @pytest.fixture
 def no_bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor that does not multiply bfloat16, whichever this is."""
-    from sdft_lightning.models import products
+    from sdft_lightning.models import precision
 
-    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: False)
 
 
 @pytest.fixture(params=["bfloat16_products", "no_bfloat16_products"])

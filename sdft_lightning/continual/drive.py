@@ -10,10 +10,17 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sdft_lightning.callbacks.run_files import unused_path
 from sdft_lightning.continual.commands import Command, RunFailed
-from sdft_lightning.continual.options import base_folder, evaluation_options, fit_options
-from sdft_lightning.continual.plan import BASE, ContinualPlan
+from sdft_lightning.continual.plan import (
+    BASE,
+    ContinualPlan,
+    Shard,
+    Unit,
+    chains_of,
+    plan_folder,
+    share_of,
+)
+from sdft_lightning.continual.plan_file import base_folder, evaluation_options, fit_options
 from sdft_lightning.continual.records import (
     Key,
     all_records,
@@ -22,11 +29,9 @@ from sdft_lightning.continual.records import (
     measured,
 )
 from sdft_lightning.continual.stage_callbacks import FIT_RESULT
-from sdft_lightning.continual.units import Shard, Unit, chains_of, plan_folder, share_of
-from sdft_lightning.continual.whole import append_record, repair_records, write_whole
-from sdft_lightning.errors import UserError
-from sdft_lightning.errors.foreign_text import harmless
-from sdft_lightning.files.whole_files import held_lock
+from sdft_lightning.errors import UserError, harmless
+from sdft_lightning.files.run_folder import unused_path
+from sdft_lightning.files.whole_files import append_record, held_lock, repair_records, write_whole
 
 # The locks that a command's process keeps -> how it is carried out.
 MakeCommand = Callable[[tuple[int, ...]], Command]

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sdft_lightning.data.token_store import TokenizedRow
+from sdft_lightning.data.tokens import TokenizedRow
 from sdft_lightning.types import PromptBatch
 
 

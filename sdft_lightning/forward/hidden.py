@@ -24,8 +24,12 @@ from sdft_lightning.forward.layout import (
     split_if_worth,
 )
 from sdft_lightning.forward.prompt_cache import PromptCache, check_keeps_prompts
-from sdft_lightning.models.eval_mode import eval_mode
-from sdft_lightning.models.products import product_dtype, takes_float32, without_slow_autocast
+from sdft_lightning.models.precision import (
+    eval_mode,
+    product_dtype,
+    takes_float32,
+    without_slow_autocast,
+)
 from sdft_lightning.models.sharding import gathered
 from sdft_lightning.types import OutputHead, Tokens
 

@@ -18,7 +18,7 @@ from sdft_lightning.forward.kv_cache import (
     without_cache,
 )
 from sdft_lightning.losses.masking import position_ids
-from sdft_lightning.models.products import takes_float32
+from sdft_lightning.models.precision import takes_float32
 from sdft_lightning.types import Tokens
 
 # Tokens of the probe: a prefix that both rows share, the rest of each prompt, its continuation.

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from sdft_lightning.losses.closed_form import BUFFERS, ClosedForm, closed_form
 from sdft_lightning.losses.divergence import cross_entropy, floored, log_probs
-from sdft_lightning.models.products import product_dtype
+from sdft_lightning.models.precision import product_dtype
 from sdft_lightning.types import OutputHead, TokenStatistics
 
 # Logits of one chunk and role, in elements: 16 MB in float32, of which about twenty are alive; on a

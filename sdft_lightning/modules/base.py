@@ -13,18 +13,14 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrateg
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sdft_lightning.errors import UserError
-from sdft_lightning.errors.foreign_text import printable
-from sdft_lightning.errors.quiet import show_messages
-from sdft_lightning.files.checkpoint_io import write_whole_checkpoints
-from sdft_lightning.files.finite_weights import check_finite_checkpoint
+from sdft_lightning.errors import UserError, printable, show_messages
+from sdft_lightning.files.checkpoint_io import check_finite_checkpoint, write_whole_checkpoints
 from sdft_lightning.files.whole_windows import WholeWindows, limited_batches
 from sdft_lightning.forward.hidden import autocast_if_needed_, plain_attention
 from sdft_lightning.forward.policy import WeightsDtype, check_model, load_policy, moved_not_cast
 from sdft_lightning.forward.probe import NotComputed
 from sdft_lightning.models.lora import ALL_LINEAR, LoRA, frozen_matrices, keep_adapters_only_
-from sdft_lightning.models.products import takes_float32
-from sdft_lightning.models.quantization import Quantization
+from sdft_lightning.models.precision import Quantization, takes_float32
 from sdft_lightning.models.sharding import (
     check_takes_shards,
     data_parallel_mesh,

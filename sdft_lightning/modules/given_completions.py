@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sdft_lightning.errors import UserError
-from sdft_lightning.errors.foreign_text import printable, shown
+from sdft_lightning.errors import UserError, printable, shown
 from sdft_lightning.models.chat_template import answer_ids
 from sdft_lightning.modules.kept_completions import KeptCompletion
 from sdft_lightning.types import Demonstration

@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sdft_lightning.errors import UserError
-from sdft_lightning.errors.foreign_text import printable
+from sdft_lightning.errors import UserError, printable
 from sdft_lightning.models.lora import adapter_identity
 from sdft_lightning.models.tokenization import config_value, load_config, load_tokenizer
 

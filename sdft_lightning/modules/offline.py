@@ -10,7 +10,7 @@ import torch
 from sdft_lightning.forward.policy import WeightsDtype
 from sdft_lightning.losses.divergence import Divergence
 from sdft_lightning.models.lora import LoRA
-from sdft_lightning.models.quantization import Quantization
+from sdft_lightning.models.precision import Quantization
 from sdft_lightning.models.sharding import is_sharded
 from sdft_lightning.models.tokenization import load_config, load_stop_ids, load_tokenizer
 from sdft_lightning.modules.base import OptimizerFactory

@@ -13,7 +13,7 @@ from torch import Tensor
 from sdft_lightning.forward.policy import WeightsDtype
 from sdft_lightning.losses.masking import sequence_weights
 from sdft_lightning.models.lora import LoRA
-from sdft_lightning.models.quantization import Quantization
+from sdft_lightning.models.precision import Quantization
 from sdft_lightning.modules.base import OptimizerFactory, PolicyModule
 from sdft_lightning.modules.sampler_watch import SamplerWatch
 from sdft_lightning.modules.schedule import Schedule

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins import MixedPrecision, Precision
 
-from sdft_lightning.models.products import product_dtype
+from sdft_lightning.models.precision import product_dtype
 from sdft_lightning.rollout.student import has_native_bfloat16
 
 

@@ -10,7 +10,7 @@ import torch
 from sdft_lightning.forward.policy import WeightsDtype, load_policy
 from sdft_lightning.losses.divergence import Divergence
 from sdft_lightning.models.lora import LoRA
-from sdft_lightning.models.quantization import Quantization
+from sdft_lightning.models.precision import Quantization
 from sdft_lightning.modules.base import OptimizerFactory
 from sdft_lightning.modules.identity import check_same_kind
 from sdft_lightning.modules.on_policy import DEFAULT_ENGINE

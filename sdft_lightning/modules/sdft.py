@@ -15,7 +15,7 @@ from sdft_lightning.losses.bounded import bounded_divergence
 from sdft_lightning.losses.divergence import Divergence
 from sdft_lightning.losses.masking import loss_mask, sequence_weights
 from sdft_lightning.models.lora import LoRA
-from sdft_lightning.models.quantization import Quantization
+from sdft_lightning.models.precision import Quantization
 from sdft_lightning.models.sharding import is_sharded
 from sdft_lightning.models.tokenization import token_id
 from sdft_lightning.modules.base import OptimizerFactory

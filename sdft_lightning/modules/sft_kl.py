@@ -13,7 +13,7 @@ from sdft_lightning.losses.bounded import bounded_divergence
 from sdft_lightning.losses.divergence import Divergence, PenalisedCrossEntropy
 from sdft_lightning.losses.masking import sequence_weights
 from sdft_lightning.models.lora import LoRA
-from sdft_lightning.models.quantization import Quantization
+from sdft_lightning.models.precision import Quantization
 from sdft_lightning.modules.base import OptimizerFactory
 from sdft_lightning.modules.schedule import Schedule
 from sdft_lightning.modules.supervised import SupervisedModule

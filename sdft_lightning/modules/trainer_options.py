@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch.callbacks import Timer
 
 from sdft_lightning.errors import UserError, check_at_least
-from sdft_lightning.models.strategies import check_strategy, strategy_options
+from sdft_lightning.models.sharding import check_strategy, strategy_options
 
 # Callbacks of Lightning that cannot work here, and what to do instead.
 _CALLBACKS = {

@@ -15,7 +15,7 @@ from sdft_lightning.forward.fused import Decoder, DecodingSteps, ReadPrompts, re
 from sdft_lightning.forward.hidden import apply_head, output_head
 from sdft_lightning.forward.kv_cache import CachedSteps, Decoding, Inputs, without_cache
 from sdft_lightning.forward.layout import SplitPrompts, behind_prefix, can_share, split_if_worth
-from sdft_lightning.models.products import product_dtype
+from sdft_lightning.models.precision import product_dtype
 from sdft_lightning.types import Tokens
 
 

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from sdft_lightning.forward.fused import Decoder, decoder_of
-from sdft_lightning.models.eval_mode import eval_mode
 from sdft_lightning.models.lora import adapter_layers, merged_weight
-from sdft_lightning.models.products import product_dtype, without_slow_autocast
+from sdft_lightning.models.precision import eval_mode, product_dtype, without_slow_autocast
 
 _FUSED = (torch.float32, torch.bfloat16)
 

@@ -13,8 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from sdft_lightning.errors import UserError
-from sdft_lightning.errors.foreign_text import shown
+from sdft_lightning.errors import UserError, shown
 from sdft_lightning.rollout.generate import RolloutRequest, join_requests, split_rollout
 from sdft_lightning.rollout.sampling import Sampling
 from sdft_lightning.rollout.student import StudentPasses

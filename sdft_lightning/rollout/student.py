@@ -26,7 +26,7 @@ from sdft_lightning.forward.fused import (
 )
 from sdft_lightning.forward.hidden import completion_hidden_states, output_head
 from sdft_lightning.forward.layout import split_if_worth
-from sdft_lightning.models.products import product_dtype
+from sdft_lightning.models.precision import product_dtype
 from sdft_lightning.models.sharding import empty_copy, fill_, is_sharded
 from sdft_lightning.rollout.decode_mode import can_pack
 from sdft_lightning.rollout.generate import (

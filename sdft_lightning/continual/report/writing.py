@@ -1,19 +1,55 @@
-"""Results files to tables, plots, a page and TensorBoard events."""
+"""Results files to numbers for JSON, tables, plots, a page and TensorBoard events."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sdft_lightning.continual.report.reading import Problem, read_records
+from sdft_lightning.continual.report.comparisons import Comparisons
+from sdft_lightning.continual.report.records import Problem, read_records
 from sdft_lightning.continual.report.results import Results, gather
+from sdft_lightning.continual.report.summary import Summary
 
 if TYPE_CHECKING:
     from sdft_lightning.continual.report.comparisons import Comparisons
     from sdft_lightning.continual.report.page import Report
     from sdft_lightning.continual.report.summary import Summary
+
+
+def report_numbers(
+    results: Results, summaries: Sequence[Summary], comparisons: Comparisons
+) -> dict[str, Any]:
+    """Everything that was computed, as plain values."""
+    return {
+        "problems": [problem._asdict() for problem in results.problems],
+        "methods": [_summary_numbers(each) for each in summaries],
+        "tests": [_plain(each) for each in comparisons.pooled],
+        "mcnemar": [_plain(each) for each in comparisons.by_seed],
+        "untested": list(comparisons.untested),
+    }
+
+
+def _summary_numbers(summary: Summary) -> dict[str, Any]:
+    numbers: dict[str, Any] = _plain(summary)
+    numbers["matrix"] = [
+        {"stage": stage, "name": summary.columns[i].name, **cell._asdict()}
+        for (stage, i), cell in summary.matrix.items()
+    ]
+    return numbers
+
+
+def _plain(value: Any) -> Any:
+    """Named tuples as objects, tuples as lists, nan as null."""
+    if hasattr(value, "_asdict"):
+        return {key: _plain(each) for key, each in value._asdict().items()}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def write_report(results_files: Sequence[Path], output_dir: Path) -> Path:
@@ -35,9 +71,8 @@ def write_report(results_files: Sequence[Path], output_dir: Path) -> Path:
     from sdft_lightning.continual.report.content import all_tables
     from sdft_lightning.continual.report.events import write_events
     from sdft_lightning.continual.report.looks import looks
-    from sdft_lightning.continual.report.numbers_file import report_numbers
     from sdft_lightning.continual.report.page import Report
-    from sdft_lightning.continual.report.pictures import draw
+    from sdft_lightning.continual.report.plots import draw
     from sdft_lightning.continual.report.summary import summarise
 
     summaries = summarise(results)
@@ -67,7 +102,7 @@ def write_report(results_files: Sequence[Path], output_dir: Path) -> Path:
 
 def _new_folder(wanted: Path) -> Path:
     """The folder, made; an empty one may be there already."""
-    from sdft_lightning.callbacks.run_files import unused_path
+    from sdft_lightning.files.run_folder import unused_path
 
     if not (wanted.is_dir() and not any(wanted.iterdir())):
         wanted = unused_path(wanted)
@@ -80,8 +115,8 @@ def _made(folder: Path) -> Path:
 
 
 def _write(folder: Path, report: Report) -> None:
+    from sdft_lightning.continual.report.looks import save
     from sdft_lightning.continual.report.page import as_page, as_report_markdown
-    from sdft_lightning.continual.report.svg import save
     from sdft_lightning.continual.report.tables import as_latex, as_markdown
 
     (folder / "index.html").write_text(as_page(report), encoding="utf-8")

@@ -10,10 +10,10 @@ import yaml
 
 from sdft_lightning.errors import UserError
 
-_ROOM = "sdft_lightning.data.benchmarks"
+_ROOM = "sdft_lightning.data.benchmarks.task_functions"
 # Functions of this package that are made for task files. The first two run what a model wrote.
-_RUN_ANSWERS = {f"{_ROOM}.code.run_answers", f"{_ROOM}.code.results"}
-_OWN = _RUN_ANSWERS | {f"{_ROOM}.graded.contains", f"{_ROOM}.wikitext.articles"}
+_RUN_ANSWERS = {f"{_ROOM}.run_answers", f"{_ROOM}.results"}
+_OWN = _RUN_ANSWERS | {f"{_ROOM}.contains", f"{_ROOM}.articles"}
 # Loaders of `datasets` that unpickle what they read, in some of its versions.
 _UNPICKLING = ("pandas",)
 

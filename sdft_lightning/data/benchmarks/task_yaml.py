@@ -1,12 +1,16 @@
-"""Task files of lm-evaluation-harness: its own, and those that build on them with local files."""
+"""Task files of the harness, those that build on them, and what their templates may reach."""
 
 from __future__ import annotations
 
 import functools
 import glob
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from jinja2.sandbox import SandboxedEnvironment
 
 from sdft_lightning.data.benchmarks.task_code import (
     check_functions,
@@ -14,9 +18,84 @@ from sdft_lightning.data.benchmarks.task_code import (
     runs_answers,
 )
 from sdft_lightning.data.sources import EXAMPLE_PREFIX, example_path
-from sdft_lightning.errors import UserError
-from sdft_lightning.errors.foreign_text import printable
-from sdft_lightning.files.yaml_text import check_yaml
+from sdft_lightning.errors import UserError, printable
+from sdft_lightning.files.texts import check_yaml
+
+
+class _Templates(SandboxedEnvironment):
+    """Jinja's own sandbox, which says what it refuses as an error of the user's."""
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
+        """Refuse an attribute through which a template would leave its data."""
+        raise _refused(f"{attribute!r} of a {type(obj).__name__}")
+
+    def is_safe_callable(self, obj: Any) -> bool:
+        """Refuse what is no method of plain data."""
+        if super().is_safe_callable(obj):
+            return True
+        raise _refused(f"to call {getattr(obj, '__name__', type(obj).__name__)!r}")
+
+
+@contextmanager
+def sandboxed_templates() -> Iterator[None]:
+    """Let the harness render templates in Jinja's sandbox; its own environment has none."""
+    from lm_eval import utils
+
+    harness = utils.env
+    templates = _Templates(
+        loader=harness.loader,
+        undefined=harness.undefined,
+        keep_trailing_newline=harness.keep_trailing_newline,
+    )
+    templates.filters.update(harness.filters)
+    utils.env = templates
+    try:
+        yield
+    finally:
+        utils.env = harness
+
+
+def _refused(what: str) -> UserError:
+    return UserError(
+        f"data.benchmarks.tasks: a template of a task file asks for {what}, which reaches Python "
+        "itself and is refused. Use the columns of the item and Jinja's filters."
+    )
+
+
+# The instructions that the harness checks with NLTK.
+_CUT_UP = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
+_DATA = "tokenizers/punkt_tab"
+
+
+def check_sentence_data(name: str, task: Any, limit: float | None) -> None:
+    """Look, before any answer is written, for the data with which it would be graded.
+
+    The harness looks for it when the answers are there, and tries to fetch it before that without
+    a word if it cannot.
+
+    Args:
+        name: The task's name.
+        task: A task of the harness, with its data.
+        limit: How many items are measured, or which part of them; all without it.
+
+    Raises:
+        UserError: If an item needs the data and they are not on this machine.
+    """
+    from lm_eval.evaluator_utils import get_sample_size
+
+    items = islice(task.eval_docs, get_sample_size(task, limit))
+    if not any(_CUT_UP & set(item.get("instruction_id_list") or ()) for item in items):
+        return
+    import nltk
+
+    try:
+        nltk.data.find(_DATA)
+    except LookupError:
+        raise UserError(
+            f"data.benchmarks.tasks: {name} cuts answers into sentences with NLTK's punkt_tab, "
+            "which is not on this machine and could not be fetched. Run `python -m nltk.downloader "
+            "punkt_tab` where there is a network, and copy ~/nltk_data here; or leave the task out."
+        ) from None
 
 
 @functools.cache

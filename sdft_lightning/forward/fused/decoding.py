@@ -19,7 +19,7 @@ from sdft_lightning.forward.fused.common import normed, rms
 from sdft_lightning.forward.fused.kept import ReadPrompts, Recording, hand_over, kept_rows
 from sdft_lightning.forward.fused.structure import Decoder, LaidOut, LaidOutLayer, Layer
 from sdft_lightning.forward.kv_cache import Decoding
-from sdft_lightning.models.products import product_dtype
+from sdft_lightning.models.precision import product_dtype
 from sdft_lightning.types import Tokens
 
 # Tokens that buffers grow by: most completions end long before the longest allowed.

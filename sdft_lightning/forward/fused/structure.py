@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from sdft_lightning.forward.layout import takes_own_mask
-from sdft_lightning.models.products import product_dtype
+from sdft_lightning.models.precision import product_dtype
 from sdft_lightning.models.sharding import is_sharded
 
 # Of transformers; all with RMS norms before each half, rotary positions and a gated MLP.

@@ -15,7 +15,7 @@ from sdft_lightning.forward.fused.kept import ReadPrompts, read_prompts
 from sdft_lightning.forward.fused.rows import FlatRows, prompt_rows, stored_rows, with_completions
 from sdft_lightning.forward.fused.structure import Decoder
 from sdft_lightning.forward.layout import SplitPrompts
-from sdft_lightning.models.products import product_dtype
+from sdft_lightning.models.precision import product_dtype
 from sdft_lightning.types import Tokens
 
 

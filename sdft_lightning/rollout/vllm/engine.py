@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 
 from torch import distributed as dist
 
-from sdft_lightning.errors import UserError
-from sdft_lightning.errors.foreign_text import printable, shown
+from sdft_lightning.errors import UserError, printable, shown
 from sdft_lightning.rollout.engine import (
     Engine,
     Sampled,

@@ -1,14 +1,16 @@
-"""HumanEval with our sandbox in the place of `code_eval`, which runs code without limits."""
+"""Functions of ours that task files name: code in our sandbox, our graders, whole articles."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from sdft_lightning.data.benchmarks.sandbox import CheckedProgram, SandboxLimits, run_program
-from sdft_lightning.graders.pass_at_k import pass_at_k
+from sdft_lightning.graders import get_grader
+from sdft_lightning.graders.intervals import pass_at_k
 
 # The seconds of Hugging Face's `code_eval`, which the published figures were made with.
 _SECONDS = 3.0
@@ -78,3 +80,50 @@ def results(doc: dict[str, Any], results: list[list[bool]] | list[list[str]]) ->
     unrun = [program(doc, each) for each in found if isinstance(each, str)]
     passed = sum(passes(unrun) if unrun else [bool(each) for each in found])
     return {f"pass@{k}": pass_at_k(len(found), passed, k) for k in _KS if k <= len(found)}
+
+
+def contains(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """Whether an answer contains one of the texts in the column `reference`.
+
+    Args:
+        doc: The item.
+        results: The answer.
+
+    Returns:
+        `acc`, 0 or 1.
+    """
+    return {"acc": get_grader("contains")(results[0], doc["reference"])}
+
+
+# An article opens with ` = Title = `; its sections have two equals signs and more.
+_TITLE = re.compile(r" = [^=].*[^=] = \n?")
+
+
+def articles(data_files: dict[str, str], **_: Any) -> Any:
+    """Read lines and join them to articles, for `custom_dataset` of a task YAML.
+
+    Args:
+        data_files: JSON Lines files by split, with the column `text`.
+
+    Returns:
+        A DatasetDict with the column `page`.
+    """
+    from datasets import Dataset, DatasetDict, load_dataset
+
+    splits = load_dataset("json", data_files=data_files)
+    return DatasetDict(
+        {name: Dataset.from_dict({"page": join(rows["text"])}) for name, rows in splits.items()}
+    )
+
+
+def join(lines: list[str]) -> list[str]:
+    """Whole articles of the lines of a split; lines before the first title are an article, too."""
+    pages: list[list[str]] = []
+    blank_before = True
+    for line in lines:
+        begun = bool(pages) and any(before.strip() for before in pages[-1])
+        if not pages or (begun and blank_before and _TITLE.fullmatch(line)):
+            pages.append([])
+        pages[-1].append(line)
+        blank_before = not line.strip()
+    return ["".join(page) for page in pages]

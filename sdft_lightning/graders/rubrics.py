@@ -1,4 +1,4 @@
-"""What a judge is asked, and how its reply is read."""
+"""What a judge is asked, how its reply is read, and `token_f1`, which needs none."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sdft_lightning.errors import UserError
-from sdft_lightning.errors.foreign_text import shown
-from sdft_lightning.graders.accepted import accepted_texts
+from sdft_lightning.errors import UserError, shown
+from sdft_lightning.graders.texts import accepted_texts
 from sdft_lightning.types import Message
 
 # The inside begins on the first line that is not blank, or each of many blank lines would be tried.
@@ -146,3 +145,29 @@ def _assistant_text(messages: Sequence[Any]) -> str:
             "--data.columns.reference."
         )
     return "\n".join(str(turn) for turn in turns)
+
+
+def token_f1(text: str, reference: object) -> float:
+    """Return the F1 of the words of `text` and the reference's, as SQuAD counts them.
+
+    Case, punctuation and the articles a, an, the are left out (torchmetrics). It measures wording,
+    not truth: a wrong answer in the reference's words scores high. For long free texts where no
+    judge is to be had; of several accepted texts the nearest counts.
+
+    Args:
+        text: The completion.
+        reference: A text, a list of accepted texts, or chat messages with assistant turns.
+
+    Raises:
+        UserError: The reference has another form.
+    """
+    from torchmetrics.functional.text import squad
+
+    accepted = [judge_reference(reference)]
+    if isinstance(reference, list | tuple) and all(isinstance(item, str) for item in reference):
+        accepted = [str(item) for item in reference]
+    found = squad(
+        [{"prediction_text": text, "id": "0"}],
+        [{"answers": {"answer_start": [0] * len(accepted), "text": accepted}, "id": "0"}],
+    )
+    return float(found["f1"]) / 100

@@ -1,4 +1,4 @@
-"""In which dtype matrix products are made: the one that is asked for, or float32 where it is slow.
+"""In which dtype matrices are kept and multiplied, without dropout where nothing is trained.
 
 A processor without bfloat16 arithmetic takes several times as long for a product in bfloat16 as in
 float32. There the operands are multiplied in float32, which is at least as exact, and bfloat16 is
@@ -7,11 +7,15 @@ what results are kept in.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
+
+from sdft_lightning.errors import UserError, check_choice
 
 # Of transformers' implementations of attention these take float32; of others it is tried.
 _TAKE_FLOAT32 = (None, "eager", "sdpa", "flex_attention")
@@ -65,3 +69,59 @@ def without_slow_autocast(model: Any) -> Iterator[None]:
         return
     with torch.autocast(device, enabled=False):
         yield
+
+
+@contextmanager
+def eval_mode(model: Any) -> Iterator[None]:
+    """Put a model into eval mode, and each of its parts back into the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+Quantization = Literal["nf4", "fp4"]
+
+
+def quantization_options(quantization: Quantization | None) -> dict[str, Any]:
+    """What `from_pretrained` is told, so that linear layers are quantized while they are loaded.
+
+    Args:
+        quantization: Kind of 4-bit numbers; None leaves the weights as they are.
+
+    Returns:
+        Keyword arguments; none without quantization.
+
+    Raises:
+        UserError: If the kind is unknown, bitsandbytes is missing, or there is no CUDA device.
+    """
+    if quantization is None:
+        return {}
+    check_choice("model.quantization", quantization, get_args(Quantization))
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"model.quantization: {quantization} needs the package bitsandbytes. Install the "
+            "extra: pip install 'sdft-lightning[qlora]'; or train plain adapters, without "
+            "quantization."
+        )
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"model.quantization: {quantization} needs a CUDA device, and torch sees none. Leave "
+            "quantization out and train plain adapters (model.lora)."
+        )
+    from transformers import BitsAndBytesConfig
+
+    compute = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+        ),
+        # Each rank of a machine on its own device.
+        "device_map": {"": int(os.environ.get("LOCAL_RANK", 0))},
+    }

@@ -1,12 +1,106 @@
-"""`contains`: an accepted answer stands somewhere in the completion, as a word of its own."""
+"""Text against accepted texts: one spelling for both, `exact` and `contains`."""
 
 import re
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterator
 
-from sdft_lightning.graders.accepted import accepted_texts
-from sdft_lightning.graders.folding import fold_text
+from sdft_lightning.errors import UserError, shown
+
+_PLAIN = str.maketrans(
+    {
+        "\u2018": "'",  # typographic quotes
+        "\u2019": "'",
+        "\u201c": '"',
+        "\u201d": '"',
+        "\u2010": "-",  # hyphens and the minus sign; dashes stay
+        "\u2011": "-",
+        "\u2212": "-",
+        "\u200b": None,  # zero-width space
+        "\ufeff": None,  # byte-order mark
+    }
+)
+
+
+# Unicode's Stream-Safe Text Format (UAX 15): no more marks in a row, a joiner between them.
+_MOST_MARKS, _JOINER = 30, "\u034f"
+
+
+def fold_text(text: str) -> str:
+    """Return `text` with case, white space and typography folded.
+
+    Case by `str.casefold`; every run of white space (line breaks, no-break spaces) becomes one
+    space and the ends are stripped; composed and decomposed accents become the same (NFC);
+    curly quotes, hyphens and the minus sign become plain. NFC and not NFKC: NFKC reads 10² as
+    102.
+    """
+    composed = unicodedata.normalize("NFC", stream_safe(text.translate(_PLAIN)))
+    return " ".join(unicodedata.normalize("NFC", composed.casefold()).split())
+
+
+def stream_safe(text: str) -> str:
+    """Break up endless rows of combining marks, which Python sorts in quadratic time."""
+    if text.isascii():
+        return text
+    found: list[str] = []
+    marks = 0
+    for character in text:
+        marks = marks + 1 if unicodedata.combining(character) else 0
+        if marks > _MOST_MARKS:
+            found.append(_JOINER)
+            marks = 1
+        found.append(character)
+    return "".join(found)
+
+
+_FORM = "the reference must be a text, or a list of accepted texts"
+_REMEDY = (
+    'Write the answer as text, such as "48" or ["Paris", "the city of Paris"], '
+    "and leave out rows that have none."
+)
+
+
+def accepted_texts(reference: object) -> list[str]:
+    """Return the accepted texts of `reference`, as they were written.
+
+    Args:
+        reference: a str, or a list of str. Each holds more than white space and full stops.
+
+    Raises:
+        UserError: another form, an empty list or an empty text (which every completion would
+            contain).
+    """
+    texts = [reference] if isinstance(reference, str) else reference
+    if not isinstance(texts, list | tuple) or not texts:
+        raise UserError(f"{_FORM}; got {shown(reference)}. {_REMEDY}")
+    for text in texts:
+        if not isinstance(text, str):
+            raise UserError(f"{_FORM}; got {shown(text)} in {shown(reference)}. {_REMEDY}")
+        if not fold_text(text).strip(". "):
+            raise UserError(f"{_FORM}; got the empty text {shown(text)}. {_REMEDY}")
+    return list(texts)
+
+
+def exact(text: str, reference: object) -> float:
+    """Return 1.0 if `text` equals an accepted text, else 0.0.
+
+    Both sides are stripped, white space and case are folded, and one full stop at the end is
+    dropped. Markdown stays: "**Paris**" is not "Paris".
+
+    Args:
+        text: the completion.
+        reference: a str, or a list of accepted str.
+
+    Raises:
+        ValueError: the reference has another form.
+    """
+    accepted = {_bare(answer) for answer in accepted_texts(reference)}
+    return float(_bare(text) in accepted)
+
+
+def _bare(text: str) -> str:
+    return fold_text(text).removesuffix(".").rstrip()
+
 
 _UNDERSCORES = re.compile("_+")
 _NUMBER_JOINTS = ".,:/"  # between two digits they make one number, time, date or fraction

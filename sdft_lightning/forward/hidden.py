@@ -17,12 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.forward.fused import ReadPrompts, completion_states, decoder_of, training_dtype
-from sdft_lightning.forward.layout import (
-    SplitPrompts,
-    can_share,
-    layout_of,
-    split_if_worth,
-)
+from sdft_lightning.forward.layout import SplitPrompts, layout_of, split_for
 from sdft_lightning.forward.prompt_cache import PromptCache, check_keeps_prompts
 from sdft_lightning.models.precision import (
     eval_mode,
@@ -183,7 +178,7 @@ def completion_hidden_states(
         copied = decoder_of(rounded) if rounded is not None and rounded.dtype == dtype else None
         if cache is not None:
             return cache.fused_states(decoder, prompts, completions, keep, dtype)
-        split = _split(model, prompts, share_prefix)
+        split = split_for(model, prompts) if share_prefix else SplitPrompts.whole(prompts)
         return completion_states(decoder, split, completions, keep, dtype, copied, read)
     # A fused decoder computes each prompt once, however many completions it has.
     prompts = prompts.repeat(completions.ids.shape[0] // prompts.ids.shape[0])
@@ -191,15 +186,8 @@ def completion_hidden_states(
     with without_slow_autocast(model), training_attention(model, prompts.ids.shape[0], length):
         if cache is not None:
             return cache.states(model, prompts, completions, keep)
-        split = _split(model, prompts, share_prefix)
+        split = split_for(model, prompts) if share_prefix else SplitPrompts.whole(prompts)
         return layout_of(model, split, completions, pack).states(model, keep)
-
-
-def _split(model: Any, prompts: Tokens, share_prefix: bool) -> SplitPrompts:
-    """Prompts less what all of them begin with, where the model can share it."""
-    if share_prefix and can_share(model):
-        return split_if_worth(prompts)
-    return SplitPrompts.whole(prompts)
 
 
 def output_head(model: Any) -> OutputHead:

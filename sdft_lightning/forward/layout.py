@@ -104,6 +104,16 @@ def split_if_worth(prompts: Tokens) -> SplitPrompts:
     return SplitPrompts.whole(prompts)
 
 
+def split_for(model: Any, prompts: Tokens) -> SplitPrompts:
+    """Split off the prefix that all prompts share, where it pays and the model can share it.
+
+    Args:
+        model: A causal language model of transformers.
+        prompts: `(B, P)`, padded on the left.
+    """
+    return split_if_worth(prompts) if can_share(model) else SplitPrompts.whole(prompts)
+
+
 def encode_prefix(model: Any, prefix_ids: Tensor, rows: int) -> Any:
     """Keys and values of a prefix for so many rows.
 

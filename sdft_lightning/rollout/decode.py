@@ -14,21 +14,9 @@ from sdft_lightning.forward.forward_paths import paths_of
 from sdft_lightning.forward.fused import Decoder, DecodingSteps, ReadPrompts, read_prompts
 from sdft_lightning.forward.hidden import apply_head, output_head
 from sdft_lightning.forward.kv_cache import CachedSteps, Decoding, Inputs, without_cache
-from sdft_lightning.forward.layout import SplitPrompts, behind_prefix, can_share, split_if_worth
+from sdft_lightning.forward.layout import behind_prefix, split_for
 from sdft_lightning.models.precision import product_dtype
 from sdft_lightning.types import Tokens
-
-
-def split_prompts_of(model: Any, prompts: Tokens) -> SplitPrompts:
-    """Prompts less what all of them begin with, where the model can share it.
-
-    Args:
-        model: A causal language model of transformers.
-        prompts: `(B, P)`, padded on the left.
-    """
-    if can_share(model):
-        return split_if_worth(prompts)
-    return SplitPrompts.whole(prompts)
 
 
 def prefill(
@@ -56,7 +44,7 @@ def prefill(
         return plain_steps(model, prompts, samples)
     head = model.get_output_embeddings()
     if read is None:
-        split = split_prompts_of(model, prompts)
+        split = split_for(model, prompts)
         read = [read_prompts(fused, split, product_dtype(head.weight.dtype))]
     return DecodingSteps(fused, head, read, samples, steps)
 
@@ -88,7 +76,7 @@ def _read(model: Any, prompts: Tokens) -> CachedSteps | GroupedSteps | WholeRows
         return WholeRows(model, prompts)
     if decoding == "grouped":
         return GroupedSteps(model, prompts)
-    return CachedSteps(model, decoding, behind_prefix(model, split_prompts_of(model, prompts)))
+    return CachedSteps(model, decoding, behind_prefix(model, split_for(model, prompts)))
 
 
 class GroupedSteps(Decoding):

@@ -2,7 +2,7 @@
 
 The weights do not move between sampling and training. So what sampling has computed of prompts and
 completions is stored here, and `hidden` uses it where tokens and weights are still the same ones.
-Only fused decoders store anything, see `fused.kept`.
+Only fused decoders store anything, see `fused.reuse`.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class StudentPasses:
         states = completion_hidden_states(
             self.model, prompts, completions, keep, rounded=self._rounded(), read=self._stored
         )
-        self._stored = [each for each in self._stored if each.is_kept]
+        self._stored = [each for each in self._stored if each.is_stored]
         return states
 
     def head(self) -> OutputHead:

@@ -117,14 +117,14 @@ def test_what_is_kept_is_given_away_layer_by_layer(build: Make, batch: Make) -> 
     prompts = read(model, batch(), prefix=True)
     full = prompts.nbytes
     sizes = []
-    assert prompts.is_kept
+    assert prompts.is_stored
     for place in range(3):
         prompts.layer(place)
         sizes.append(prompts.nbytes)
     assert full > sizes[0] > sizes[1] > sizes[2] == 0
     with pytest.raises(KeyError):
         prompts.layer(0)
-    assert not prompts.is_kept
+    assert not prompts.is_stored
     assert read(model, batch(), prefix=True, keep=False).nbytes == 0
 
 
@@ -175,7 +175,7 @@ def test_what_is_kept_in_another_dtype_is_not_used(
         )
         plain = completion_hidden_states(model, Tokens(*given[:2]), Tokens(*given[2:]), given[3])
     assert torch.equal(found, plain)
-    assert prompts.is_kept
+    assert prompts.is_stored
 
 
 def test_both_halves_are_kept_in_bfloat16(build: Make, batch: Make, either_processor: bool) -> None:

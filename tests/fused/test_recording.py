@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdft_lightning.forward.fused import ReadPrompts, decoder_of, kept, read_prompts
+from sdft_lightning.forward.fused import ReadPrompts, decoder_of, read_prompts, reuse
 from sdft_lightning.forward.fused.structure import Product
 from sdft_lightning.forward.hidden import completion_hidden_states
 from sdft_lightning.forward.layout import split_if_worth
@@ -109,7 +109,7 @@ def test_states_and_gradients_are_the_models_and_nothing_is_computed_twice(
 def test_later_micro_batches_are_recorded_while_they_fit(
     build: Make, batch: Make, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
-    monkeypatch.setattr(kept, "_MOST_BYTES", most)
+    monkeypatch.setattr(reuse, "_MOST_BYTES", most)
     model, given = build("llama"), batch()
     rollout, read = sampled(model, given, 2, [2, 2, 1], keep=2)
     assert [part.completions is not None for part in read] == [True, most > 0, False]
@@ -119,7 +119,7 @@ def test_later_micro_batches_are_recorded_while_they_fit(
         plain = states_and_gradients(model, given, rollout, 2, rows, fuse=False)
         assert_same(states_and_gradients(model, given, rollout, 2, rows, read=[part]), plain)
         start += 4
-    assert not read[2].is_kept
+    assert not read[2].is_stored
 
 
 @pytest.mark.parametrize("change", ["token", "longer", "exchanged", "prompts"])
@@ -147,7 +147,7 @@ def test_what_was_changed_afterwards_is_computed_anew(
 
 def test_prompts_that_are_not_kept_are_not_recorded(build: Make, batch: Make) -> None:
     _, (part,) = sampled(build("llama"), batch(), 1, [5], keep=0)
-    assert not part.is_kept
+    assert not part.is_stored
     assert part.completions is None
 
 

@@ -125,10 +125,10 @@ def test_prompts_of_a_rollout_serve_the_student_and_change_nothing(
 
     def spy(*arguments: Any) -> Tensor:
         if torch.is_grad_enabled():
-            before = sum(each.is_kept for each in arguments[-1])
+            before = sum(each.is_stored for each in arguments[-1])
         found = completion_states(*arguments)
         if torch.is_grad_enabled():
-            shared.append(sum(each.is_kept for each in arguments[-1]) < before)
+            shared.append(sum(each.is_stored for each in arguments[-1]) < before)
         return found
 
     monkeypatch.setattr(hidden, "completion_states", spy)

@@ -6,7 +6,7 @@ work on tokens without padding, keep less for the backward pass, and equal the m
 """
 
 from sdft_lightning.forward.fused.decoding import DecodingSteps
-from sdft_lightning.forward.fused.kept import ReadPrompts, read_prompts
+from sdft_lightning.forward.fused.reuse import ReadPrompts, read_prompts
 from sdft_lightning.forward.fused.structure import Decoder, decoder_of, join_, training_dtype
 from sdft_lightning.forward.fused.trunk import (
     StoredPrompt,

@@ -58,13 +58,13 @@ def attend_rows(
     fresh = hidden[done:]
     scale = rms(fresh, layer.input_norm.variance_epsilon)
     inputs = normed(fresh, scale, layer.input_norm.weight, run.dtype)
-    products: tuple[Tensor, ...] = (first(inputs).to(run.kept),)
+    products: tuple[Tensor, ...] = (first(inputs).to(run.stored),)
     if known is not None:
         scale, products = torch.cat([known.scale, scale]), known.products + products
     turned, values = rotated(products, layer, run, done)
     groups = [group for group in run.groups if group.start >= done]
     mixed = attend(turned, values.to(run.dtype), groups, run.shape, run.buffers)[done:].flatten(1)
-    out = second(mixed).to(run.kept)
+    out = second(mixed).to(run.stored)
     if known is not None:
         out = torch.cat([known.out, out])
     return Attended(Results(scale, products, out), weights, turned, values)
@@ -81,18 +81,18 @@ def attend_after(hidden: Tensor, layer: Layer, run: Pass, keys: Tensor, values: 
         values: `(M, K, E)`.
 
     Returns:
-        `(N, D)` in the dtype that products are kept in.
+        `(N, D)` in the dtype that products are stored in.
     """
     count, heads = keys.shape[0], run.shape.heads
     first, second = _products(layer, run.dtype)
     scale = rms(hidden, layer.input_norm.variance_epsilon)
     inputs = normed(hidden, scale, layer.input_norm.weight, run.dtype)
-    mine, more = rotated((first(inputs).to(run.kept),), layer, run)
+    mine, more = rotated((first(inputs).to(run.stored),), layer, run)
     turned = mine.new_empty(count + mine.shape[0], run.shape.turned, run.shape.size)
     turned[:count, heads:], turned[count:] = keys, mine
     every = torch.cat([values.to(run.dtype), more.to(run.dtype)])  # (M + N, K, E)
     mixed = attend(turned, every, run.groups, run.shape, run.buffers)[count:]
-    return second(mixed.flatten(1)).to(run.kept)
+    return second(mixed.flatten(1)).to(run.stored)
 
 
 def _products(layer: Layer, dtype: torch.dtype) -> tuple[Product, Product]:
@@ -105,7 +105,7 @@ def attention_block(
     """attention(norm(x)) for all tokens; arguments as of `attend_rows`.
 
     Returns:
-        `(N, D)` in the dtype that products are kept in.
+        `(N, D)` in the dtype that products are stored in.
     """
     parameters = [each.weight for each in (layer.q, layer.k, layer.v, layer.o)]
     biases = [each.bias for each in (layer.q, layer.k, layer.v, layer.o)]
@@ -264,7 +264,7 @@ def mlp_rows(
     total = hidden[done:] + attended[done:]
     scale = rms(total, layer.mlp_norm.variance_epsilon)
     inputs = normed(total, scale, layer.mlp_norm.weight, run.dtype)
-    products = first(inputs).to(run.kept)  # (N, 2 F)
+    products = first(inputs).to(run.stored)  # (N, 2 F)
     active = inputs.new_empty(products.shape[0], products.shape[1] // 2)  # (N, F)
     for rows, piece in walk([products]):
         gate, up = piece.to(run.dtype).chunk(2, dim=1)

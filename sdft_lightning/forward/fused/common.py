@@ -29,7 +29,7 @@ class Pass(NamedTuple):
         groups: How the tokens belong together.
         shape: Heads.
         buffers: Memory to work in.
-        kept: The dtype of what is kept of products.
+        stored: The dtype in which results of products are stored for the backward pass.
         dtype: In which they are made.
     """
 
@@ -37,7 +37,7 @@ class Pass(NamedTuple):
     groups: list[Group]
     shape: Shape
     buffers: Buffers
-    kept: torch.dtype
+    stored: torch.dtype
     dtype: torch.dtype
 
 
@@ -57,7 +57,7 @@ class Results(NamedTuple):
 
 
 def pass_over(
-    decoder: Decoder, groups: list[Group], positions: Tensor, hidden: Tensor, kept: torch.dtype
+    decoder: Decoder, groups: list[Group], positions: Tensor, hidden: Tensor, stored: torch.dtype
 ) -> Pass:
     """What the layers need besides the states.
 
@@ -66,11 +66,12 @@ def pass_over(
         groups: How the tokens belong together.
         positions: `(N,)`.
         hidden: `(N, D)` embedded tokens.
-        kept: The dtype of what is kept of products, in which they are made where that is fast.
+        stored: The dtype in which results of products are stored, and in which they are made
+            where that is fast.
     """
     shape = Shape(decoder.heads, decoder.key_heads, decoder.head_size)
     angles = _angles(decoder.rotary, hidden, positions)
-    return Pass(angles, groups, shape, Buffers(), kept, product_dtype(kept))
+    return Pass(angles, groups, shape, Buffers(), stored, product_dtype(stored))
 
 
 @torch.no_grad()

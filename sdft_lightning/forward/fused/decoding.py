@@ -2,7 +2,7 @@
 
 Weights are rearranged once a rollout for few rows; queries, keys and values are one product, and so
 are gate and up. Norms, residual sums and attention are computed in float32, as in training, so that
-what a step finds can be what training begins with (see `kept`). Of a bfloat16 cache one layer
+what a step finds can be what training begins with (see `reuse`). Of a bfloat16 cache one layer
 at a time is cast, into the same memory.
 """
 
@@ -16,7 +16,7 @@ from torch.nn.functional import embedding, pad, silu
 
 from sdft_lightning.forward.fused.attention import Shape, rotate
 from sdft_lightning.forward.fused.common import normed, rms
-from sdft_lightning.forward.fused.kept import ReadPrompts, Recording, hand_over, kept_rows
+from sdft_lightning.forward.fused.reuse import ReadPrompts, Recording, recorded_rows, store_steps
 from sdft_lightning.forward.fused.structure import Decoder, LaidOut, LaidOutLayer, Layer
 from sdft_lightning.forward.kv_cache import Decoding
 from sdft_lightning.models.precision import product_dtype
@@ -45,14 +45,14 @@ class DecodingSteps(Decoding):
         self, decoder: Decoder, head: Any, prompts: list[ReadPrompts], samples: int, steps: int
     ) -> None:
         self.dtype = dtype = product_dtype(head.weight.dtype)
-        self.kept = prompts[0].kept  # results are rounded before they are used, as in training
+        self.stored = prompts[0].stored  # results are rounded before they are used, as in training
         self.decoder = prompts[0].decoder
         self.prompts, self.samples = prompts, samples
         self.shape = Shape(decoder.heads, decoder.key_heads, decoder.head_size)
         rows = samples * sum(len(part.rows.owner) for part in prompts)  # S
         self.length = max(part.rows.width for part in prompts)
         self.rows = torch.arange(rows)  # (S,) which row is in which place
-        self.recording = Recording(len(decoder.layers), kept_rows(prompts, samples))
+        self.recording = Recording(len(decoder.layers), recorded_rows(prompts, samples))
         self.layers = [LaidOutLayer.of(layer, rows) for layer in decoder.layers]
         self.head = LaidOut.of([head], rows)
         self.longest = self.length + steps
@@ -125,16 +125,16 @@ class DecodingSteps(Decoding):
         parts = zip(decoder.layers, self.layers, self.keys, self.values, strict=True)
         for place, (layer, own, keys, values) in enumerate(parts):
             scale, inputs = self._normed(hidden, layer.input_norm)
-            products = own.heads(inputs).to(self.kept)
+            products = own.heads(inputs).to(self.stored)
             heads = products.unflatten(1, (-1, self.shape.size))  # (S, H + 2 K, E)
             turned = rotate(self._head_norms(heads[:, :turns], layer), cosines, sines)
             keys[:, :, self.length] = turned[:, self.shape.heads :]
             values[:, :, self.length] = heads[:, turns:]
             mixed = self._attend(turned[:, : self.shape.heads], keys, values).to(self.dtype)
-            attended = own.out(mixed).to(self.kept)
+            attended = own.out(mixed).to(self.stored)
             total = hidden + attended
             more_scale, inputs = self._normed(total, layer.mlp_norm)
-            gates = own.gates(inputs).to(self.kept)  # (S, 2 F)
+            gates = own.gates(inputs).to(self.stored)  # (S, 2 F)
             gate, up = gates.to(self.dtype).chunk(2, dim=1)
             hidden = total.add_(own.down(silu(gate).mul_(up)))  # (S, D)
             self.recording.add(place, (scale, products, attended, more_scale, gates, hidden))
@@ -151,7 +151,7 @@ class DecodingSteps(Decoding):
         # What is stored needs the memory.
         self.layers, self.keys, self.values = [], [], []
         del self.head, self.wide, self.unseen, self.logits
-        hand_over(self.recording, self.prompts, self.samples, completions)
+        store_steps(self.recording, self.prompts, self.samples, completions)
 
     def _normed(self, hidden: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
         """The scale of a norm `(S, 1)`, and what comes out in the dtype of the products."""

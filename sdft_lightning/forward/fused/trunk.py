@@ -11,7 +11,7 @@ from torch.nn.functional import embedding
 
 from sdft_lightning.forward.fused.blocks import attend_after, attention_block, mlp_block, mlp_rows
 from sdft_lightning.forward.fused.common import pass_over
-from sdft_lightning.forward.fused.kept import ReadPrompts, read_prompts
+from sdft_lightning.forward.fused.reuse import ReadPrompts, read_prompts
 from sdft_lightning.forward.fused.rows import FlatRows, prompt_rows, stored_rows, with_completions
 from sdft_lightning.forward.fused.structure import Decoder
 from sdft_lightning.forward.layout import SplitPrompts
@@ -50,7 +50,7 @@ def completion_states(
     # A copy in bfloat16 spares nothing where products are float32.
     own = decoder if rounded is None or product_dtype(dtype) != dtype else rounded
     if known is None and not torch.is_grad_enabled():
-        dtype = product_dtype(dtype)  # nothing is kept
+        dtype = product_dtype(dtype)  # nothing is stored
     states: Tensor = decoder.norm(_layers(decoder, own, rows, wanted, dtype, known))  # (N, D)
     return states
 
@@ -119,7 +119,7 @@ def states_after(
 
     Arguments as of `completion_states`, without gradient.
     """
-    dtype = product_dtype(dtype)  # nothing is kept
+    dtype = product_dtype(dtype)  # nothing is stored
     different = list({id(prompt): prompt for prompt in prompts}.values())
     places = {id(prompt): place for place, prompt in enumerate(different)}
     lengths = [prompt.states[0][0].shape[0] for prompt in different]

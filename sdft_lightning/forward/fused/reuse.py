@@ -22,16 +22,16 @@ LayerResults = tuple[Results, Results | None]
 
 
 class ReadPrompts:
-    """What reading prompts has left, and later what sampling their completions has.
+    """What reading prompts has computed, and later what sampling their completions has.
 
     Args:
         decoder: Whose embeddings and norms were used.
         rows: The prompts, M tokens.
         keys: Of each layer `(M, K, E)`, rotated, float32.
-        values: Of each layer `(M, K, E)`, in the dtype that products are kept in.
+        values: Of each layer `(M, K, E)`, in the dtype that products are stored in.
         last: `(B, D)` states of each row's last token, normed.
         layers: What a pass over prompts and completions need not compute again, layer by layer.
-        kept: The dtype that products are kept in.
+        stored: The dtype that products are stored in.
 
     Attributes:
         completions: The completions whose tokens `layers` has results of, too; None while it has
@@ -46,39 +46,39 @@ class ReadPrompts:
         values: list[Tensor],
         last: Tensor,
         layers: list[LayerResults],
-        kept: torch.dtype,
+        stored: torch.dtype,
     ) -> None:
         self.decoder, self.rows, self.last = decoder, rows, last
-        self.keys, self.values, self.kept = keys, values, kept
+        self.keys, self.values, self.stored = keys, values, stored
         self.completions: list[list[int]] | None = None
         self._layers: dict[int, LayerResults] = dict(enumerate(layers))
 
     @property
-    def is_kept(self) -> bool:
+    def is_stored(self) -> bool:
         """Whether there is anything for a later pass."""
         return bool(self._layers)
 
     def layer(self, place: int) -> LayerResults:
-        """The results of a layer; each is given away once, and no longer held.
+        """Remove the results of a layer, and return them.
 
         Raises:
-            KeyError: Where they were not kept, or have been taken.
+            KeyError: Where they were not stored, or were removed before.
         """
         return self._layers.pop(place)
 
     def add(self, place: int, results: LayerResults) -> None:
-        """Keep results of a layer, in place of those that were taken."""
+        """Store results of a layer, in place of those that were removed."""
         self._layers[place] = results
 
     def fits(self, split: SplitPrompts, completions: Tokens, dtype: torch.dtype) -> bool:
-        """Whether something is kept, in this dtype, and it is of these prompts and completions.
+        """Whether results are stored, in this dtype, and are of these prompts and completions.
 
         Args:
             split: The prompts.
             completions: `(R, T)`, as many of each prompt as of any other.
-            dtype: That products are kept in.
+            dtype: That products are stored in.
         """
-        if not self.is_kept or self.kept != dtype:
+        if not self.is_stored or self.stored != dtype:
             return False
         samples = completions.ids.shape[0] // len(self.rows.owner)
         if samples * len(self.rows.owner) != completions.ids.shape[0]:
@@ -98,7 +98,7 @@ class ReadPrompts:
 
     @property
     def nbytes(self) -> int:
-        """Memory of what is kept for a later pass."""
+        """Bytes of what is stored for a later pass."""
         halves = [half for layer in self._layers.values() for half in layer if half is not None]
         parts = [part for half in halves for part in (half.scale, half.out, *half.products)]
         return sum(part.numel() * part.element_size() for part in parts)
@@ -142,7 +142,7 @@ def read_prompts(
     return ReadPrompts(decoder, rows, keys, values, decoder.norm(hidden), layers, dtype)
 
 
-# What may be kept of the rows of later micro-batches; those of the first are used at once.
+# Bytes that may be stored of rows of later micro-batches; those of the first are used at once.
 _MOST_BYTES = 3 * 2**28
 
 # Of a layer and the rows of a step: scale, products and result of its attention, and of its MLP.
@@ -211,17 +211,17 @@ def _first(results: StepResults, count: int) -> StepResults:
     return scale, products, out, more_scale, gates, hidden
 
 
-def kept_rows(prompts: list[ReadPrompts], samples: int) -> tuple[int, int]:
-    """Rows of the first micro-batch, and of all those at the beginning whose prompts are kept."""
+def recorded_rows(prompts: list[ReadPrompts], samples: int) -> tuple[int, int]:
+    """Rows of the first micro-batch, and of all those at the beginning whose prompts are stored."""
     counts = []
     for part in prompts:
-        if not part.is_kept:
+        if not part.is_stored:
             break
         counts.append(samples * len(part.rows.owner))
     return (counts[0], sum(counts)) if counts else (0, 0)
 
 
-def hand_over(
+def store_steps(
     recording: Recording,
     prompts: list[ReadPrompts],
     samples: int,

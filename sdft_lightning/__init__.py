@@ -27,8 +27,8 @@ if TYPE_CHECKING:
         WindowCheckpoint,
         default_callbacks,
     )
-    from sdft_lightning.callbacks.collapse_guard import CollapseLimits
     from sdft_lightning.callbacks.export import export_model
+    from sdft_lightning.callbacks.stops import CollapseLimits
     from sdft_lightning.cli.entry import main
     from sdft_lightning.cli.run_trainer import RunTrainer
     from sdft_lightning.data import BenchmarkDataModule, Columns, DemonstrationDataModule, HubSource
@@ -76,7 +76,7 @@ _PLACES = {
     "Benchmarks": "data.benchmarks.options",
     "CPTModule": "modules",
     "CollapseGuard": "callbacks",
-    "CollapseLimits": "callbacks.collapse_guard",
+    "CollapseLimits": "callbacks.stops",
     "Columns": "data",
     "CompletionLog": "callbacks",
     "DFTModule": "modules",

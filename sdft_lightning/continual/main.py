@@ -165,8 +165,13 @@ def _work_through(
 ) -> None:
     # Only what is to be carried out waits for torch; a wrong plan has been refused by now.
     from sdft_lightning.continual.checks import canonical_plan, check_plan, claim_folder, plan_hash
-    from sdft_lightning.continual.commands import Stopped, in_own_process, in_this_process
-    from sdft_lightning.continual.drive import Work, work_through
+    from sdft_lightning.continual.drive import (
+        Stopped,
+        Work,
+        in_own_process,
+        in_this_process,
+        work_through,
+    )
     from sdft_lightning.continual.records import all_records
 
     check_plan(plan, parse)

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import lightning as L
 from torch.utils.data import DataLoader
 
+from sdft_lightning.data.batches import EvaluationSampler, TellingLoader, check_workers
 from sdft_lightning.data.benchmarks import Benchmarks, BenchmarkSuite
-from sdft_lightning.data.loader import EvaluationSampler, TellingLoader, check_workers
 from sdft_lightning.errors import UserError, check_at_least, show_messages
 from sdft_lightning.models.tokenization import load_tokenizer, resolve_model
 from sdft_lightning.types import TaskData

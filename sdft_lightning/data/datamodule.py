@@ -11,17 +11,17 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from sdft_lightning.data.benchmark_data import BenchmarkDataModule, ModelDataModule, ModelVersion
-from sdft_lightning.data.benchmarks import Benchmarks, BenchmarkSuite
-from sdft_lightning.data.collate import collate
-from sdft_lightning.data.json_rows import MAX_MEGABYTES
-from sdft_lightning.data.loader import (
+from sdft_lightning.data.batches import (
     PromptDataset,
     ResumableLoader,
     WindowSampler,
     check_rows_for_all,
+    collate,
     rows_left_out,
 )
+from sdft_lightning.data.benchmark_data import BenchmarkDataModule, ModelDataModule, ModelVersion
+from sdft_lightning.data.benchmarks import Benchmarks, BenchmarkSuite
+from sdft_lightning.data.json_rows import MAX_MEGABYTES
 from sdft_lightning.data.prompts import PromptStyle, check_headers
 from sdft_lightning.data.rows import (
     Columns,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sdft_lightning.data.collate import collate, pad
+from sdft_lightning.data.batches import collate, pad
 from sdft_lightning.data.tokens import TokenizedRow
 from sdft_lightning.types import Demonstration
 

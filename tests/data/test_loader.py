@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from sdft_lightning.data import DemonstrationDataModule
-from sdft_lightning.data.loader import (
+from sdft_lightning.data.batches import (
     EvaluationSampler,
     MicroBatch,
     PromptDataset,

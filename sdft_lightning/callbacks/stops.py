@@ -1,4 +1,4 @@
-"""Stops a run that has collapsed, says why, and keeps the checkpoint from before."""
+"""Stops a run that has collapsed or has used its tokens, says why, and keeps what is good."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from sdft_lightning.callbacks import collapse_guard as signs
+from sdft_lightning.callbacks import stops as signs
 from sdft_lightning.errors import UserError
 from sdft_lightning.files.checkpoint_io import has_finite_weights
 from sdft_lightning.files.run_folder import append_lines, run_folder, unused_path
@@ -379,3 +379,48 @@ def largest_weight(model: Any) -> Tensor:
     trained = [local(each.detach()) for each in model.parameters() if each.requires_grad]
     largest = [each.abs().max().float() for each in trained if each.numel()]
     return torch.stack(largest).max()  # ()
+
+
+class TokenBudget(L.Callback):
+    """Ends a fit with the optimizer step that reaches so many tokens, over all ranks.
+
+    Tokens are those of completions, or of demonstrations where these are the target.
+
+    Args:
+        tokens: How many; without it they are counted only.
+
+    Attributes:
+        trained: Tokens so far, those of a resumed run's earlier part included.
+    """
+
+    def __init__(self, tokens: int | None = None) -> None:
+        self.tokens = tokens
+        self.trained = 0
+        self._step = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """The tokens so far."""
+        return {"trained": self.trained}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.trained = state_dict["trained"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A run resumed at its end has nothing left to do."""
+        self._step = trainer.global_step
+        self._stop_if_reached(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count; an optimizer step is never left half done."""
+        counted = torch.tensor(module.completion_tokens, device=module.device)
+        self.trained += int(trainer.strategy.reduce(counted, reduce_op="sum"))
+        if trainer.global_step != self._step:
+            self._step = trainer.global_step
+            self._stop_if_reached(trainer)
+
+    def _stop_if_reached(self, trainer: L.Trainer) -> None:
+        if self.tokens is not None and self.trained >= self.tokens:
+            trainer.should_stop = True

@@ -263,8 +263,7 @@ def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products in bfloat16 also where oneDNN does not multiply it: slowly, by torch itself."""
     import torch
 
-    from sdft_lightning.forward.fused.laid_out import LaidOut
-    from sdft_lightning.forward.fused.weights import joined
+    from sdft_lightning.forward.fused.structure import LaidOut, joined
     from sdft_lightning.models import precision
 
     if precision.multiplies_bfloat16():

@@ -13,7 +13,7 @@ from sdft_lightning.errors import UserError
 from sdft_lightning.forward import forward_paths
 from sdft_lightning.forward.forward_paths import ForwardPaths, paths_of
 from sdft_lightning.forward.policy import load_policy
-from sdft_lightning.rollout.weights import SamplingWeights
+from sdft_lightning.rollout.student import StudentPasses
 
 EVERY = ForwardPaths()
 
@@ -63,7 +63,7 @@ def test_it_is_found_once_and_copies_remember_it(
     monkeypatch.setattr(forward_paths, "_find_paths", None)  # a second time would be a TypeError
     assert paths_of(model) is found
     assert paths_of(copy.deepcopy(model)) == found
-    assert paths_of(SamplingWeights("bfloat16").model(model, 0)) == found
+    assert paths_of(StudentPasses("bfloat16").at(model, 0).sampler()) == found
 
 
 def test_it_leaves_no_trace(model: Any) -> None:

@@ -27,7 +27,8 @@ from sdft_lightning.data.sources import read_rows
 from sdft_lightning.errors import UserError
 from sdft_lightning.graders import Answer, Judge, JudgeSettings
 from sdft_lightning.models.chat_template import apply, render
-from sdft_lightning.rollout import RolloutRequest, Sampling, SamplingWeights, VLLMServerEngine
+from sdft_lightning.rollout import RolloutRequest, Sampling, StudentPasses, VLLMServerEngine
+from sdft_lightning.types import Tokens
 
 RunCli = Callable[..., None]
 SECONDS, MEGABYTES = 10, 1024
@@ -530,8 +531,8 @@ def test_reply_of_a_sampling_server_in_another_form_is_refused(
     engine = VLLMServerEngine(hostile.url, exchange_folder=str(tmp_path), **few)
     ids = torch.tensor([[3, 4, 5]])  # (1, P)
     mask = torch.ones_like(ids, dtype=torch.bool)
-    request = RolloutRequest(ids, mask, ["a"], Sampling(4), 1, 0, [2, 9], 0)
+    request = RolloutRequest(Tokens(ids, mask), ["a"], Sampling(4), 1, 0, [2, 9], 0)
     with bounded(), pytest.raises(UserError, match=r"^model\.engine") as caught:
-        engine.generate(model, SamplingWeights("same"), request)
+        engine.generate(StudentPasses("same").at(model, 0), request)
     assert hostile.url in str(caught.value)
     assert len(str(caught.value)) < 1000

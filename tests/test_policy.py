@@ -14,6 +14,7 @@ import torch
 from sdft_lightning.errors import UserError
 from sdft_lightning.forward.hidden import completion_hidden_states
 from sdft_lightning.forward.policy import check_vocabulary, load_policy
+from sdft_lightning.types import Tokens
 
 
 @pytest.fixture
@@ -77,7 +78,11 @@ def test_gradient_checkpointing_gives_the_same_loss_and_gradients(model_folder: 
         found = [getattr(module, "gradient_checkpointing", False) for module in model.modules()]
         assert any(found) == checkpointing
         hidden = completion_hidden_states(
-            model, prompt, torch.ones_like(prompt).bool(), completion, kept, kept, fuse=False
+            model,
+            Tokens(prompt, torch.ones_like(prompt).bool()),
+            Tokens(completion, kept),
+            kept,
+            fuse=False,
         )
         loss = hidden.square().sum()
         loss.backward()

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.forward.attention_kernel import autocast_if_needed_
-from sdft_lightning.forward.hidden import completion_hidden_states, output_head
+from sdft_lightning.forward.hidden import autocast_if_needed_, completion_hidden_states, output_head
 from sdft_lightning.forward.policy import check_model, load_policy
 from sdft_lightning.graders.metrics import NamedMetrics, WeightedMean
 from sdft_lightning.losses.bounded import bounded_divergence
@@ -96,10 +95,8 @@ class DriftMonitor(L.Callback):
         with nullcontext() if plain else trainer.precision_plugin.forward_context():
             hidden = completion_hidden_states(
                 student,
-                batch.prompt_ids,
-                batch.prompt_mask,
-                answers.rollout.completion_ids,
-                mask,
+                batch.prompts,
+                answers.rollout.completions,
                 mask,
             )  # (N, D)
         assert self._head is not None
@@ -149,10 +146,8 @@ class DriftMonitor(L.Callback):
         rollout = module.greedy_completions(self._base, batch.prompt_ids, batch.prompt_mask)
         hidden = completion_hidden_states(
             self._base,
-            batch.prompt_ids,
-            batch.prompt_mask,
-            rollout.completion_ids,
-            rollout.completion_mask,
+            batch.prompts,
+            rollout.completions,
             rollout.completion_mask,
         )  # (N, D)
         return _BaseAnswers(rollout, hidden)

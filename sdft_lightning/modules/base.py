@@ -16,10 +16,9 @@ from torch.optim import Optimizer
 from sdft_lightning.errors import UserError, printable, show_messages
 from sdft_lightning.files.checkpoint_io import check_finite_checkpoint, write_whole_checkpoints
 from sdft_lightning.files.whole_windows import WholeWindows, limited_batches
-from sdft_lightning.forward.attention_kernel import autocast_if_needed_, plain_attention
-from sdft_lightning.forward.forward_paths import NotComputed
-from sdft_lightning.forward.hidden import output_head
+from sdft_lightning.forward.hidden import autocast_if_needed_, plain_attention
 from sdft_lightning.forward.policy import WeightsDtype, check_model, load_policy, moved_not_cast
+from sdft_lightning.forward.probe import NotComputed
 from sdft_lightning.models.lora import ALL_LINEAR, LoRA, frozen_matrices, keep_adapters_only_
 from sdft_lightning.models.precision import Quantization, takes_float32
 from sdft_lightning.models.sharding import (
@@ -46,7 +45,7 @@ from sdft_lightning.modules.run_length import RunLength
 from sdft_lightning.modules.schedule import Schedule
 from sdft_lightning.modules.step_values import StepValues
 from sdft_lightning.modules.validate_at_ends import ValidateAtEnds
-from sdft_lightning.rollout.weights import SamplingDtype
+from sdft_lightning.rollout.student import SamplingDtype
 from sdft_lightning.teacher import Teacher
 from sdft_lightning.types import (
     Demonstration,
@@ -222,7 +221,7 @@ class PolicyModule(EvaluatedModule):
             UserError: See `check_can_shard`.
         """
         self.check_can_shard(trains=False)
-        self.sampling_weights.prepare(self.student)
+        self._passes.prepare(self.student)
         shard_(self.student, mesh)
         for teacher in self._teachers:
             teacher.shard_(mesh)
@@ -323,7 +322,7 @@ class PolicyModule(EvaluatedModule):
 
     def gather_head(self) -> OutputHead:
         """The student's output head; under fsdp2 this takes all processes at once."""
-        return output_head(self.student)
+        return self.passes.head()
 
     def on_fit_start(self) -> None:
         """Put the student into train mode: `from_pretrained` and Lightning leave it in eval."""
@@ -405,7 +404,7 @@ class PolicyModule(EvaluatedModule):
 
     def forget_copies(self) -> None:
         """Drop what was copied from weights that may have changed from outside."""
-        self.sampling_weights.forget()
+        self._passes.forget()
 
     def configure_callbacks(self) -> list[L.Callback]:
         """What every run has: benchmarks at both ends, its last step saved, whole windows."""

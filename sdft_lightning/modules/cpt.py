@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from sdft_lightning.modules.supervised import SupervisedModule
-from sdft_lightning.types import PromptBatch, RowNeeds
+from sdft_lightning.types import PromptBatch, RowNeeds, Tokens
 
 
 class CPTModule(SupervisedModule):
@@ -19,9 +19,9 @@ class CPTModule(SupervisedModule):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         """Predict each token of the text from those before it."""
-        first, first_mask = batch.context_ids[:, :1], batch.context_mask[:, :1]  # (B, 1)
+        first = Tokens(batch.context_ids[:, :1], batch.context_mask[:, :1])  # (B, 1)
         target, keep = batch.context_ids[:, 1:], batch.context_mask[:, 1:]  # (B, S - 1)
-        student = self.student_hidden(first, first_mask, target, keep)  # (N, D)
+        student = self.student_hidden(first, Tokens(target, keep))  # (N, D)
         loss, tokens = self.token_cross_entropy(student, target, keep)
         self.log_step(loss, tokens, keep)
         return loss

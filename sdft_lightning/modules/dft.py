@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sdft_lightning.losses.token_losses import probability_weighted
+from sdft_lightning.losses.divergence import probability_weighted
 from sdft_lightning.modules.supervised import SupervisedModule
 from sdft_lightning.types import PromptBatch
 
@@ -20,7 +20,7 @@ class DFTModule(SupervisedModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         """Each token of the demonstration costs −sg[π(y)] · log π(y)."""
         target, keep = batch.demonstration_ids, batch.demonstration_mask  # (B, T)
-        student = self.student_hidden(batch.prompt_ids, batch.prompt_mask, target, keep)  # (N, D)
+        student = self.student_hidden(batch.prompts, batch.demonstrations)  # (N, D)
         loss, tokens = self.token_cross_entropy(student, target, keep, probability_weighted)
         self.log_step(loss, tokens, keep)
         return loss

@@ -10,19 +10,19 @@ from sdft_lightning.errors import UserError
 from sdft_lightning.graders import Judge, grade_rows
 from sdft_lightning.graders.metrics import NamedMetrics, TaskAccuracy
 from sdft_lightning.models.chat_template import AnswerReader
-from sdft_lightning.models.sharding import is_sharded
 from sdft_lightning.modules.capability import CapabilityScores, CapabilityTrack
 from sdft_lightning.modules.judging import log_usage
 from sdft_lightning.modules.timing import TimedModule
-from sdft_lightning.rollout import SamplingWeights, greedy_rollout
+from sdft_lightning.rollout import StudentPasses, greedy_rollout
 from sdft_lightning.rollout.sampling import MOST_NEW_TOKENS
-from sdft_lightning.rollout.weights import SamplingDtype
+from sdft_lightning.rollout.student import SamplingDtype
 from sdft_lightning.types import (
     Demonstration,
     GenerationBatch,
     PromptBatch,
     Rollout,
     ScoringBatch,
+    Tokens,
     task_data,
 )
 
@@ -68,10 +68,16 @@ class EvaluatedModule(TimedModule):
         self.tokenizer: Any = None
         self.stop_ids: list[int] = []
         self._reader: AnswerReader | None = None
-        self.sampling_weights = SamplingWeights(sampling_dtype)
+        self._passes = StudentPasses(sampling_dtype)
         self.accuracies = NamedMetrics(TaskAccuracy)
         self.capability = CapabilityTrack()
         self._capability_scores = CapabilityScores()
+
+    @property
+    def passes(self) -> StudentPasses:
+        """The student's passes on its present weights."""
+        step = 0 if self._trainer is None else self._trainer.global_step
+        return self._passes.at(self.student, step)
 
     def gather_student(self) -> Any:
         """The student as a model that this process can call alone, not to be trained.
@@ -79,9 +85,7 @@ class EvaluatedModule(TimedModule):
         Under fsdp2 this is the copy to sample with. Where the weights have moved since it was
         last brought up to date, this takes all processes at once.
         """
-        if not is_sharded(self.student):
-            return self.student
-        return self.sampling_weights.model(self.student, self.trainer.global_step)
+        return self.passes.whole()
 
     def gather(self) -> None:
         """Bring the whole copies up to date on all processes at once, before they go their ways."""
@@ -96,11 +100,10 @@ class EvaluatedModule(TimedModule):
             prompt_mask: `(B, P)`.
         """
         if model is self.student:
-            model = self.sampling_weights.model(model, self.trainer.global_step)
+            model = self.passes.sampler()
         return greedy_rollout(
             model,
-            prompt_ids,
-            prompt_mask,
+            Tokens(prompt_ids, prompt_mask),
             self.eval_max_new_tokens,
             self.stop_ids,
             self.tokenizer.pad_token_id,

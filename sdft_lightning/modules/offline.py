@@ -23,7 +23,7 @@ from sdft_lightning.modules.kept_completions import KeptCompletions
 from sdft_lightning.modules.schedule import Schedule
 from sdft_lightning.modules.sdft import SDFTModule
 from sdft_lightning.rollout import Sampling
-from sdft_lightning.rollout.weights import SamplingDtype
+from sdft_lightning.rollout.student import SamplingDtype
 from sdft_lightning.teacher import FrozenTeacher
 from sdft_lightning.types import Demonstration, PromptBatch, Rollout, task_data
 

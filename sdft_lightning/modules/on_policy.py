@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import lightning as L
 import torch
 from jsonargparse import lazy_instance  # type: ignore[attr-defined]
 from torch import Tensor
 
-from sdft_lightning.forward.fused import ReadPrompts
-from sdft_lightning.forward.memory import give_back_memory
 from sdft_lightning.forward.policy import WeightsDtype
 from sdft_lightning.losses.masking import sequence_weights
 from sdft_lightning.models.lora import LoRA
@@ -21,7 +18,7 @@ from sdft_lightning.modules.base import OptimizerFactory, PolicyModule
 from sdft_lightning.modules.sampler_watch import SamplerWatch
 from sdft_lightning.modules.schedule import Schedule
 from sdft_lightning.modules.step_values import bigrams
-from sdft_lightning.modules.window import SampledWindow, join_prompts, split_rollout, window_key
+from sdft_lightning.modules.window import SampledWindow
 from sdft_lightning.rollout import (
     Engine,
     RolloutRequest,
@@ -31,9 +28,14 @@ from sdft_lightning.rollout import (
 )
 from sdft_lightning.rollout.engine import whole_weights_wanted
 from sdft_lightning.rollout.mismatch import MismatchCorrection, SamplerAlarm
-from sdft_lightning.rollout.shared_prompts import SharedPrompts
-from sdft_lightning.rollout.weights import SamplingDtype
-from sdft_lightning.types import Demonstration, OutputHead, PromptBatch, Rollout, TokenStatistics
+from sdft_lightning.rollout.student import SamplingDtype
+from sdft_lightning.types import (
+    Demonstration,
+    PromptBatch,
+    Rollout,
+    Tokens,
+    TokenStatistics,
+)
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +93,6 @@ class OnPolicyModule(PolicyModule):
         self.mismatch_correction = mismatch_correction
         self.sampler_alarm = sampler_alarm
         self._window = SampledWindow()
-        self._shared_prompts = SharedPrompts()
         self._told_empty = False
 
     def configure_callbacks(self) -> list[L.Callback]:
@@ -100,10 +101,9 @@ class OnPolicyModule(PolicyModule):
         return [*watch, *super().configure_callbacks()]
 
     def forget_copies(self) -> None:
-        """Drop what was copied from the weights, the engine's copies and kept prompts among it."""
+        """Drop what was copied from the weights, the engine's copies among it."""
         super().forget_copies()
         self.engine.forget()
-        self._shared_prompts.forget()
 
     def check_before_fit(self, rows: Sequence[Demonstration]) -> None:
         """Refuse what the engine cannot sample.
@@ -130,7 +130,7 @@ class OnPolicyModule(PolicyModule):
     def teardown(self, stage: str) -> None:
         """Give back what the engine holds, and what an interrupted window has left."""
         self.engine.close()
-        self._shared_prompts.forget()
+        self._passes.forget()
 
     @property
     def step_names(self) -> list[str]:
@@ -155,20 +155,6 @@ class OnPolicyModule(PolicyModule):
         """Whether the trainer asks itself how likely the sampled tokens were."""
         return not self.engine.is_trainer or self.mismatch_correction.kind != "none"
 
-    @property
-    def rounded_student(self) -> Any:
-        """The bfloat16 copy that was sampled from, while it is the student; None without one."""
-        if not self.sampling_weights.holds_copy:
-            return None
-        return self.sampling_weights.rounded(self.student, self.trainer.global_step)
-
-    def gather_head(self) -> OutputHead:
-        """The student's output head, with what the sampler has rounded of it."""
-        head, rounded = super().gather_head(), self.rounded_student
-        if rounded is None:
-            return head
-        return head._replace(rounded=rounded.get_output_embeddings().weight)
-
     def rollout(self, batch: PromptBatch) -> Rollout:
         """Completions of a micro-batch, sampled together with its whole accumulation window."""
         with self.timed("rollout"):
@@ -176,58 +162,28 @@ class OnPolicyModule(PolicyModule):
 
     def sample_rollouts(self, batches: list[PromptBatch], step: int) -> list[Rollout]:
         """The completions of several micro-batches, sampled at once, for an optimizer step."""
-        samples = self.sampling.completions_per_prompt
-        row_ids = [row.id for batch in batches for row in batch.rows]
-        ids, mask = join_prompts([self.sampling_prompts(batch) for batch in batches])  # (ΣB, P)
-        request = RolloutRequest(
-            ids,
-            mask,
-            row_ids,
-            self.sampling,
-            self.seed,
-            step,
-            self.stop_ids,
-            self.tokenizer.pad_token_id,
-            self.read_prompts(batches, step),
-        )
-        rollouts = split_rollout(
-            self.sampled(request), [len(batch.rows) * samples for batch in batches]
-        )
-        give_back_memory()
-        return rollouts
-
-    @property
-    def samples_student(self) -> bool:
-        """Whether the student itself, or its copy, samples here, and answers its own prompts."""
-        return self.engine.is_trainer
-
-    def read_prompts(self, batches: list[PromptBatch], step: int) -> list[ReadPrompts] | None:
-        """The prompts of several micro-batches as the student's own pass needs them, too.
-
-        None where the rollout cannot go on from there, or no pass with gradients will follow.
-        """
-        if not (self.samples_student and torch.is_grad_enabled()):
-            return None
-        return self._shared_prompts.read(
-            self.student,
-            self.sampling_weights.model(self.student, step),
-            [(window_key(batch, step), self.sampling_prompts(batch)) for batch in batches],
-            self.sampling.completions_per_prompt,
-            self.sampling.max_new_tokens,
+        return self.sampled(
+            [
+                RolloutRequest(
+                    self.sampling_prompts(batch),
+                    [row.id for row in batch.rows],
+                    self.sampling,
+                    self.seed,
+                    step,
+                    self.stop_ids,
+                    self.tokenizer.pad_token_id,
+                )
+                for batch in batches
+            ]
         )
 
-    def take_prompts(self, batch: PromptBatch) -> ReadPrompts | None:
-        """What the rollout has read of a micro-batch's prompts, once."""
-        key = window_key(batch, self.trainer.global_step)
-        return self._shared_prompts.take(key, self.student)
+    def sampling_prompts(self, batch: PromptBatch) -> Tokens:
+        """What the completions answer `(B, P)`: the bare question."""
+        return batch.prompts
 
-    def sampling_prompts(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
-        """Ids and mask `(B, P)` of what the completions answer: the bare question."""
-        return batch.prompt_ids, batch.prompt_mask
-
-    def sampled(self, request: RolloutRequest) -> Rollout:
-        """The student's completions, from the engine."""
-        return self.engine.generate(self.student, self.sampling_weights, request)
+    def sampled(self, requests: list[RolloutRequest]) -> list[Rollout]:
+        """The student's completions of several micro-batches, from the engine."""
+        return self.engine.sample(self.passes, requests)
 
     def sampler_correction(self, student: Tensor, rollout: Rollout, keep: Tensor) -> Tensor | None:
         """Weights `(N,)` of tokens that were not sampled by the trained model itself.

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision, Precision
 
 from sdft_lightning.models.precision import product_dtype
-from sdft_lightning.rollout.weights import has_native_bfloat16
+from sdft_lightning.rollout.student import has_native_bfloat16
 
 
 def warn_of_slow_precision(precision: str, device: torch.device, weights: torch.dtype) -> None:

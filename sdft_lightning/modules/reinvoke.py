@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from sdft_lightning.forward.policy import WeightsDtype, load_policy
 from sdft_lightning.losses.divergence import Divergence
@@ -19,9 +18,9 @@ from sdft_lightning.modules.schedule import Schedule
 from sdft_lightning.modules.sdft import SDFTModule
 from sdft_lightning.rollout import Engine, Sampling
 from sdft_lightning.rollout.mismatch import MismatchCorrection, SamplerAlarm
-from sdft_lightning.rollout.weights import SamplingDtype
+from sdft_lightning.rollout.student import SamplingDtype
 from sdft_lightning.teacher import FrozenTeacher
-from sdft_lightning.types import Demonstration, PromptBatch, RowNeeds
+from sdft_lightning.types import Demonstration, PromptBatch, RowNeeds, Tokens
 
 
 class ReinvokeModule(SDFTModule):
@@ -130,6 +129,6 @@ class ReinvokeModule(SDFTModule):
         )
         self.teacher.hold(original.model)
 
-    def teacher_prompts(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
+    def teacher_prompts(self, batch: PromptBatch) -> Tokens:
         """The bare prompts `(B, P)`: there is no demonstration."""
-        return batch.prompt_ids, batch.prompt_mask
+        return batch.prompts

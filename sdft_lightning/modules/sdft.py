@@ -10,7 +10,6 @@ from jsonargparse import lazy_instance  # type: ignore[attr-defined]
 from torch import Tensor
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.forward.hidden import completion_hidden_states
 from sdft_lightning.forward.policy import WeightsDtype
 from sdft_lightning.losses.bounded import bounded_divergence
 from sdft_lightning.losses.divergence import Divergence
@@ -27,13 +26,12 @@ from sdft_lightning.rollout import (
     Engine,
     RolloutRequest,
     Sampling,
-    SamplingWeights,
-    TransformersEngine,
+    StudentPasses,
 )
 from sdft_lightning.rollout.mismatch import MismatchCorrection, SamplerAlarm
-from sdft_lightning.rollout.weights import SamplingDtype
+from sdft_lightning.rollout.student import SamplingDtype
 from sdft_lightning.teacher import EMATeacher, FrozenTeacher, Teacher
-from sdft_lightning.types import PromptBatch, Rollout, TaskData, TokenStatistics
+from sdft_lightning.types import PromptBatch, Rollout, TaskData, Tokens, TokenStatistics
 
 # Enough of a prompt's end to hold the assistant header.
 _HEADER_TOKENS = 8
@@ -143,7 +141,7 @@ class SDFTModule(OnPolicyModule):
             )
         if divergence.estimator == "sampled_token":
             self._check_sampled_token()
-        self._teacher_weights = SamplingWeights("same")
+        self._teacher_passes = StudentPasses("same")
 
     def _check_sampled_token(self) -> None:
         """Refuse the estimate from the sampled token where it is not the student's own draw.
@@ -172,13 +170,13 @@ class SDFTModule(OnPolicyModule):
 
     def shard_models(self, mesh: Any) -> None:
         """Spread both models over processes; the teacher, too, is asked for whole completions."""
-        self._teacher_weights.prepare(self.teacher.network)
+        self._teacher_passes.prepare(self.teacher.network)
         super().shard_models(mesh)
 
     def forget_copies(self) -> None:
         """Drop what was copied from the weights of student and teacher."""
         super().forget_copies()
-        self._teacher_weights.forget()
+        self._teacher_passes.forget()
 
     def gather_teacher(self) -> Any:
         """The teacher as a model that this process can call alone, to sample or to be graded.
@@ -190,7 +188,7 @@ class SDFTModule(OnPolicyModule):
             return self.gather_student()
         # A frozen teacher is gathered once, and the processes need not ask for it together again.
         step = 0 if isinstance(self.teacher, FrozenTeacher) else self.trainer.global_step
-        return self._teacher_weights.model(self.teacher.network, step)
+        return self._teacher_passes.at(self.teacher.network, step).whole()
 
     def gather(self) -> None:
         """Gather the student's weights, and the teacher's where it will be graded."""
@@ -232,28 +230,22 @@ class SDFTModule(OnPolicyModule):
         self.log_step(loss, tokens, rollout, keep)
         return {"loss": loss, "rollout": rollout, "keep": keep, "divergence": tokens.divergence}
 
-    @property
-    def samples_student(self) -> bool:
-        """Not where the teacher samples."""
-        return super().samples_student and not self.generate_from_teacher
-
-    def sampling_prompts(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
+    def sampling_prompts(self, batch: PromptBatch) -> Tokens:
         """What is sampled from: the bare question, or what the teacher sees where it samples."""
         if self.generate_from_teacher:
             return self.teacher_prompts(batch)
         return super().sampling_prompts(batch)
 
-    def sampled(self, request: RolloutRequest) -> Rollout:
+    def sampled(self, requests: list[RolloutRequest]) -> list[Rollout]:
         """Completions of the student, or of the teacher where `generate_from_teacher` says so."""
         if not self.generate_from_teacher:
-            return super().sampled(request)
-        return TransformersEngine().generate(
-            self.gather_teacher(), SamplingWeights("same"), request
-        )
+            return super().sampled(requests)
+        with torch.no_grad():  # no pass with gradients follows that could use what it computes
+            return StudentPasses("same").at(self.gather_teacher(), 0).sample(requests)
 
-    def teacher_prompts(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
-        """Ids and mask `(B, Q)` of what the teacher sees: question and demonstration."""
-        return batch.teacher_prompt_ids, batch.teacher_prompt_mask
+    def teacher_prompts(self, batch: PromptBatch) -> Tokens:
+        """What `(B, Q)` the teacher sees: question and demonstration."""
+        return batch.teacher_prompts
 
     def loss_mask(self, batch: PromptBatch, rollout: Rollout) -> Tensor:
         """`(R, T)` the completion tokens that count, see `masking.loss_mask`."""
@@ -270,31 +262,13 @@ class SDFTModule(OnPolicyModule):
 
     def student_hidden(self, batch: PromptBatch, rollout: Rollout, keep: Tensor) -> Tensor:
         """The student's hidden states `(N, D)` at the kept tokens."""
-        samples = self.sampling.completions_per_prompt
         with self.timed("student"):
-            return completion_hidden_states(
-                self.student,
-                batch.prompt_ids.repeat_interleave(samples, dim=0),
-                batch.prompt_mask.repeat_interleave(samples, dim=0),
-                rollout.completion_ids,
-                rollout.completion_mask,
-                keep,
-                rounded=self.rounded_student,
-                read=self.take_prompts(batch),
-            )
+            return self.passes.hidden(batch.prompts, rollout.completions, keep)
 
     def teacher_hidden(self, batch: PromptBatch, rollout: Rollout, keep: Tensor) -> Tensor:
         """The teacher's hidden states `(N, D)` at the same tokens after its own prompt."""
-        samples = self.sampling.completions_per_prompt
-        prompt_ids, prompt_mask = self.teacher_prompts(batch)  # (B, Q)
         with self.timed("teacher"):
-            hidden: Tensor = self.teacher(
-                prompt_ids.repeat_interleave(samples, dim=0),
-                prompt_mask.repeat_interleave(samples, dim=0),
-                rollout.completion_ids,
-                rollout.completion_mask,
-                keep,
-            )
+            hidden: Tensor = self.teacher(self.teacher_prompts(batch), rollout.completions, keep)
             return hidden
 
     def token_divergence(

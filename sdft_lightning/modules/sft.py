@@ -14,7 +14,7 @@ class SFTModule(SupervisedModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         """Predict the demonstration, its stop token included, after the bare question."""
         target, keep = batch.demonstration_ids, batch.demonstration_mask  # (B, T)
-        student = self.student_hidden(batch.prompt_ids, batch.prompt_mask, target, keep)  # (N, D)
+        student = self.student_hidden(batch.prompts, batch.demonstrations)  # (N, D)
         loss, tokens = self.token_cross_entropy(student, target, keep)
         self.log_step(loss, tokens, keep)
         return loss

@@ -10,15 +10,14 @@ from torch import Tensor
 from sdft_lightning.errors import UserError, check_choice
 from sdft_lightning.forward.policy import WeightsDtype
 from sdft_lightning.losses.bounded import bounded_divergence
-from sdft_lightning.losses.divergence import Divergence
+from sdft_lightning.losses.divergence import Divergence, PenalisedCrossEntropy
 from sdft_lightning.losses.masking import sequence_weights
-from sdft_lightning.losses.token_losses import PenalisedCrossEntropy
 from sdft_lightning.models.lora import LoRA
 from sdft_lightning.models.precision import Quantization
 from sdft_lightning.modules.base import OptimizerFactory
 from sdft_lightning.modules.schedule import Schedule
 from sdft_lightning.modules.supervised import SupervisedModule
-from sdft_lightning.rollout.weights import SamplingDtype
+from sdft_lightning.rollout.student import SamplingDtype
 from sdft_lightning.teacher import FrozenTeacher
 from sdft_lightning.types import PromptBatch, TokenStatistics
 
@@ -103,7 +102,7 @@ class SFTKLModule(SupervisedModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         """Cross-entropy of the demonstration plus λ · KL at each of its tokens."""
         target, keep = batch.demonstration_ids, batch.demonstration_mask  # (B, T)
-        student = self.student_hidden(batch.prompt_ids, batch.prompt_mask, target, keep)  # (N, D)
+        student = self.student_hidden(batch.prompts, batch.demonstrations)  # (N, D)
         base = self.base_hidden(batch)  # (N, D), no gradient
         loss, tokens = self.penalised_cross_entropy(student, base, target, keep)
         self.log_step(loss, tokens, keep)
@@ -112,9 +111,10 @@ class SFTKLModule(SupervisedModule):
 
     def base_hidden(self, batch: PromptBatch) -> Tensor:
         """The initial model's hidden states `(N, D)` at the tokens of the demonstrations."""
-        target, keep = batch.demonstration_ids, batch.demonstration_mask  # (B, T)
         with self.timed("teacher"):
-            hidden: Tensor = self.base(batch.prompt_ids, batch.prompt_mask, target, keep, keep)
+            hidden: Tensor = self.base(
+                batch.prompts, batch.demonstrations, batch.demonstration_mask
+            )
             return hidden
 
     def penalised_cross_entropy(

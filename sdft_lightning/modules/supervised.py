@@ -6,13 +6,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from sdft_lightning.forward.hidden import completion_hidden_states
-from sdft_lightning.losses.bounded import bounded_cross_entropy
-from sdft_lightning.losses.chunked import TokenLoss
+from sdft_lightning.losses.bounded import TokenLoss, bounded_cross_entropy
+from sdft_lightning.losses.divergence import cross_entropy
 from sdft_lightning.losses.masking import sequence_weights
-from sdft_lightning.losses.token_losses import cross_entropy
 from sdft_lightning.modules.base import PolicyModule
-from sdft_lightning.types import RowNeeds, TokenStatistics
+from sdft_lightning.types import RowNeeds, Tokens, TokenStatistics
 
 
 class SupervisedModule(PolicyModule):
@@ -27,21 +25,15 @@ class SupervisedModule(PolicyModule):
         phases = ["perf/student_seconds", "perf/divergence_seconds"]
         return [*super().step_names, *(f"train/{name}" for name in logged), *phases]
 
-    def student_hidden(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, target_ids: Tensor, keep: Tensor
-    ) -> Tensor:
-        """The student's hidden states `(N, D)` that predict the kept target tokens.
+    def student_hidden(self, prompts: Tokens, targets: Tokens) -> Tensor:
+        """The student's hidden states `(N, D)` that predict all tokens of the targets.
 
         Args:
-            prompt_ids: `(B, P)`, padded on the left.
-            prompt_mask: `(B, P)`.
-            target_ids: `(B, T)`, padded on the right.
-            keep: `(B, T)`.
+            prompts: `(B, P)`, padded on the left.
+            targets: `(B, T)`, padded on the right.
         """
         with self.timed("student"):
-            return completion_hidden_states(
-                self.student, prompt_ids, prompt_mask, target_ids, keep, keep
-            )
+            return self.passes.hidden(prompts, targets, targets.mask)
 
     def token_cross_entropy(
         self,

@@ -5,11 +5,7 @@ The weights do not move inside a window, so nothing in it is off-policy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
+from collections.abc import Callable
 
 from sdft_lightning.types import PromptBatch, Rollout
 
@@ -35,49 +31,16 @@ class SampledWindow:
             step: Optimizer step.
             sample: Samples several micro-batches at once.
         """
-        key = window_key(batch, step)
+        key = _key(batch, step)
         if key not in self._ready:
             batches = [batch, *batch.window]
             rollouts = sample(batches, step)
             self._ready = {
-                window_key(each, step): rollout
-                for each, rollout in zip(batches, rollouts, strict=True)
+                _key(each, step): rollout for each, rollout in zip(batches, rollouts, strict=True)
             }
         return self._ready.pop(key)
 
 
-def join_prompts(prompts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Put left-padded prompts below each other.
-
-    Args:
-        prompts: Pairs of ids and mask `(B_i, P_i)`.
-
-    Returns:
-        Ids and mask `(ΣB_i, max P_i)`, padded further on the left.
-    """
-    longest = max(ids.shape[1] for ids, _ in prompts)
-    ids = [pad(ids, (longest - ids.shape[1], 0)) for ids, _ in prompts]
-    masks = [pad(mask, (longest - mask.shape[1], 0)) for _, mask in prompts]
-    return torch.cat(ids), torch.cat(masks)
-
-
-def split_rollout(rollout: Rollout, rows: Sequence[int]) -> list[Rollout]:
-    """Cut a rollout into parts of so many rows, each as long as its longest completion."""
-    parts = []
-    for piece in zip(*(tensor.split(list(rows)) for tensor in rollout), strict=True):
-        part = Rollout(*piece)
-        length = int(part.completion_mask.sum(dim=1).max())
-        parts.append(
-            Rollout(
-                part.completion_ids[:, :length],
-                part.completion_mask[:, :length],
-                part.sampled_log_probs[:, :length],
-                part.truncated,
-            )
-        )
-    return parts
-
-
-def window_key(batch: PromptBatch, step: int) -> tuple[int, tuple[str, ...]]:
+def _key(batch: PromptBatch, step: int) -> tuple[int, tuple[str, ...]]:
     """What a micro-batch of an optimizer step is known by."""
     return step, tuple(row.id for row in batch.rows)

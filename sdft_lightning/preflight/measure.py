@@ -200,9 +200,7 @@ def _role(
     scores: list[float] = []
     truncated = artifacts = copied = count = 0
     for batch in batches:
-        ids, mask = batch.prompt_ids, batch.prompt_mask
-        if as_teacher:
-            ids, mask = batch.teacher_prompt_ids, batch.teacher_prompt_mask
+        ids, mask = batch.teacher_prompts if as_teacher else batch.prompts
         rollout = module.greedy_completions(model, ids.to(module.device), mask.to(module.device))
         truncated += int(rollout.truncated.sum())
         texts = module.decode(rollout)

@@ -16,6 +16,7 @@ from sdft_lightning.forward.policy import load_policy
 from sdft_lightning.models import tokenization
 from sdft_lightning.models.chat_template import conversation_ids, turn_end_ids, turn_texts
 from sdft_lightning.models.tokenization import load_stop_ids, load_tokenizer, stop_ids
+from sdft_lightning.types import Tokens
 
 END_OF_TEXT, IM_END = 0, 2
 
@@ -158,9 +159,9 @@ def test_embedded_model_with_another_end_in_its_files_answers_once_and_is_graded
     asked = render(policy.tokenizer, [{"role": "user", "content": "What is 1 + 1?"}], {})
     ids = torch.tensor([policy.tokenizer(asked, add_special_tokens=False).input_ids])
     model = policy.model.eval()
-    wrong = greedy_rollout(model, ids, torch.ones_like(ids).bool(), 80, [0], 0)
+    wrong = greedy_rollout(model, Tokens(ids, torch.ones_like(ids).bool()), 80, [0], 0)
     assert 2 in wrong.completion_ids[0, :-1].tolist()  # it runs on into a turn that it invents
-    right = greedy_rollout(model, ids, torch.ones_like(ids).bool(), 80, policy.stop_ids, 0)
+    right = greedy_rollout(model, Tokens(ids, torch.ones_like(ids).bool()), 80, policy.stop_ids, 0)
     said = AnswerReader(policy.tokenizer, policy.stop_ids).text(
         right.completion_ids[0][right.completion_mask[0]].tolist()
     )

@@ -17,7 +17,7 @@ from sdft_lightning.rollout import (
     Engine,
     RolloutRequest,
     Sampling,
-    SamplingWeights,
+    StudentPasses,
     TransformersEngine,
     VLLMEngine,
 )
@@ -35,12 +35,12 @@ class OtherEngine(Engine):
         self.steps: list[int] = []
         self.forgotten = self.closed = 0
 
-    def generate(self, student: Any, weights: SamplingWeights, request: RolloutRequest) -> Rollout:
+    def generate(self, student: StudentPasses, request: RolloutRequest) -> Rollout:
         self.steps.append(request.step)
-        rollout = TransformersEngine().generate(self.model(student), weights, request)
+        rollout = TransformersEngine().generate(self.passes(student), request)
         return rollout._replace(sampled_log_probs=rollout.sampled_log_probs - self.shift)
 
-    def model(self, student: Any) -> Any:
+    def passes(self, student: StudentPasses) -> StudentPasses:
         return student
 
     def forget(self) -> None:
@@ -53,9 +53,9 @@ class OtherEngine(Engine):
 class StaleEngine(OtherEngine):
     """Samples for ever with the weights that it saw first."""
 
-    def model(self, student: Any) -> Any:
+    def passes(self, student: StudentPasses) -> StudentPasses:
         if not hasattr(self, "first"):
-            self.first = copy.deepcopy(student)
+            self.first = StudentPasses("same").at(copy.deepcopy(student.model), 0)
         return self.first
 
 

@@ -16,6 +16,7 @@ from sdft_lightning.losses.bounded import bounded_divergence
 from sdft_lightning.losses.divergence import Divergence
 from sdft_lightning.models.lora import LoRA, adapter_parameters
 from sdft_lightning.modules import SDFTModule, precision
+from sdft_lightning.types import Tokens
 
 
 @pytest.mark.parametrize(
@@ -93,9 +94,11 @@ def test_after_a_cast_both_roles_see_the_same_far_positions(model_folder: Path) 
     masks = torch.ones_like(ids).bool(), torch.ones_like(answer).bool()
     given = ids, masks[0], answer, masks[1], masks[1]
     with torch.no_grad():
-        student = completion_hidden_states(module.student, *given)  # (N, D)
+        student = completion_hidden_states(
+            module.student, Tokens(*given[:2]), Tokens(*given[2:4]), given[4]
+        )  # (N, D)
     _, tokens = bounded_divergence(
-        module.teacher(*given),
+        module.teacher(Tokens(*given[:2]), Tokens(*given[2:4]), given[4]),
         module.teacher.gather_head(),
         student,
         module.gather_head(),

@@ -17,8 +17,8 @@ from sdft_lightning.losses.divergence import Divergence
 from sdft_lightning.modules import OfflineDistillationModule, ReinvokeModule, SDFTModule
 from sdft_lightning.modules.on_policy import distinct_bigrams
 from sdft_lightning.rollout import Sampling
-from sdft_lightning.rollout.uniforms import row_uniforms
-from sdft_lightning.types import PromptBatch, Rollout
+from sdft_lightning.rollout.sampling import row_uniforms
+from sdft_lightning.types import PromptBatch, Rollout, Tokens
 
 FitModule = Callable[..., Any]
 
@@ -161,16 +161,16 @@ class OneByOne(SDFTModule):
 def test_accumulation_window_is_sampled_at_once_and_completes_as_one_by_one(
     fit_module: FitModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sdft_lightning.rollout.engine as module_of_engine
+    import sdft_lightning.rollout.student as file_of_passes
 
     sizes: list[int] = []
-    generate = module_of_engine.generate_rollout
+    generate = file_of_passes.generate_rollout
 
-    def counted(model: Any, prompt_ids: Tensor, *args: Any, **more: Any) -> Rollout:
-        sizes.append(prompt_ids.shape[0])
-        return generate(model, prompt_ids, *args, **more)
+    def counted(model: Any, prompts: Tokens, *args: Any, **more: Any) -> Rollout:
+        sizes.append(len(prompts.ids))
+        return generate(model, prompts, *args, **more)
 
-    monkeypatch.setattr(module_of_engine, "generate_rollout", counted)
+    monkeypatch.setattr(file_of_passes, "generate_rollout", counted)
     together, apart = Recorder(), Recorder()
     options = {"accumulate_grad_batches": 3, "max_steps": 3}
     fit_module(callbacks=[together], **options)

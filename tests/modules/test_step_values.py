@@ -29,7 +29,7 @@ from sdft_lightning.rollout import (
     Engine,
     RolloutRequest,
     Sampling,
-    SamplingWeights,
+    StudentPasses,
     TransformersEngine,
 )
 from sdft_lightning.rollout.mismatch import SamplerAlarm
@@ -145,8 +145,8 @@ class OffUntilTheLast(Engine):
 
     truncates_log_probs = False
 
-    def generate(self, student: Any, weights: SamplingWeights, request: RolloutRequest) -> Rollout:
-        rollout = TransformersEngine().generate(student, weights, request)
+    def generate(self, student: StudentPasses, request: RolloutRequest) -> Rollout:
+        rollout = TransformersEngine().generate(student, request)
         shift = torch.full_like(rollout.sampled_log_probs, 5.0)
         shift[-2:] = 0.0
         return rollout._replace(sampled_log_probs=rollout.sampled_log_probs - shift)

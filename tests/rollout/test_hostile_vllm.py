@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.rollout import RolloutRequest, Sampling, SamplingWeights, VLLMServerEngine
+from sdft_lightning.rollout import RolloutRequest, Sampling, StudentPasses, VLLMServerEngine
 from sdft_lightning.rollout.mismatch import MismatchCorrection
+from sdft_lightning.types import Tokens
 
 pytestmark = pytest.mark.attack
 
@@ -68,8 +69,8 @@ def sample(vllm: Any, tmp_path: Path, model: Any) -> Callable[..., Any]:
         ids = torch.tensor([[3, 4, 5]])  # (1, P)
         sampling = Sampling(4, completions_per_prompt=2)
         mask = torch.ones_like(ids, dtype=torch.bool)
-        request = RolloutRequest(ids, mask, ["a"], sampling, 1, 0, [2, 9], 0)
-        return engine.generate(model, SamplingWeights("same"), request)
+        request = RolloutRequest(Tokens(ids, mask), ["a"], sampling, 1, 0, [2, 9], 0)
+        return engine.generate(StudentPasses("same").at(model, 0), request)
 
     return run
 

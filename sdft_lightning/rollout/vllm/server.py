@@ -12,18 +12,18 @@ from torch import distributed as dist
 
 from sdft_lightning.errors import UserError, printable, shown
 from sdft_lightning.files.endpoints import LONGEST_TIMEOUT
-from sdft_lightning.rollout.engine import RolloutRequest
-from sdft_lightning.rollout.sampled import Sampled, as_rollout, vocabulary_size
+from sdft_lightning.rollout.engine import Sampled, as_rollout, vocabulary_size
+from sdft_lightning.rollout.generate import RolloutRequest
 from sdft_lightning.rollout.sampling import Sampling
-from sdft_lightning.rollout.vllm_client import ServerFaultError, VLLMClient
-from sdft_lightning.rollout.vllm_engine import (
+from sdft_lightning.rollout.student import StudentPasses
+from sdft_lightning.rollout.vllm.client import ServerFaultError, VLLMClient
+from sdft_lightning.rollout.vllm.engine import (
     FINISH_REASONS,
     ExternalEngine,
     repeated_prompts,
     request_seeds,
 )
-from sdft_lightning.rollout.vllm_weights import EngineDtype, WeightsFolder, ties_head
-from sdft_lightning.rollout.weights import SamplingWeights
+from sdft_lightning.rollout.vllm.weights import EngineDtype, WeightsFolder, ties_head
 from sdft_lightning.types import Rollout
 
 _LONGEST_PAUSE = 10.0  # seconds between two looks whether the server is back
@@ -95,24 +95,24 @@ class VLLMServerEngine(ExternalEngine):
         self._version = 0
         self._checked = False
 
-    def generate(self, student: Any, weights: SamplingWeights, request: RolloutRequest) -> Rollout:
+    def generate(self, student: StudentPasses, request: RolloutRequest) -> Rollout:
         """Refresh the server's weights and sample; begun again if the server fails meanwhile.
 
         Raises:
             UserError: If it fails too often, or cannot be used.
         """
         client = self._client()
-        folder = self.folder.write(student, self.untied_head)
+        folder = self.folder.write(student.model, self.untied_head)
         fault: ServerFaultError | None = None
         for _ in range(1 + self.max_retries):
             self._wait(client, fault)
             try:
-                self._check_server(client, student)
+                self._check_server(client, student.model)
                 self.refresh(client, folder)
                 sampled = self._sample(client, request)
                 self._check_version(client)
                 source = f"the vLLM server at {client.url}"
-                return as_rollout(sampled, request, vocabulary_size(student), source)
+                return as_rollout(sampled, request, vocabulary_size(student.model), source)
             except ServerFaultError as error:
                 fault = error
         raise UserError(

@@ -10,12 +10,17 @@ from typing import Any, ClassVar
 from torch import distributed as dist
 
 from sdft_lightning.errors import UserError, printable, shown
-from sdft_lightning.rollout.engine import Engine, RolloutRequest, check_one_truncation
-from sdft_lightning.rollout.sampled import Sampled, as_rollout, vocabulary_size
-from sdft_lightning.rollout.sampling import Sampling
-from sdft_lightning.rollout.uniforms import row_seeds
-from sdft_lightning.rollout.vllm_weights import EngineDtype, WeightsFolder, ties_head
-from sdft_lightning.rollout.weights import SamplingWeights
+from sdft_lightning.rollout.engine import (
+    Engine,
+    Sampled,
+    as_rollout,
+    check_one_truncation,
+    vocabulary_size,
+)
+from sdft_lightning.rollout.generate import RolloutRequest
+from sdft_lightning.rollout.sampling import Sampling, row_seeds
+from sdft_lightning.rollout.student import StudentPasses
+from sdft_lightning.rollout.vllm.weights import EngineDtype, WeightsFolder, ties_head
 from sdft_lightning.types import Rollout
 
 FINISH_REASONS = ("stop", "length")  # of a whole completion; vLLM also aborts
@@ -95,7 +100,7 @@ class VLLMEngine(ExternalEngine):
                 "'sdft-lightning[vllm]' (on a CPU: docs/vllm.md), or use the TransformersEngine."
             )
 
-    def generate(self, student: Any, weights: SamplingWeights, request: RolloutRequest) -> Rollout:
+    def generate(self, student: StudentPasses, request: RolloutRequest) -> Rollout:
         """Refresh vLLM's weights if the step is a new one, and sample.
 
         Raises:
@@ -106,12 +111,12 @@ class VLLMEngine(ExternalEngine):
                 "model.engine: a VLLMEngine serves runs of one process. Start a vLLM server for "
                 "each process and name them all in VLLMServerEngine (docs/vllm.md)."
             )
-        self.refresh(student, request.step)
+        self.refresh(student.model, request.step)
         params = [vllm_sampling(request, seed) for seed in request_seeds(request)]
         prompts = [{"prompt_token_ids": ids} for ids in repeated_prompts(request)]
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
         rows = [_sampled(output) for output in outputs]
-        return as_rollout(rows, request, vocabulary_size(student), _SOURCE)
+        return as_rollout(rows, request, vocabulary_size(student.model), _SOURCE)
 
     def refresh(self, student: Any, step: int) -> None:
         """Give vLLM the student's weights of a step; starts vLLM on the first call."""
@@ -190,7 +195,7 @@ def repeated_prompts(request: RolloutRequest) -> list[list[int]]:
     """The prompt of each of the R completions, without padding."""
     return [
         ids[mask.bool()].tolist()
-        for ids, mask in zip(request.prompt_ids, request.prompt_mask, strict=True)
+        for ids, mask in zip(*request.prompts, strict=True)
         for _ in range(request.sampling.completions_per_prompt)
     ]
 

@@ -1,8 +1,8 @@
-"""The first half of a decoder layer, as one function with its gradient written down.
+"""The two halves of a decoder layer, each as one function with its gradient written down.
 
 Products are made in the dtype of autocast, unless that is slow (see `products`); norms, rotations
-and residual sums in float32. Of what lies in between only the results of products are kept for the
-backward pass, in the dtype of autocast.
+and residual sums in float32. Of what lies in between only the results of products are stored for
+the backward pass, in the dtype of autocast.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import silu
 
 from sdft_lightning.forward.fused.attention import attend, attend_backward, rotate
-from sdft_lightning.forward.fused.norm import normed, normed_backward, rms
-from sdft_lightning.forward.fused.passes import Pass, Results
-from sdft_lightning.forward.fused.structure import Layer
-from sdft_lightning.forward.fused.walk import walk
-from sdft_lightning.forward.fused.weights import Product, product_backward
+from sdft_lightning.forward.fused.common import Pass, Results, normed, normed_backward, rms, walk
+from sdft_lightning.forward.fused.structure import Layer, Product, product_backward
 
 _PARTS = "qkv"
 
@@ -60,16 +58,41 @@ def attend_rows(
     fresh = hidden[done:]
     scale = rms(fresh, layer.input_norm.variance_epsilon)
     inputs = normed(fresh, scale, layer.input_norm.weight, run.dtype)
-    products: tuple[Tensor, ...] = (first(inputs).to(run.kept),)
+    products: tuple[Tensor, ...] = (first(inputs).to(run.stored),)
     if known is not None:
         scale, products = torch.cat([known.scale, scale]), known.products + products
     turned, values = rotated(products, layer, run, done)
     groups = [group for group in run.groups if group.start >= done]
     mixed = attend(turned, values.to(run.dtype), groups, run.shape, run.buffers)[done:].flatten(1)
-    out = second(mixed).to(run.kept)
+    out = second(mixed).to(run.stored)
     if known is not None:
         out = torch.cat([known.out, out])
     return Attended(Results(scale, products, out), weights, turned, values)
+
+
+def attend_after(hidden: Tensor, layer: Layer, run: Pass, keys: Tensor, values: Tensor) -> Tensor:
+    """attention(norm(x)) of tokens behind others whose keys and values are known; no gradient.
+
+    Args:
+        hidden: x `(N, D)`, float32.
+        layer: Whose attention.
+        run: The pass over these tokens; its groups count the M others, too, which are the first.
+        keys: `(M, K, E)`, rotated, float32.
+        values: `(M, K, E)`.
+
+    Returns:
+        `(N, D)` in the dtype that products are stored in.
+    """
+    count, heads = keys.shape[0], run.shape.heads
+    first, second = _products(layer, run.dtype)
+    scale = rms(hidden, layer.input_norm.variance_epsilon)
+    inputs = normed(hidden, scale, layer.input_norm.weight, run.dtype)
+    mine, more = rotated((first(inputs).to(run.stored),), layer, run)
+    turned = mine.new_empty(count + mine.shape[0], run.shape.turned, run.shape.size)
+    turned[:count, heads:], turned[count:] = keys, mine
+    every = torch.cat([values.to(run.dtype), more.to(run.dtype)])  # (M + N, K, E)
+    mixed = attend(turned, every, run.groups, run.shape, run.buffers)[count:]
+    return second(mixed.flatten(1)).to(run.stored)
 
 
 def _products(layer: Layer, dtype: torch.dtype) -> tuple[Product, Product]:
@@ -82,7 +105,7 @@ def attention_block(
     """attention(norm(x)) for all tokens; arguments as of `attend_rows`.
 
     Returns:
-        `(N, D)` in the dtype that products are kept in.
+        `(N, D)` in the dtype that products are stored in.
     """
     parameters = [each.weight for each in (layer.q, layer.k, layer.v, layer.o)]
     biases = [each.bias for each in (layer.q, layer.k, layer.v, layer.o)]
@@ -221,3 +244,149 @@ def _rotated_backward(
         by_head[:, part], of_weight = normed_backward(back[:, part], inputs, scale, norm.weight)
         norms.append(of_weight)
     return gradient, (norms[0], norms[1])
+
+
+def mlp_rows(
+    hidden: Tensor,
+    attended: Tensor,
+    layer: Layer,
+    rounded: Layer,
+    run: Pass,
+    known: Results | None = None,
+) -> tuple[Results, tuple[Tensor, ...]]:
+    """What `mlp_block` computes, without gradient; and its weights, those of `down` first."""
+    done = 0 if known is None else known.out.shape[0]
+    first = Product.of([rounded.gate, rounded.up], run.dtype)
+    second = Product.of([rounded.down], run.dtype)
+    weights = (second.weights[0], *first.weights)
+    if known is not None and done == hidden.shape[0]:
+        return known, weights
+    total = hidden[done:] + attended[done:]
+    scale = rms(total, layer.mlp_norm.variance_epsilon)
+    inputs = normed(total, scale, layer.mlp_norm.weight, run.dtype)
+    products = first(inputs).to(run.stored)  # (N, 2 F)
+    active = inputs.new_empty(products.shape[0], products.shape[1] // 2)  # (N, F)
+    for rows, piece in walk([products]):
+        gate, up = piece.to(run.dtype).chunk(2, dim=1)
+        torch.mul(silu(gate), up, out=active[rows])
+    result = total.add_(second(active))  # (N, D)
+    if known is None:
+        return Results(scale, (products,), result), weights
+    found = Results(
+        torch.cat([known.scale, scale]),
+        (*known.products, products),
+        torch.cat([known.out, result]),
+    )
+    return found, weights
+
+
+def mlp_block(
+    hidden: Tensor,
+    attended: Tensor,
+    layer: Layer,
+    rounded: Layer,
+    run: Pass,
+    known: Results | None = None,
+) -> Tensor:
+    """Y + down(silu(gate(norm(y))) · up(norm(y))) for all tokens, with y = x + attention.
+
+    y is formed here and not kept: attention's result is half as large in half precision.
+
+    Args:
+        hidden: x `(N, D)`, float32.
+        attended: What `attention_block` has found, `(N, D)`.
+        layer: Whose MLP.
+        rounded: Its weights in the dtype of the products, or itself.
+        run: The pass.
+        known: What was found for the first tokens before; only the others are computed.
+
+    Returns:
+        `(N, D)`, float32.
+    """
+    parts = (layer.gate, layer.up, layer.down)
+    found: Tensor = _MLP.apply(  # type: ignore[no-untyped-call]
+        hidden,
+        attended,
+        layer,
+        rounded,
+        run,
+        known,
+        layer.mlp_norm.weight,
+        *(each.weight for each in parts),
+        *(each.bias for each in parts),
+    )
+    return found
+
+
+class _MLP(torch.autograd.Function):
+    """See `mlp_block`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        attended: Tensor,
+        layer: Layer,
+        rounded: Layer,
+        run: Pass,
+        known: Results | None,
+        *parameters: Tensor | None,
+    ) -> Tensor:
+        """Return `(N, D)`."""
+        with torch.autocast("cpu", enabled=False):
+            found, weights = mlp_rows(hidden, attended, layer, rounded, run, known)
+        ctx.save_for_backward(hidden, attended, found.scale, *weights, *found.products)
+        ctx.given = (layer, run, len(weights))
+        return found.out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients in the order of the arguments."""
+        hidden, attended, scale, *more = ctx.saved_tensors
+        layer, run, split = ctx.given
+        dtype, (out, *weights), products = run.dtype, more[:split], more[split:]
+        with torch.autocast("cpu", enabled=False):
+            gradient = gradients[0].to(dtype)  # (N, D)
+            count, width = gradient.shape[0], out.shape[1]  # N, F
+            active_grad = run.buffers.take("active grad", (count, width), dtype)
+            torch.mm(gradient, out.to(dtype), out=active_grad)
+            active = run.buffers.take("active", (count, width), dtype)
+            products_grad = run.buffers.take("products grad", (count, 2 * width), dtype)
+            for rows, piece in walk(products):
+                piece = piece.to(dtype)
+                _gate_backward(piece, active_grad[rows], active[rows], products_grad[rows])
+            out_grad = (gradient.T @ active).float()
+            out_bias_grad = None if layer.down.bias is None else gradients[0].sum(dim=0)
+            total = hidden + attended  # (N, D)
+            inputs = normed(total, scale, layer.mlp_norm.weight, dtype)  # (N, D)
+            gate_weight, up_weight = (products_grad.T @ inputs).float().chunk(2)
+            biases: tuple[Tensor | None, ...] = (None, None)
+            if layer.gate.bias is not None:
+                biases = products_grad.float().sum(dim=0).chunk(2)
+            hidden_grad, norm_grad = normed_backward(
+                product_backward(products_grad, weights), total, scale, layer.mlp_norm.weight
+            )
+            hidden_grad += gradients[0]
+        return (
+            *(hidden_grad, hidden_grad.to(attended.dtype), None, None, None, None, norm_grad),
+            *(gate_weight, up_weight, out_grad),
+            *(*biases, out_bias_grad),
+        )
+
+
+def _gate_backward(products: Tensor, gradient: Tensor, active: Tensor, found: Tensor) -> None:
+    """silu(gate) · up once more, and the gradients in gate and up.
+
+    Args:
+        products: Gate and up `(N, 2 F)`.
+        gradient: `(N, F)` of silu(gate) · up; written over.
+        active: `(N, F)`, where that goes.
+        found: `(N, 2 F)`, where the gradients go.
+    """
+    gate, up = products.chunk(2, dim=1)
+    gate_grad, up_grad = found.chunk(2, dim=1)
+    opened = silu(gate)
+    torch.mul(opened, up, out=active)
+    torch.mul(gradient, opened, out=up_grad)
+    torch.ops.aten.silu_backward.grad_input(gradient.mul_(up), gate, grad_input=gate_grad)

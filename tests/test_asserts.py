@@ -49,10 +49,11 @@ OPTIMIZED = """
 import sys
 from types import SimpleNamespace
 from torch import nn
-from sdft_lightning.modules import SDFTModule, evaluated, sdft
+from sdft_lightning.modules import SDFTModule, base, sdft
+from sdft_lightning.modules.evaluation import Evaluation
 
-sdft.is_sharded = evaluated.is_sharded = lambda model: True
-module, asked = SDFTModule(teacher_accuracy_in_fit=True), []
+sdft.is_sharded = base.is_sharded = lambda model: True
+module, asked = SDFTModule(evaluation=Evaluation(teacher_in_fit=True)), []
 module.teacher.model = nn.Linear(1, 1)
 module._teacher_weights = module.sampling_weights = SimpleNamespace(
     model=lambda model, version: asked.append(type(model).__name__)

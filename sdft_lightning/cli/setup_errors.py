@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.errors.foreign_text import printable
+from sdft_lightning.errors.renamed import renamed_options
 
 _THEIRS = ("lightning", "lightning_fabric", "lightning_utilities", "jsonargparse")
 _OURS = "sdft_lightning"
@@ -23,6 +24,8 @@ _RESTORING = "lightning.pytorch.trainer.connectors.checkpoint_connector"
 _MACHINE = ("accelerator", "devices", "num_nodes", "strategy", "precision")
 _LONGEST = 400
 _SHOWN = 80  # characters of a value
+# How jsonargparse names an option that a class does not have.
+_REFUSED = re.compile(r"(?:Option '|unrecognized arguments: --)([\w.]+)")
 _CLASSES = {
     "loggers": "trainer.logger",
     "callbacks": "trainer.callbacks",
@@ -71,6 +74,8 @@ def setup_error(error: Exception, config: Mapping[str, Any]) -> UserError | None
     if not _is_theirs(error):
         return None
     option, text = _plain(str(error) or type(error).__name__)
+    if option == "model" and (told := renamed_options(_REFUSED.findall(text))):
+        return UserError(told)
     if option or isinstance(error, ArgumentError):
         return UserError(f"{option}{': ' if option else ''}{text.rstrip('.')}.")
     given = _given(config)

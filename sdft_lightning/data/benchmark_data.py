@@ -16,7 +16,7 @@ class BenchmarkDataModule(ModelDataModule):
 
     Args:
         model_name: The model whose tokenizer is used; that of the module that is measured without
-            it. The command line sets it from model.model_name.
+            it. The command line sets it from model.policy.name.
         revision: Its branch, tag or commit on the Hub; the module's without it.
         benchmarks: Tasks of lm-evaluation-harness, which `validate` and `test` measure.
         num_workers: Processes that collate batches.

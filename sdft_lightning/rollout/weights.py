@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from sdft_lightning.forward.fused import join_
+from sdft_lightning.forward.policy import SamplingDtype
 from sdft_lightning.models.sharding import empty_copy, fill_, is_sharded
-
-SamplingDtype = Literal["auto", "same", "bfloat16"]
 
 
 class SamplingWeights:

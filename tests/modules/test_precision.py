@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 
 from sdft_lightning.forward.hidden import completion_hidden_states
+from sdft_lightning.forward.policy import Policy
 from sdft_lightning.losses.bounded import bounded_divergence
 from sdft_lightning.losses.divergence import Divergence
 from sdft_lightning.models.lora import LoRA, adapter_parameters
@@ -23,7 +24,7 @@ from sdft_lightning.modules import SDFTModule, precision
     [
         ("bf16-mixed", torch.float32, False, "trainer.precision: bf16-mixed"),
         ("bf16-true", torch.bfloat16, False, "trainer.precision: bf16-true"),
-        ("32-true", torch.bfloat16, False, "model.weights_dtype: bfloat16"),
+        ("32-true", torch.bfloat16, False, "model.policy.weights_dtype: bfloat16"),
         ("bf16-mixed", torch.float32, True, None),
         ("bf16-true", torch.bfloat16, True, None),
         ("32-true", torch.float32, False, None),
@@ -56,7 +57,7 @@ def test_the_warning_says_what_bfloat16_costs_here(
     assert ("a step takes longer than in float32" in text) is either_processor
     assert ("products are made in float32" in text) is not either_processor
     assert ("other than Llama" in text) is (rounded and not either_processor)
-    assert ("--model.weights_dtype=float32" in text) is rounded
+    assert ("--model.policy.weights_dtype=float32" in text) is rounded
 
 
 def test_fit_warns_before_its_first_step(
@@ -84,7 +85,7 @@ def test_bf16_true_rounds_the_students_weights_and_not_its_rotary_frequencies(
 
 
 def test_after_a_cast_both_roles_see_the_same_far_positions(model_folder: Path) -> None:
-    module = SDFTModule(str(model_folder), weights_dtype="bfloat16")
+    module = SDFTModule(policy=Policy(str(model_folder), weights_dtype="bfloat16"))
     module.configure_model()
     module.to(torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
@@ -109,7 +110,7 @@ def test_after_a_cast_both_roles_see_the_same_far_positions(model_folder: Path) 
 
 
 def test_bf16_true_leaves_adapters_float32(fit_module: Callable[..., Any]) -> None:
-    module = fit_module(model={"lora": LoRA(r=2)}, precision="bf16-true")
+    module = fit_module(model={"policy": {"lora": LoRA(r=2)}}, precision="bf16-true")
     adapters = adapter_parameters(module.student)
     assert {each.dtype for each in adapters.values()} == {torch.float32}
     rest = [p for name, p in module.student.named_parameters() if name not in adapters]

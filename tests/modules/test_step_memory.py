@@ -66,7 +66,7 @@ def test_student_is_computed_with_the_weights_that_were_rounded_to_sample_with(
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             outputs = super().training_step(batch, batch_idx)
-            copied, head = self.rounded_student, self.gather_head()
+            copied, head = self.rollouts.rounded_student, self.gather_head()
             assert (copied is None) is (dtype == "same")
             assert (head.rounded is None) is (dtype == "same")
             for name, weight in self.student.named_parameters() if copied is not None else ():
@@ -76,7 +76,7 @@ def test_student_is_computed_with_the_weights_that_were_rounded_to_sample_with(
     monkeypatch.setattr(hidden, "completion_states", spy)
     fit_module(
         Compared,
-        model={"sampling_dtype": dtype, "sampling": Sampling(max_new_tokens=4)},
+        model={"policy": {"sampling_dtype": dtype}, "sampling": Sampling(max_new_tokens=4)},
         max_steps=3,
         max_epochs=-1,
         precision="bf16-mixed",
@@ -132,7 +132,7 @@ def test_prompts_of_a_rollout_serve_the_student_and_change_nothing(
         module = fit_module(
             SDFTModule,
             model={
-                "sampling_dtype": "bfloat16" if rounded == "copy" else "same",
+                "policy": {"sampling_dtype": "bfloat16" if rounded == "copy" else "same"},
                 "sampling": Sampling(max_new_tokens=9, completions_per_prompt=samples),
                 "optimizer": lambda p: torch.optim.AdamW(p, lr=rate),
             },
@@ -143,7 +143,7 @@ def test_prompts_of_a_rollout_serve_the_student_and_change_nothing(
             precision="32-true" if rounded == "no" else "bf16-mixed",
         )
         assert shared == [shares] * 8
-        assert module._shared_prompts._kept == {}
+        assert module.rollouts._shared_prompts._kept == {}
         shared.clear()
         found.append(steps)
     if rounded == "no":
@@ -162,7 +162,7 @@ def test_a_float32_student_is_not_computed_with_rounded_weights(
         return completion_states(*arguments)
 
     monkeypatch.setattr(hidden, "completion_states", spy)
-    fit_module(SDFTModule, model={"sampling_dtype": "bfloat16"}, precision="32-true")
+    fit_module(SDFTModule, model={"policy": {"sampling_dtype": "bfloat16"}}, precision="32-true")
     assert rounded == [None, None]
 
 
@@ -171,17 +171,17 @@ def test_nothing_is_kept_where_no_gradient_is_wanted(fit_module: FitModule) -> N
     rows = module.trainer.datamodule
     batch = rows.batch_of(rows.training_rows()[:2])
     with torch.no_grad():
-        assert module.read_prompts([batch], 0) is None
-    assert module.read_prompts([batch], 0) is not None
+        assert module.rollouts.read_prompts([batch], 0) is None
+    assert module.rollouts.read_prompts([batch], 0) is not None
     module.teardown("fit")
-    assert module._shared_prompts._kept == {}
+    assert module.rollouts._shared_prompts._kept == {}
 
 
 def test_loaded_weights_do_not_meet_prompts_that_others_have_read(fit_module: FitModule) -> None:
     module = fit_module(SDFTModule)
-    module._shared_prompts._kept = {"stale": object()}
+    module.rollouts._shared_prompts._kept = {"stale": object()}
     module.forget_copies()
-    assert module._shared_prompts._kept == {}
+    assert module.rollouts._shared_prompts._kept == {}
 
 
 def test_teachers_completions_share_nothing_with_the_student(

@@ -16,7 +16,7 @@ from sdft_lightning.forward.policy import Policy
 from sdft_lightning.losses.bounded import bounded_divergence
 from sdft_lightning.losses.divergence import Divergence
 from sdft_lightning.models.lora import LoRA, adapter_parameters
-from sdft_lightning.modules import SDFTModule, precision
+from sdft_lightning.modules import SDFTModule, student_checks, window
 
 
 @pytest.mark.parametrize(
@@ -38,10 +38,10 @@ def test_only_bfloat16_without_hardware_is_warned_of(
     native: bool,
     named: str | None,
 ) -> None:
-    monkeypatch.setattr(precision, "has_native_bfloat16", lambda device: native)
+    monkeypatch.setattr(student_checks, "has_native_bfloat16", lambda device: native)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        precision.warn_of_slow_precision(name, torch.device("cpu"), weights)
+        student_checks.warn_of_slow_precision(name, torch.device("cpu"), weights)
     assert [str(each.message).partition(" on a")[0] for each in caught] == [named] * bool(named)
 
 
@@ -49,9 +49,9 @@ def test_only_bfloat16_without_hardware_is_warned_of(
 def test_the_warning_says_what_bfloat16_costs_here(
     monkeypatch: pytest.MonkeyPatch, either_processor: bool, weights: torch.dtype
 ) -> None:
-    monkeypatch.setattr(precision, "has_native_bfloat16", lambda device: False)
+    monkeypatch.setattr(student_checks, "has_native_bfloat16", lambda device: False)
     with pytest.warns(UserWarning, match="32-true") as caught:
-        precision.warn_of_slow_precision("bf16-mixed", torch.device("cpu"), weights)
+        student_checks.warn_of_slow_precision("bf16-mixed", torch.device("cpu"), weights)
     (text,) = (str(each.message) for each in caught)
     rounded = weights == torch.bfloat16
     assert ("a step takes longer than in float32" in text) is either_processor
@@ -63,7 +63,7 @@ def test_the_warning_says_what_bfloat16_costs_here(
 def test_fit_warns_before_its_first_step(
     monkeypatch: pytest.MonkeyPatch, run_cli: Callable[..., None], fit_args: list[str]
 ) -> None:
-    monkeypatch.setattr(precision, "has_native_bfloat16", lambda device: False)
+    monkeypatch.setattr(student_checks, "has_native_bfloat16", lambda device: False)
     with pytest.warns(UserWarning, match="--trainer.precision=32-true"):
         run_cli(*fit_args, "--trainer.precision=bf16-mixed", "--trainer.max_steps=1")
 
@@ -146,10 +146,10 @@ def test_float16_still_refuses_to_clip_for_an_optimizer_that_divides_by_the_scal
     weight.grad = torch.ones(2)
     fused = torch.optim.AdamW([weight], fused=True)
     scaled = MixedPrecision("16-mixed", "cpu")
-    with precision.clipping_without_scale(scaled), pytest.raises(RuntimeError, match="fused"):
+    with window.clipping_without_scale(scaled), pytest.raises(RuntimeError, match="fused"):
         scaled.clip_gradients(fused, 1.0)
     unscaled = MixedPrecision("bf16-mixed", "cpu")
-    with precision.clipping_without_scale(unscaled):
+    with window.clipping_without_scale(unscaled):
         unscaled.clip_gradients(fused, 1.0)
     assert float(weight.grad.norm()) == pytest.approx(1.0)
     with pytest.raises(RuntimeError, match="fused"):  # outside all is Lightning's again

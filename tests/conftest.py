@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch  # noqa: F401 - now: its log handler keeps the stderr of its import
 import pytest
 import torch
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import XLNetConfig
 
 from sdft_lightning.cli import main
 from sdft_lightning.errors import UserError
@@ -190,3 +191,9 @@ def test_a_token_without_an_embedding_is_refused_only_where_it_occurs(
     options["data"]["train"] = str(write_rows(rows, "odd.jsonl"))
     with pytest.raises(UserError, match=rf"odd.jsonl.*3.* id {len(tokenizer) - 1}, .*only"):
         fit_module(**options)
+
+
+def test_a_model_without_a_limit_of_length_is_read(tmp_path: Path, tokenizer: Any) -> None:
+    XLNetConfig(vocab_size=300, d_model=32, n_layer=2, n_head=4).save_pretrained(tmp_path)
+    assert load_config(str(tmp_path)).max_position_embeddings == -1  # XLNet's word for it
+    assert load_max_length(str(tmp_path), tokenizer) == 2048  # as the harness, where none is known

@@ -345,6 +345,8 @@ def load_config(model_name: str, revision: str | None = None) -> Any:
             "allowed is a config of its own. Correct config.json."
         )
     for name, most in _SIZES.items():
+        if isinstance(getattr(type(config), name, None), property):
+            continue  # transformers' own word and not the file's: -1 where XLNet has no limit
         size = config_value(config, name)
         if isinstance(size, int) and not 1 <= size <= most:
             raise UserError(
@@ -417,10 +419,11 @@ def load_max_length(model_name: str, tokenizer: Any, revision: str | None = None
     """
     config = load_config(model_name, revision)
     for name in ("n_positions", "max_position_embeddings", "n_ctx"):
-        if getattr(config, name, None) is not None:
-            return int(getattr(config, name))
-    length = int(tokenizer.model_max_length)
-    return 2048 if length > _NO_LIMIT else length
+        length = config_value(config, name)
+        if length is not None and length > 0:
+            return int(length)
+    longest = int(tokenizer.model_max_length)
+    return 2048 if longest > _NO_LIMIT else longest
 
 
 def has_rotary_positions(model_name: str, revision: str | None = None) -> bool:

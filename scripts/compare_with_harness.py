@@ -22,9 +22,8 @@ import torch
 
 from sdft_lightning.data.benchmarks import Benchmarks, BenchmarkSuite, BenchmarkTask
 from sdft_lightning.data.benchmarks.harness_model import request_key
-from sdft_lightning.data.benchmarks.quiet_harness import quiet_harness
-from sdft_lightning.data.benchmarks.seeded_grading import seeded_grading
-from sdft_lightning.data.benchmarks.tasks import FEWSHOT_SEED
+from sdft_lightning.data.benchmarks.suite import seeded_grading
+from sdft_lightning.data.benchmarks.tasks import FEWSHOT_SEED, quiet_harness
 from sdft_lightning.forward.policy import Policy, load_policy
 from sdft_lightning.models.tokenization import load_max_length
 from sdft_lightning.modules.capability import CapabilityScores

@@ -27,14 +27,14 @@ if TYPE_CHECKING:
         WindowCheckpoint,
         default_callbacks,
     )
-    from sdft_lightning.callbacks.collapse_signs import CollapseLimits
     from sdft_lightning.callbacks.export import export_model
+    from sdft_lightning.callbacks.stops import CollapseLimits
     from sdft_lightning.cli.entry import main
     from sdft_lightning.cli.run_trainer import RunTrainer
     from sdft_lightning.data import BenchmarkDataModule, Columns, DemonstrationDataModule, HubSource
     from sdft_lightning.data.benchmarks.options import Benchmarks, BenchmarkTask
-    from sdft_lightning.data.planned import HeldOut
     from sdft_lightning.data.prompts import PromptStyle
+    from sdft_lightning.data.sets import HeldOut
     from sdft_lightning.data.tokenize import Lengths
     from sdft_lightning.errors import UserError
     from sdft_lightning.forward.policy import Policy
@@ -78,7 +78,7 @@ _PLACES = {
     "Benchmarks": "data.benchmarks.options",
     "CPTModule": "modules",
     "CollapseGuard": "callbacks",
-    "CollapseLimits": "callbacks.collapse_signs",
+    "CollapseLimits": "callbacks.stops",
     "Columns": "data",
     "CompletionLog": "callbacks",
     "DFTModule": "modules",
@@ -90,7 +90,7 @@ _PLACES = {
     "Evaluation": "modules.evaluation",
     "ExportModel": "callbacks",
     "FrozenTeacher": "teacher",
-    "HeldOut": "data.planned",
+    "HeldOut": "data.sets",
     "HubSource": "data",
     "ItemScores": "callbacks",
     "JudgeSettings": "graders",

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from sdft_lightning.errors import UserError
 from sdft_lightning.forward.hidden import completion_hidden_states, output_head
 from sdft_lightning.forward.prompt_cache import PromptCache
-from sdft_lightning.models.eval_mode import eval_mode
 from sdft_lightning.models.lora import (
     base_copy,
     effective_weights,
@@ -26,6 +25,7 @@ from sdft_lightning.models.lora import (
     sharing_copy,
     trained_parameters,
 )
+from sdft_lightning.models.precision import eval_mode
 from sdft_lightning.models.sharding import local, shard_, summed
 from sdft_lightning.types import OutputHead
 

@@ -265,9 +265,9 @@ def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from sdft_lightning.forward.fused.laid_out import LaidOut
     from sdft_lightning.forward.fused.weights import joined
-    from sdft_lightning.models import products
+    from sdft_lightning.models import precision
 
-    if products.multiplies_bfloat16():
+    if precision.multiplies_bfloat16():
         return
 
     def of(parts: list[Any], rows: int) -> LaidOut:
@@ -278,15 +278,15 @@ def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(LaidOut, "of", staticmethod(of))
     monkeypatch.setattr(LaidOut, "__call__", call)
-    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: True)
 
 
 @pytest.fixture
 def no_bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor that does not multiply bfloat16, whichever this is."""
-    from sdft_lightning.models import products
+    from sdft_lightning.models import precision
 
-    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: False)
 
 
 @pytest.fixture(params=["bfloat16_products", "no_bfloat16_products"])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sdft_lightning.errors.quiet import print_anything
+from sdft_lightning.errors import print_anything
 
 ROOT = Path(__file__).parents[1]
 LATIN = {"PYTHONIOENCODING": "ascii"}

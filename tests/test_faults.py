@@ -406,7 +406,7 @@ def test_full_disk_where_a_library_writes_is_told_too(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "config.yaml")
 
-    monkeypatch.setattr("sdft_lightning.cli.run_config.SaveRunConfig.setup", full)
+    monkeypatch.setattr("sdft_lightning.cli.run_trainer.SaveRunConfig.setup", full)
     with pytest.raises(SystemExit) as stop:
         run_cli(*run_args("a"))
     assert stop.value.code == 2

@@ -7,8 +7,7 @@ from urllib.parse import quote
 
 import pytest
 
-from sdft_lightning.errors import UserError
-from sdft_lightning.errors.foreign_text import key_from, mask, printable
+from sdft_lightning.errors import UserError, key_from, mask, printable
 
 pytestmark = pytest.mark.attack
 
@@ -17,7 +16,7 @@ KEY = 'k"ey/with ödd+chars'
 
 @pytest.fixture(autouse=True)
 def _key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdft_lightning.errors.foreign_text._keys", set())
+    monkeypatch.setattr("sdft_lightning.errors._keys", set())
     monkeypatch.setenv("MY_VARIABLE", f" {KEY}\n")
     assert key_from("MY_VARIABLE") == KEY
 

@@ -13,7 +13,7 @@ import lightning as L
 import pytest
 
 import sdft_lightning
-from sdft_lightning.cli.option_names import check_trainer_names, trainer_names
+from sdft_lightning.cli.entry import check_trainer_names, trainer_names
 from sdft_lightning.errors import UserError
 
 ROOT = Path(__file__).parents[1]

@@ -6,9 +6,9 @@ import json
 import math
 from pathlib import Path
 
-from sdft_lightning.callbacks.run_files import append_lines
-from sdft_lightning.continual.whole import append_record
-from sdft_lightning.files.json_text import json_text
+from sdft_lightning.files.run_folder import append_lines
+from sdft_lightning.files.texts import json_text
+from sdft_lightning.files.whole_files import append_record
 
 
 def test_what_is_no_number_is_null_at_every_depth() -> None:

@@ -26,7 +26,7 @@ from sdft_lightning.cli import main
 from sdft_lightning.data.sources import read_rows
 from sdft_lightning.errors import UserError
 from sdft_lightning.graders import Answer, Judge, JudgeSettings
-from sdft_lightning.models.chat_template import limits, render
+from sdft_lightning.models.chat_template import apply, render
 from sdft_lightning.rollout import RolloutRequest, Sampling, SamplingWeights, VLLMServerEngine
 
 RunCli = Callable[..., None]
@@ -453,7 +453,7 @@ TEMPLATES = {
 def test_template_that_is_none_is_a_sentence(
     name: str, make_tokenizer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "SECONDS", 1.0)
+    monkeypatch.setattr(apply, "SECONDS", 1.0)
     template, words = TEMPLATES[name]
     with bounded(), pytest.raises(UserError, match=words) as caught:
         render(make_tokenizer(template), ASKED, {})

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from sdft_lightning.continual.identity import claim_folder
-from sdft_lightning.continual.units import plan_folder
+from sdft_lightning.continual.checks import claim_folder
+from sdft_lightning.continual.plan import plan_folder
 from sdft_lightning.errors import UserError
 from sdft_lightning.files import whole_files
 from sdft_lightning.files.run_folder import LOCK, check_run_folder, named_folder, one_writer

@@ -13,8 +13,8 @@ from sdft_lightning.forward.scoring import score_continuations
 from sdft_lightning.losses.bounded import bounded_divergence
 from sdft_lightning.losses.chunked import cast_side
 from sdft_lightning.losses.divergence import Divergence
-from sdft_lightning.models import products
-from sdft_lightning.models.products import product_dtype, without_slow_autocast
+from sdft_lightning.models import precision
+from sdft_lightning.models.precision import product_dtype, without_slow_autocast
 from sdft_lightning.teacher import FrozenTeacher
 from sdft_lightning.types import OutputHead, ScoringBatch
 
@@ -49,7 +49,7 @@ def test_autocast_is_kept_where_it_brings_dtypes_together(no_bfloat16_products: 
 def test_torch_without_onednn_does_not_multiply_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     monkeypatch.setattr(torch.ops, "mkldnn", None)  # of such a build there is no operator
-    assert not products.multiplies_bfloat16()
+    assert not precision.multiplies_bfloat16()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from sdft_lightning.errors import UserError
 from sdft_lightning.forward.policy import Policy, load_policy
 from sdft_lightning.models.lora import LoRA, adapter_parameters
-from sdft_lightning.models.quantization import quantization_options
+from sdft_lightning.models.precision import quantization_options
 
 
 @pytest.fixture

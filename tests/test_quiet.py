@@ -8,7 +8,7 @@ import warnings
 import pytest
 from lightning.pytorch.trainer.connectors.checkpoint_connector import log as saving
 
-from sdft_lightning.errors.quiet import quieten
+from sdft_lightning.errors import quieten
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,12 @@ from pathlib import Path
 import pytest
 
 from sdft_lightning.data.benchmarks import sandbox
-from sdft_lightning.data.benchmarks.sandbox import CheckedProgram, SandboxLimits, run_program
-from sdft_lightning.data.benchmarks.sandbox_filter import REFUSED
+from sdft_lightning.data.benchmarks.sandbox import (
+    REFUSED,
+    CheckedProgram,
+    SandboxLimits,
+    run_program,
+)
 from sdft_lightning.errors import UserError
 
 pytestmark = pytest.mark.attack
@@ -255,7 +259,7 @@ def test_one_program_never_ends_a_run(how: str) -> None:
 
 
 def test_a_neighbor_that_takes_all_processes_takes_none_of_ours() -> None:
-    from sdft_lightning.data.benchmarks.code import passes
+    from sdft_lightning.data.benchmarks.task_functions import passes
 
     bomb = (
         "import os, time\nfor _ in range(40):\n  try: os.fork()\n  except OSError: time.sleep(0.05)"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sdft_lightning.data.benchmarks.sandbox_filter import LOOKED_AT, REFUSED, filter_program
+from sdft_lightning.data.benchmarks.sandbox import LOOKED_AT, REFUSED, filter_program
 from sdft_lightning.errors import UserError
 
 pytestmark = pytest.mark.attack

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdft_lightning.data.collate import pad
+from sdft_lightning.data.batches import pad
 from sdft_lightning.forward.scoring import score_continuations
 from sdft_lightning.types import ScoringBatch
 

@@ -29,8 +29,7 @@ from sdft_lightning.cli.run_trainer import RunTrainer
 from sdft_lightning.data import Columns, DemonstrationDataModule
 from sdft_lightning.data.prompts import PromptStyle
 from sdft_lightning.data.tokenize import Lengths
-from sdft_lightning.errors import UserError
-from sdft_lightning.errors.quiet import show_messages
+from sdft_lightning.errors import UserError, show_messages
 from sdft_lightning.files import checkpoint_io
 from sdft_lightning.forward.policy import Policy
 from sdft_lightning.modules import SDFTModule

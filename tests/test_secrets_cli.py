@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sdft_lightning.callbacks.result_table import result_table
+from sdft_lightning.callbacks.terminal import result_table
 from sdft_lightning.continual.plan_file import build_plan
 from sdft_lightning.continual.report.records import plain
 from sdft_lightning.errors import UserError

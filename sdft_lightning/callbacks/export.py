@@ -7,9 +7,9 @@ from typing import Any, Literal, get_args
 
 import lightning as L
 
-from sdft_lightning.callbacks.run_files import run_folder, unused_path
 from sdft_lightning.errors import UserError, check_at_least, check_choice
-from sdft_lightning.files.finite_weights import check_export
+from sdft_lightning.files.checkpoint_io import check_export
+from sdft_lightning.files.run_folder import run_folder, unused_path
 from sdft_lightning.files.whole_files import whole_folder
 from sdft_lightning.models.lora import is_adapted, merged_copy, save_adapter
 from sdft_lightning.models.randomness import base_config

@@ -1,14 +1,18 @@
-"""Writes all logged numbers to metrics.jsonl, for scripts that do not read TensorBoard files."""
+"""Writes numbers, scores of single answers and predictions to JSON Lines, for other programs."""
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import BasePredictionWriter, Checkpoint
 
-from sdft_lightning.callbacks.run_files import append_lines, run_folder
+from sdft_lightning.files.run_folder import append_lines, run_folder, unused_path
+from sdft_lightning.files.texts import json_text
+from sdft_lightning.types import task_data
 
 
 class MetricsLog(L.Callback):
@@ -77,3 +81,75 @@ def measured_prefixes(module: Any, stage: str) -> tuple[str, ...]:
         ["capability"] if module.evaluator.capability.due else []
     )
     return tuple(f"{stage}/{kind}/" for kind in measured)
+
+
+BENCHMARKS_FILE = "benchmarks.json"
+
+
+class ItemScores(L.Callback):
+    """One line a graded answer in items.jsonl: task, id, score, completion.
+
+    The score is null where a judge gave no verdict. Each rank writes its own file.
+    """
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Append the answers of a batch."""
+        graded = (outputs or {}).get("graded")
+        if graded is None or not graded.scores:
+            return
+        rank = f"-rank{trainer.global_rank}" if trainer.world_size > 1 else ""
+        records = [
+            {
+                "task": graded.task,
+                "id": row.id,
+                "score": None if math.isnan(score) else score,
+                "completion": text,
+            }
+            for row, score, text in zip(graded.rows, graded.scores, graded.completions, strict=True)
+        ]
+        append_lines(run_folder(trainer) / f"items{rank}.jsonl", records)
+
+    def on_test_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
+        """Write down which metrics of the benchmarks count, in benchmarks.json."""
+        data = task_data(trainer)
+        suite = None if data is None else data.benchmark_suite
+        if suite is not None and trainer.is_global_zero:
+            path = unused_path(run_folder(trainer) / BENCHMARKS_FILE)
+            path.write_text(json_text(suite.counted) + "\n", encoding="utf-8")
+
+
+class PredictionWriter(BasePredictionWriter):
+    """One line a question: id, prompt, completion, truncated. Each rank writes its own file."""
+
+    def __init__(self) -> None:
+        super().__init__("batch")
+        self._path: Any = None
+
+    def write_on_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Append the completions of a batch."""
+        if self._path is None:
+            rank = f"-rank{trainer.global_rank}" if trainer.world_size > 1 else ""
+            self._path = unused_path(run_folder(trainer) / f"predictions{rank}.jsonl")
+        append_lines(self._path, prediction)
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say where they are."""
+        if self._path is not None:
+            print(f"Completions written to {self._path}")

@@ -21,12 +21,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from sdft_lightning.callbacks import WindowCheckpoint, default_callbacks
 from sdft_lightning.callbacks.defaults import CHECKPOINT_OPTIONS
 from sdft_lightning.cli.entry import DESCRIPTIONS, INTRODUCTION, user_error
-from sdft_lightning.cli.run_config import SaveRunConfig
-from sdft_lightning.cli.run_trainer import RunTrainer
+from sdft_lightning.cli.run_trainer import RunTrainer, SaveRunConfig
 from sdft_lightning.cli.setup_errors import setup_error
 from sdft_lightning.data import BenchmarkDataModule, DemonstrationDataModule, ModelDataModule
-from sdft_lightning.errors import UserError
-from sdft_lightning.errors.quiet import quieten_transformers
+from sdft_lightning.errors import UserError, quieten_transformers
 from sdft_lightning.files.checkpoint_io import load_whole_checkpoint
 from sdft_lightning.files.endpoints import check_no_secrets
 from sdft_lightning.files.run_folder import (
@@ -39,8 +37,8 @@ from sdft_lightning.files.run_folder import (
     resolve_checkpoint,
 )
 from sdft_lightning.files.shared_memory import clear_shared_memory
+from sdft_lightning.files.texts import bound_config_files
 from sdft_lightning.files.whole_files import check_can_make
-from sdft_lightning.files.yaml_text import bound_config_files
 from sdft_lightning.modules import PolicyModule
 from sdft_lightning.modules.run_checks import check_trainer_options, check_values
 from sdft_lightning.preflight import Limits, judge

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sdft_lightning.callbacks.run_files import unused_path
 from sdft_lightning.cli import main as run_command
-from sdft_lightning.errors.quiet import print_anything
+from sdft_lightning.errors import print_anything
+from sdft_lightning.files.run_folder import unused_path
 
 TASK = "front_desk"
 GENERAL = "general"

@@ -6,21 +6,148 @@ of theirs: they take some ten seconds on two cores.
 
 from __future__ import annotations
 
+import ast
 import errno
 import signal
 import sys
 from argparse import ArgumentError, ArgumentParser
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from sdft_lightning.cli.config_files import check_config_files
-from sdft_lightning.cli.option_names import check_trainer_names
-from sdft_lightning.errors import UserError
-from sdft_lightning.errors.foreign_text import harmless, printable
-from sdft_lightning.errors.quiet import print_anything, quieten_notices
+import yaml
+
+from sdft_lightning.errors import UserError, harmless, print_anything, printable, quieten_notices
+from sdft_lightning.files.texts import check_yaml
 from sdft_lightning.files.whole_files import no_room
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import ArgsType
+
+
+_KEYS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+
+
+def check_config_files(words: Sequence[str]) -> None:
+    """Refuse files of options that cannot be read, or of which a part would be lost in silence.
+
+    Args:
+        words: The command line.
+
+    Raises:
+        UserError: Names the file and the line.
+    """
+    for path in _config_files(words):
+        try:
+            text = path.read_text(encoding="utf-8")
+            check_yaml(text, f"config: {path}")
+            root = yaml.compose(text, yaml.SafeLoader)
+        except yaml.MarkedYAMLError as error:
+            line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
+            raise UserError(
+                f"config: {path}{line} is no YAML: {error.problem or error.context}. Options are "
+                "written as name: value, indented with blanks."
+            ) from error
+        except (yaml.YAMLError, UnicodeError, RecursionError, OSError) as error:
+            raise UserError(
+                f"config: {path} cannot be read as YAML ({type(error).__name__}). Name a text file "
+                "of options."
+            ) from error
+        if not isinstance(root, yaml.MappingNode):
+            raise UserError(
+                f"config: {path} holds no options. Write them as name: value, e.g. trainer: "
+                "{max_steps: 100}."
+            )
+        _check_names(root, path, set())
+
+
+def _config_files(words: Sequence[str]) -> Iterator[Path]:
+    for place, word in enumerate(words):
+        name, equals, given = word.partition("=")
+        if name not in ("--config", "-c"):
+            continue
+        text = given if equals else next(iter(words[place + 1 : place + 2]), "")
+        if len(text) < 4096 and "\n" not in text and Path(text).is_file():
+            yield Path(text)
+
+
+def _check_names(node: yaml.Node, path: Path, seen: set[int]) -> None:
+    """Refuse tags that plain YAML has not, and names that are no text or stand twice."""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if node.tag not in yaml.SafeLoader.yaml_constructors:
+        raise UserError(
+            f"config: {path}, line {node.start_mark.line + 1}: the tag {printable(node.tag)} is "
+            "none of plain YAML, and no object is made by it. Write the plain value."
+        )
+    if isinstance(node, yaml.SequenceNode):
+        for each in node.value:
+            _check_names(each, path, seen)
+    elif isinstance(node, yaml.MappingNode):
+        names: set[str] = set()
+        for key, value in node.value:
+            if key.tag not in _KEYS:
+                raise UserError(
+                    f"config: {path}, line {key.start_mark.line + 1}: a key that is no text "
+                    f"({printable(str(key.value), 40)}). Options have names; put others into "
+                    "quotes."
+                )
+            name = str(key.value)
+            if name in names:
+                raise UserError(
+                    f"config: {path}, line {key.start_mark.line + 1}: {name} stands twice, and one "
+                    "of them would be lost. Remove one."
+                )
+            names.add(name)
+            _check_names(value, path, seen)
+
+
+_PREFIX = "--trainer."
+
+
+def check_trainer_names(words: Sequence[str]) -> None:
+    """Refuse options of the Trainer that it does not have, before it is imported.
+
+    Args:
+        words: The command line. All else is left to the command's own parser.
+
+    Raises:
+        UserError: Names these options.
+    """
+    given = {word: _name(word) for word in words if word.startswith(_PREFIX)}
+    if not given or "--help" in words or "-h" in words:
+        return
+    known = trainer_names()
+    unknown = [word for word, name in given.items() if known and name not in known]
+    if unknown:
+        raise UserError(
+            f"unrecognized arguments: {' '.join(unknown)}. The trainer has no such option; "
+            "`--help` lists those that it has."
+        )
+
+
+def _name(word: str) -> str:
+    """`callbacks` of `--trainer.callbacks+=X` and of `--trainer.callbacks.monitor=y`."""
+    return word.removeprefix(_PREFIX).partition("=")[0].partition(".")[0].removesuffix("+")
+
+
+def trainer_names() -> set[str]:
+    """What Lightning's Trainer takes; nothing where its source is not found."""
+    spec = find_spec("lightning")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    path = Path(*folders[:1], "pytorch", "trainer", "trainer.py")
+    if not path.is_file():
+        return set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and node.name == "Trainer":
+            for each in node.body:
+                if isinstance(each, ast.FunctionDef) and each.name == "__init__":
+                    arguments = [*each.args.args[1:], *each.args.kwonlyargs]
+                    return {argument.arg for argument in arguments}
+    return set()
+
 
 INTRODUCTION = "Self-distillation fine-tuning: a new skill, old ones kept."
 # Commands that build a model, a data module and a trainer.
@@ -174,7 +301,7 @@ def user_error(error: BaseException) -> BaseException | None:
         if isinstance(cause, UserError):
             return cause
         if isinstance(cause, RuntimeError):
-            from sdft_lightning.data.loader import dead_worker
+            from sdft_lightning.data.batches import dead_worker
 
             if dead_worker(cause) is not None:
                 return dead_worker(cause)  # raised wherever the program was when the worker died

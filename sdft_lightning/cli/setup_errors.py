@@ -14,8 +14,7 @@ import lightning as L
 from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from sdft_lightning.errors import UserError
-from sdft_lightning.errors.foreign_text import printable
+from sdft_lightning.errors import UserError, printable
 from sdft_lightning.errors.renamed import renamed_options
 
 _THEIRS = ("lightning", "lightning_fabric", "lightning_utilities", "jsonargparse")

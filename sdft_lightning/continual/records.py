@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdft_lightning.callbacks.item_scores import BENCHMARKS_FILE
-from sdft_lightning.continual.plan import BASE, ContinualPlan
-from sdft_lightning.continual.units import Unit
-from sdft_lightning.continual.whole import read_records
+from sdft_lightning.callbacks.metrics_log import BENCHMARKS_FILE
+from sdft_lightning.continual.plan import BASE, ContinualPlan, Unit
 from sdft_lightning.errors import UserError
+from sdft_lightning.files.whole_files import read_records
 
 FORMAT = 1
 Key = tuple[str, int | None, int]

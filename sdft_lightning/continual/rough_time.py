@@ -18,12 +18,10 @@ from typing import Any, NamedTuple
 import torch
 
 from sdft_lightning import modules
-from sdft_lightning.continual.options import base_model, merged, stage_data
-from sdft_lightning.continual.plan import ContinualPlan
-from sdft_lightning.continual.units import Unit
+from sdft_lightning.continual.plan import ContinualPlan, Unit
+from sdft_lightning.continual.plan_file import base_model, merged, stage_data
 from sdft_lightning.data import DemonstrationDataModule
-from sdft_lightning.data.composed import compose, wanted_columns
-from sdft_lightning.data.rows import Columns
+from sdft_lightning.data.rows import Columns, compose, wanted_columns
 from sdft_lightning.data.sources import read_rows
 from sdft_lightning.models.tokenization import resolve_model
 from sdft_lightning.modules.evaluation import Evaluation

@@ -12,10 +12,10 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from sdft_lightning.callbacks import CollapseGuard, TokenBudget
 from sdft_lightning.callbacks.export import export_model
-from sdft_lightning.callbacks.run_files import run_folder, unused_path
-from sdft_lightning.continual.whole import write_whole
 from sdft_lightning.errors import UserError
 from sdft_lightning.files.checkpoint_io import load_checkpoint
+from sdft_lightning.files.run_folder import run_folder, unused_path
+from sdft_lightning.files.whole_files import write_whole
 from sdft_lightning.models.sharding import is_sharded, whole_state_dict
 
 FIT_RESULT = "fit.json"

@@ -10,9 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sdft_lightning.data.benchmark_data import BenchmarkDataModule
+    from sdft_lightning.data.benchmark_data import BenchmarkDataModule, ModelDataModule
     from sdft_lightning.data.datamodule import DemonstrationDataModule
-    from sdft_lightning.data.model_data import ModelDataModule
     from sdft_lightning.data.rows import Columns
     from sdft_lightning.data.sources import HubSource
 
@@ -21,7 +20,7 @@ _PLACES = {
     "Columns": "rows",
     "DemonstrationDataModule": "datamodule",
     "HubSource": "sources",
-    "ModelDataModule": "model_data",
+    "ModelDataModule": "benchmark_data",
 }
 
 __all__ = [

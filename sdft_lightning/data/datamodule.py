@@ -11,24 +11,26 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from sdft_lightning.data.benchmark_data import BenchmarkDataModule
-from sdft_lightning.data.benchmarks import Benchmarks, BenchmarkSuite
-from sdft_lightning.data.bounded_rows import MAX_MEGABYTES
-from sdft_lightning.data.collate import collate
-from sdft_lightning.data.composed import compose, wanted_columns
-from sdft_lightning.data.gold import gold_report
-from sdft_lightning.data.loader import (
+from sdft_lightning.data.batches import (
     PromptDataset,
     ResumableLoader,
     WindowSampler,
     check_rows_for_all,
+    collate,
     rows_left_out,
 )
-from sdft_lightning.data.model_data import ModelDataModule, ModelVersion
-from sdft_lightning.data.planned import HeldOut, PlannedSet, TaskSets
+from sdft_lightning.data.benchmark_data import BenchmarkDataModule, ModelDataModule, ModelVersion
+from sdft_lightning.data.benchmarks import Benchmarks, BenchmarkSuite
+from sdft_lightning.data.json_rows import MAX_MEGABYTES
 from sdft_lightning.data.prompts import PromptStyle, check_headers
-from sdft_lightning.data.rows import Columns, columns_of_questions, parse_rows
-from sdft_lightning.data.set_warnings import set_warnings
+from sdft_lightning.data.rows import (
+    Columns,
+    columns_of_questions,
+    compose,
+    parse_rows,
+    wanted_columns,
+)
+from sdft_lightning.data.sets import HeldOut, PlannedSet, TaskSets, gold_report, set_warnings
 from sdft_lightning.data.sources import Source, read_rows
 from sdft_lightning.data.tokenize import (
     Lengths,
@@ -37,8 +39,7 @@ from sdft_lightning.data.tokenize import (
     length_report,
     tokenize_rows,
 )
-from sdft_lightning.errors import check_at_least
-from sdft_lightning.errors.foreign_text import harmless
+from sdft_lightning.errors import check_at_least, harmless
 from sdft_lightning.graders import JUDGED, Judge, JudgeSettings, check_reference
 from sdft_lightning.models.chat_template import known_thoughts
 from sdft_lightning.models.embedded import cache_folder

@@ -14,8 +14,7 @@ from functools import cached_property, lru_cache
 from string import Template
 from typing import Any, Literal, get_args
 
-from sdft_lightning.errors import UserError, check_choice
-from sdft_lightning.errors.foreign_text import shown
+from sdft_lightning.errors import UserError, check_choice, shown
 from sdft_lightning.models.chat_template import (
     Conversation,
     added_text,

@@ -7,10 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from sdft_lightning.data.bounded_rows import MAX_MEGABYTES, Reading, RowList, Rows
-from sdft_lightning.data.json_rows import read_json
-from sdft_lightning.errors import UserError
-from sdft_lightning.errors.foreign_text import printable
+from sdft_lightning.data.json_rows import MAX_MEGABYTES, Reading, RowList, Rows, read_json
+from sdft_lightning.errors import UserError, printable
 
 EXAMPLE_PREFIX = "example:"
 _EXAMPLES = Path(__file__).parent / "examples"

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, NamedTuple, get_args
 
-from sdft_lightning.data.control_tokens import ControlTokens
 from sdft_lightning.data.prompts import (
     PromptStyle,
     answered_conversation,
@@ -23,10 +22,8 @@ from sdft_lightning.data.prompts import (
     target_text,
     teacher_conversation,
 )
-from sdft_lightning.data.segments import encode_texts
-from sdft_lightning.data.token_store import TokenizedRow, TokenStore, stored
-from sdft_lightning.errors import UserError, check_choice
-from sdft_lightning.errors.foreign_text import shown
+from sdft_lightning.data.tokens import ControlTokens, TokenizedRow, TokenStore, encode_texts, stored
+from sdft_lightning.errors import UserError, check_choice, shown
 from sdft_lightning.models.chat_template import (
     Conversation,
     Rendering,

@@ -17,8 +17,7 @@ from email.message import Message
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
-from sdft_lightning.errors import UserError
-from sdft_lightning.errors.foreign_text import printable
+from sdft_lightning.errors import UserError, printable
 
 MOST_BYTES = 4 * 2**20  # of a reply, where nothing else is said
 LONGEST_TIMEOUT = 86_400.0  # seconds; a timer takes no infinity

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sdft_lightning.models.products import takes_float32
+from sdft_lightning.models.precision import takes_float32
 
 # Scores of a layer: 4 MB in float32. With more the flash kernel is as fast.
 _MOST_SCORES = 2**20

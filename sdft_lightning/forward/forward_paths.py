@@ -21,8 +21,7 @@ from sdft_lightning.errors import UserError
 from sdft_lightning.forward.cached_steps import Appending, CachedSteps, without_cache
 from sdft_lightning.forward.kv_cache import cache_argument, cache_of
 from sdft_lightning.losses.masking import position_ids
-from sdft_lightning.models.eval_mode import eval_mode
-from sdft_lightning.models.products import takes_float32
+from sdft_lightning.models.precision import eval_mode, takes_float32
 from sdft_lightning.models.sharding import is_sharded
 
 Decoding = Literal["masked", "unmasked", "grouped", "uncached"]

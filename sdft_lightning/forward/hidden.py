@@ -29,8 +29,7 @@ from sdft_lightning.forward.prefix import (
     takes_own_mask,
 )
 from sdft_lightning.losses.masking import position_ids
-from sdft_lightning.models.eval_mode import eval_mode
-from sdft_lightning.models.products import product_dtype, without_slow_autocast
+from sdft_lightning.models.precision import eval_mode, product_dtype, without_slow_autocast
 from sdft_lightning.models.sharding import gathered
 from sdft_lightning.types import OutputHead
 

@@ -19,7 +19,7 @@ from sdft_lightning.models.lora import (
     add_adapter_,
     check_adapters_are_called,
 )
-from sdft_lightning.models.quantization import Quantization, quantization_options
+from sdft_lightning.models.precision import Quantization, quantization_options
 from sdft_lightning.models.randomness import check_no_randomness, turn_off_randomness_
 from sdft_lightning.models.tokenization import (
     check_attention,

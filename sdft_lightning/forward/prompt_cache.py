@@ -12,7 +12,7 @@ from sdft_lightning.forward.forward_paths import paths_of
 from sdft_lightning.forward.kv_cache import cache_argument, cache_of
 from sdft_lightning.forward.prefix import can_share, encode_prefix, split_if_worth
 from sdft_lightning.losses.masking import position_ids
-from sdft_lightning.models.products import without_slow_autocast
+from sdft_lightning.models.precision import without_slow_autocast
 
 
 class _Prompt(NamedTuple):

@@ -19,8 +19,7 @@ from sdft_lightning.forward.prefix import (
     takes_own_mask,
 )
 from sdft_lightning.losses.masking import position_ids
-from sdft_lightning.models.eval_mode import eval_mode
-from sdft_lightning.models.products import without_slow_autocast
+from sdft_lightning.models.precision import eval_mode, without_slow_autocast
 from sdft_lightning.types import ContinuationScore, OutputHead, ScoringBatch
 
 # Logits that are formed at a time: 2**24 are 64 MB in float32.

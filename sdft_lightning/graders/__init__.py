@@ -1,18 +1,20 @@
 """Graders: text -> score in [0, 1], chosen by name; and how sure a score over n texts is."""
 
-from sdft_lightning.graders.intervals import wilson_interval
-from sdft_lightning.graders.judge import JUDGED, Answer, Judge, JudgeSettings, Usage
-from sdft_lightning.graders.pass_at_k import pass_at_k
+from sdft_lightning.graders.intervals import pass_at_k, wilson_interval
+from sdft_lightning.graders.judge import Answer, Judge, JudgeSettings, Usage
 from sdft_lightning.graders.registry import (
     GRADERS,
+    GoldSelfTest,
     Grader,
     check_reference,
     get_grader,
+    gold_self_test,
+    gold_text,
     grade_rows,
     grader_names,
     judged_answers,
 )
-from sdft_lightning.graders.self_test import GoldSelfTest, gold_self_test, gold_text
+from sdft_lightning.graders.rubrics import JUDGED
 
 __all__ = [
     "GRADERS",

@@ -1,7 +1,9 @@
-"""How far a share of successes can be trusted."""
+"""How far a share of successes can be trusted; pass@k without bias."""
 
 from math import sqrt
 from statistics import NormalDist
+
+from sdft_lightning.errors import UserError
 
 
 def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -40,3 +42,29 @@ def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple
     low, high = (center - half_width) / scale, (center + half_width) / scale
     # Exactly, low <= p <= high, with equality at p = 0 and p = 1; rounding can miss by a hair.
     return max(0.0, min(low, p)), min(1.0, max(high, p))
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Chance that at least one of k samples, drawn without replacement, is correct.
+
+    1 - C(n - c, k) / C(n, k), formed as a product so that no binomial overflows.
+
+    Args:
+        samples: n, completions of one problem.
+        correct: c, how many of them are correct.
+        k: how many are drawn; 1 to n.
+
+    Raises:
+        UserError: not 1 <= k <= n, or not 0 <= c <= n.
+    """
+    if not 1 <= k <= samples:
+        raise UserError(
+            f"k: got {k}, allowed are 1 to {samples}, the number of samples. Draw more completions "
+            "a problem or ask for a smaller k."
+        )
+    if not 0 <= correct <= samples:
+        raise UserError(f"correct: got {correct}, allowed are 0 to {samples}, the samples.")
+    failed = 1.0
+    for i in range(k):
+        failed *= max(0, samples - correct - i) / (samples - i)
+    return 1.0 - failed

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from sdft_lightning.losses.closed_form import BUFFERS, ClosedForm, closed_form
 from sdft_lightning.losses.divergence import floored, log_probs
-from sdft_lightning.models.products import product_dtype
+from sdft_lightning.models.precision import product_dtype
 from sdft_lightning.types import OutputHead, TokenStatistics
 
 # (teacher log-probs (C, V), student log-probs (C, V), token ids (C,)) -> loss per token (C,)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.models.eval_mode import eval_mode
+from sdft_lightning.models.precision import eval_mode
 
 # What transformers calls such rates: attention_dropout, resid_pdrop, layerdrop, drop_path_rate,
 # router_jitter_noise, moe_jitter_eps.

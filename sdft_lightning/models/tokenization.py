@@ -7,8 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from sdft_lightning.errors import UserError
-from sdft_lightning.errors.foreign_text import printable
+from sdft_lightning.errors import UserError, printable
 from sdft_lightning.models.chat_template import turn_end_ids
 from sdft_lightning.models.embedded import embedded_model_path
 

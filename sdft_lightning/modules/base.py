@@ -11,8 +11,7 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from torch import Tensor
 
-from sdft_lightning.errors import UserError
-from sdft_lightning.errors.quiet import show_messages
+from sdft_lightning.errors import UserError, show_messages
 from sdft_lightning.errors.renamed import check_arguments
 from sdft_lightning.files.checkpoint_io import write_whole_checkpoints
 from sdft_lightning.files.whole_windows import WholeWindows

@@ -6,8 +6,7 @@ from typing import Any, Protocol
 
 from torch import distributed
 
-from sdft_lightning.errors import UserError
-from sdft_lightning.errors.foreign_text import printable
+from sdft_lightning.errors import UserError, printable
 from sdft_lightning.forward.scoring import score_continuations
 from sdft_lightning.models.tokenization import stop_ids
 from sdft_lightning.rollout import Sampling, StopTexts, generate_rollout

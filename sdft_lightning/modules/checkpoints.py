@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from sdft_lightning.errors import UserError
-from sdft_lightning.errors.foreign_text import printable
-from sdft_lightning.files.finite_weights import check_finite_checkpoint
+from sdft_lightning.errors import UserError, printable
+from sdft_lightning.files.checkpoint_io import check_finite_checkpoint
 from sdft_lightning.forward.policy import Policy
 from sdft_lightning.models.lora import adapter_identity
 from sdft_lightning.models.tokenization import config_value, load_config, load_tokenizer

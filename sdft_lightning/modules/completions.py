@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sdft_lightning.errors import UserError
-from sdft_lightning.errors.foreign_text import printable, shown
+from sdft_lightning.errors import UserError, printable, shown
 from sdft_lightning.models.chat_template import answer_ids
 from sdft_lightning.types import Demonstration, PromptBatch, Rollout
 

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Timer
 
 from sdft_lightning.errors import UserError, check_at_least
 from sdft_lightning.files.whole_windows import check_whole_windows
-from sdft_lightning.models.strategies import check_strategy, strategy_options
+from sdft_lightning.models.sharding import check_strategy, strategy_options
 from sdft_lightning.modules.monitors import check_monitors
 from sdft_lightning.types import TaskData
 

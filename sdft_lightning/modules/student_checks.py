@@ -10,13 +10,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from sdft_lightning.errors import UserError
-from sdft_lightning.errors.foreign_text import printable
+from sdft_lightning.errors import UserError, printable
 from sdft_lightning.forward.attention_kernel import autocast_if_needed_
 from sdft_lightning.forward.forward_paths import NotComputed
 from sdft_lightning.forward.policy import Policy, check_model
 from sdft_lightning.models.lora import ALL_LINEAR, LoRA, frozen_matrices
-from sdft_lightning.models.products import product_dtype, takes_float32
+from sdft_lightning.models.precision import product_dtype, takes_float32
 from sdft_lightning.models.sharding import check_takes_shards
 from sdft_lightning.rollout.weights import has_native_bfloat16
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.forward.fused import Decoder, decoder_of
-from sdft_lightning.models.eval_mode import eval_mode
-from sdft_lightning.models.products import without_slow_autocast
+from sdft_lightning.models.precision import eval_mode, without_slow_autocast
 from sdft_lightning.rollout.decode_attention import decode_attention
 from sdft_lightning.rollout.packed import can_pack, packed_linears
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from sdft_lightning.errors import UserError
 from sdft_lightning.forward.forward_paths import paths_of
 from sdft_lightning.forward.fused import Decoder, DecodingSteps, ReadPrompts, read_prompts
-from sdft_lightning.models.products import product_dtype
+from sdft_lightning.models.precision import product_dtype
 from sdft_lightning.rollout.decode_mode import decode_mode
 from sdft_lightning.rollout.plain_steps import plain_steps, split_prompts_of
 from sdft_lightning.rollout.sampling import Sampling, choose_tokens

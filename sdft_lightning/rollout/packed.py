@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sdft_lightning.models.lora import adapter_layers, merged_weight
-from sdft_lightning.models.products import product_dtype
+from sdft_lightning.models.precision import product_dtype
 
 # With more rows the plain product is as fast; with fewer steps the rearranging does not pay.
 _MOST_ROWS, _FEWEST_STEPS = 64, 8

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sdft_lightning.errors import UserError
-from sdft_lightning.errors.foreign_text import shown
+from sdft_lightning.errors import UserError, shown
 from sdft_lightning.rollout.engine import RolloutRequest
 from sdft_lightning.types import Rollout
 

@@ -19,7 +19,7 @@ from sdft_lightning.forward.fused import (
     training_dtype,
 )
 from sdft_lightning.forward.prefix import split_if_worth
-from sdft_lightning.models.products import product_dtype
+from sdft_lightning.models.precision import product_dtype
 from sdft_lightning.rollout.packed import can_pack
 
 # What may be kept for later micro-batches of a window; the first one's is used at once.

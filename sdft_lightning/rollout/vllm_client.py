@@ -6,8 +6,7 @@ import http.client
 import json
 from typing import Any
 
-from sdft_lightning.errors import UserError
-from sdft_lightning.errors.foreign_text import key_from, printable
+from sdft_lightning.errors import UserError, key_from, printable
 from sdft_lightning.files.endpoints import (
     MOST_BYTES,
     Reply,

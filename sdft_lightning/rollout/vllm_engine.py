@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 
 from torch import distributed as dist
 
-from sdft_lightning.errors import UserError
-from sdft_lightning.errors.foreign_text import printable, shown
+from sdft_lightning.errors import UserError, printable, shown
 from sdft_lightning.rollout.engine import Engine, RolloutRequest, check_one_truncation
 from sdft_lightning.rollout.sampled import Sampled, as_rollout, vocabulary_size
 from sdft_lightning.rollout.sampling import Sampling

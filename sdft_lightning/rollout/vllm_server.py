@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import distributed as dist
 
-from sdft_lightning.errors import UserError
-from sdft_lightning.errors.foreign_text import printable, shown
+from sdft_lightning.errors import UserError, printable, shown
 from sdft_lightning.files.endpoints import LONGEST_TIMEOUT
 from sdft_lightning.rollout.engine import RolloutRequest
 from sdft_lightning.rollout.sampled import Sampled, as_rollout, vocabulary_size

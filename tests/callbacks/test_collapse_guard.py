@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sdft_lightning.callbacks import CollapseGuard
-from sdft_lightning.callbacks.kept_checkpoint import best_checkpoint, has_finite_weights
+from sdft_lightning.callbacks.stops import best_checkpoint, has_finite_weights
 from sdft_lightning.data import Columns, DemonstrationDataModule
 from sdft_lightning.data.prompts import PromptStyle
 from sdft_lightning.errors import UserError

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from sdft_lightning.callbacks.collapse_signs import CollapseLimits, step_signs, validation_signs
+from sdft_lightning.callbacks.stops import CollapseLimits, step_signs, validation_signs
 from sdft_lightning.errors import UserError
 
 FIRST = {

@@ -11,8 +11,8 @@ import pytest
 
 from sdft_lightning.data.prompts import PromptStyle, check_headers, render_student
 from sdft_lightning.errors import UserError
-from sdft_lightning.models.chat_template import limits, render, render_all
-from sdft_lightning.models.chat_template.limits import Conversation
+from sdft_lightning.models.chat_template import apply, render, render_all
+from sdft_lightning.models.chat_template.apply import Conversation
 from sdft_lightning.types import RowNeeds
 
 ASKED = [{"role": "user", "content": "Q?"}]
@@ -25,11 +25,11 @@ DOUBLED = (
 @pytest.fixture
 def short_limit(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A limit of a fraction of a second."""
-    monkeypatch.setattr(limits, "SECONDS", 0.5)
+    monkeypatch.setattr(apply, "SECONDS", 0.5)
     yield
-    for renderer in limits._KEPT:
+    for renderer in apply._KEPT:
         renderer.close()
-    limits._KEPT.clear()
+    apply._KEPT.clear()
 
 
 @pytest.mark.parametrize(
@@ -100,14 +100,14 @@ def test_first_conversation_that_exceeds_a_limit_is_named_and_others_are_rendere
 def test_process_that_has_left_for_want_of_work_is_started_again(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "_IDLE_SECONDS", 0.05)
-    limits._KEPT[:] = []
+    monkeypatch.setattr(apply, "_IDLE_SECONDS", 0.05)
+    apply._KEPT[:] = []
     first = render(tokenizer, ASKED, {})
-    process = limits._KEPT[0]._process
+    process = apply._KEPT[0]._process
     process.join(10)
     assert process.exitcode == 0
     assert render(tokenizer, ASKED, {}) == first
-    limits._KEPT[:] = []
+    apply._KEPT[:] = []
 
 
 def test_changed_template_and_changed_tokens_are_seen(make_tokenizer: Callable[..., Any]) -> None:
@@ -122,7 +122,7 @@ def test_changed_template_and_changed_tokens_are_seen(make_tokenizer: Callable[.
 def test_rendering_is_the_tokenizers_own(tokenizer: Any) -> None:
     own = tokenizer.apply_chat_template(ASKED, tokenize=False, add_generation_prompt=True)
     assert render(tokenizer, ASKED, {}) == own
-    assert os.getpid() == limits._KEPT[0].owner
+    assert os.getpid() == apply._KEPT[0].owner
 
 
 def test_several_templates_without_a_default_are_named_with_the_remedy(

@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 
-from sdft_lightning.continual.commands import RunFailed
-from sdft_lightning.continual.drive import Work, work_through
-from sdft_lightning.continual.identity import canonical_plan, claim_folder, plan_hash
-from sdft_lightning.continual.plan import ContinualPlan
+from sdft_lightning.continual.checks import canonical_plan, claim_folder, plan_hash
+from sdft_lightning.continual.drive import RunFailed, Work, work_through
+from sdft_lightning.continual.plan import ContinualPlan, Shard, plan_folder
 from sdft_lightning.continual.plan_file import build_plan
 from sdft_lightning.continual.records import all_records
-from sdft_lightning.continual.units import Shard, plan_folder
 
 Options = dict[str, Any]
 

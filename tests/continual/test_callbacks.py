@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from sdft_lightning.callbacks import CollapseGuard, DriftMonitor, ItemScores, TokenBudget
 from sdft_lightning.callbacks.metrics_log import MetricsLog
 from sdft_lightning.continual import ResumePoint, StageEnd
-from sdft_lightning.data.planned import HeldOut
+from sdft_lightning.data.sets import HeldOut
 from sdft_lightning.errors import UserError
 from sdft_lightning.models.lora import LoRA, adapter_parameters
 from sdft_lightning.modules import SDFTModule, SFTModule

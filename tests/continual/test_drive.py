@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from sdft_lightning.continual.commands import RunFailed, Stopped, in_this_process
-from sdft_lightning.continual.units import Shard
+from sdft_lightning.continual.drive import RunFailed, Stopped, in_this_process
+from sdft_lightning.continual.plan import Shard
 from sdft_lightning.errors import UserError
 from sdft_lightning.files import whole_files
 

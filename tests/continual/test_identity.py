@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sdft_lightning.continual.identity import canonical_plan, claim_folder, plan_hash
+from sdft_lightning.continual.checks import canonical_plan, claim_folder, plan_hash
 from sdft_lightning.continual.plan_file import build_plan
 from sdft_lightning.errors import UserError
 

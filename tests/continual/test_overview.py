@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from sdft_lightning.continual.overview import overview
+from sdft_lightning.continual.main import overview
+from sdft_lightning.continual.plan import Shard, chains_of
 from sdft_lightning.continual.plan_file import build_plan
 from sdft_lightning.continual.rough_time import Machine, RoughTime, SetSize
-from sdft_lightning.continual.units import Shard, chains_of
 
 Options = dict[str, Any]
 

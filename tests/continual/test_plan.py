@@ -9,10 +9,21 @@ from typing import Any
 import pytest
 
 from sdft_lightning.continual.checks import check_plan
-from sdft_lightning.continual.options import evaluation_options, fit_options, merged
-from sdft_lightning.continual.plan import ContinualPlan
-from sdft_lightning.continual.plan_file import build_plan, read_options
-from sdft_lightning.continual.units import Shard, Unit, chains_of, parse_shard, share_of
+from sdft_lightning.continual.plan import (
+    ContinualPlan,
+    Shard,
+    Unit,
+    chains_of,
+    parse_shard,
+    share_of,
+)
+from sdft_lightning.continual.plan_file import (
+    build_plan,
+    evaluation_options,
+    fit_options,
+    merged,
+    read_options,
+)
 from sdft_lightning.errors import UserError
 
 Options = dict[str, Any]

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from sdft_lightning.callbacks.run_files import append_lines
 from sdft_lightning.continual.drive import _held
-from sdft_lightning.continual.whole import append_record, read_records, repair_records
 from sdft_lightning.errors import UserError
 from sdft_lightning.files import whole_files
+from sdft_lightning.files.run_folder import append_lines
+from sdft_lightning.files.whole_files import append_record, read_records, repair_records
 
 
 @pytest.mark.parametrize("cut", ['{"run": "b", "acc', '{"run": "b"}', "{", '{"run": "ü'])

@@ -18,8 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sdft_lightning.data import DemonstrationDataModule
-from sdft_lightning.data.bounded_rows import MAX_ROW_BYTES, Rows, memory_of
-from sdft_lightning.data.json_messages import messages_from_json
+from sdft_lightning.data.json_rows import MAX_ROW_BYTES, Rows, memory_of, messages_from_json
 from sdft_lightning.data.sources import HubSource, read_rows
 from sdft_lightning.errors import UserError
 

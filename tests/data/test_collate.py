@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from sdft_lightning.data.collate import collate, pad
-from sdft_lightning.data.token_store import TokenizedRow
+from sdft_lightning.data.batches import collate, pad
+from sdft_lightning.data.tokens import TokenizedRow
 from sdft_lightning.types import Demonstration
 
 PAD = 7  # also a token of the rows: only the mask tells them apart

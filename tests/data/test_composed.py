@@ -7,9 +7,8 @@ from typing import Any
 import datasets
 import pytest
 
-from sdft_lightning.data.bounded_rows import Rows
-from sdft_lightning.data.composed import compose, wanted_columns
-from sdft_lightning.data.rows import Columns, parse_rows
+from sdft_lightning.data.json_rows import Rows
+from sdft_lightning.data.rows import Columns, compose, parse_rows, wanted_columns
 from sdft_lightning.data.sources import HubSource, read_rows
 from sdft_lightning.errors import UserError
 from sdft_lightning.types import RowNeeds

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sdft_lightning.data.gold import gold_report
+from sdft_lightning.data.sets import gold_report
 from sdft_lightning.graders import GRADERS
 from sdft_lightning.types import Demonstration
 

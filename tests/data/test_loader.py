@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from sdft_lightning.data import DemonstrationDataModule
-from sdft_lightning.data.loader import (
+from sdft_lightning.data.batches import (
     EvaluationSampler,
     MicroBatch,
     PromptDataset,
@@ -24,7 +24,7 @@ from sdft_lightning.data.loader import (
     WindowSampler,
     rows_left_out,
 )
-from sdft_lightning.data.token_store import TokenizedRow
+from sdft_lightning.data.tokens import TokenizedRow
 from sdft_lightning.errors import UserError
 from sdft_lightning.modules import SFTModule
 from sdft_lightning.types import Demonstration

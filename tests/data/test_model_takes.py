@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import GPT2Config
 
-from sdft_lightning.data.token_store import TokenizedRow
 from sdft_lightning.data.tokenize import check_model_takes
+from sdft_lightning.data.tokens import TokenizedRow
 from sdft_lightning.errors import UserError
 from sdft_lightning.models.tokenization import has_rotary_positions
 from sdft_lightning.types import Demonstration

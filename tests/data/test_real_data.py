@@ -9,10 +9,10 @@ import pytest
 
 from sdft_lightning.data import Columns, DemonstrationDataModule
 from sdft_lightning.data.prompts import PromptStyle
-from sdft_lightning.data.token_store import TokenizedRow
 from sdft_lightning.data.tokenize import Lengths
+from sdft_lightning.data.tokens import TokenizedRow
 from sdft_lightning.graders import get_grader
-from sdft_lightning.graders.tool_call_released import render_calls
+from sdft_lightning.graders.tool_call import render_calls
 
 WIDE = Lengths(10**6, 10**6, 10**6)
 

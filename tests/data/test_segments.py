@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sdft_lightning.data.segments import SegmentEncoder, encode_texts
+from sdft_lightning.data.tokens import SegmentEncoder, encode_texts
 from sdft_lightning.models.tokenization import load_tokenizer
 
 WORDS = ["harbour", " tide", "\n", "é", "  ", "x9", "<|im_start|>", "<|im_end|>", "<|im_", "user"]

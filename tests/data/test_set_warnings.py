@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
-from sdft_lightning.data.planned import PlannedSet
 from sdft_lightning.data.prompts import PromptStyle
 from sdft_lightning.data.rows import Columns
-from sdft_lightning.data.set_warnings import set_warnings
+from sdft_lightning.data.sets import PlannedSet, set_warnings
 from sdft_lightning.data.tokenize import Lengths, Tokenizer, tokenize_rows
 from sdft_lightning.errors import UserError
 from sdft_lightning.models.tokenization import load_tokenizer

@@ -6,7 +6,7 @@ import tracemalloc
 
 import pytest
 
-from sdft_lightning.data.token_store import TokenizedRow, TokenStore, stored
+from sdft_lightning.data.tokens import TokenizedRow, TokenStore, stored
 from sdft_lightning.types import Demonstration
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from sdft_lightning.data.prompts import PromptStyle
-from sdft_lightning.data.token_store import TokenizedRow
 from sdft_lightning.data.tokenize import (
     Lengths,
     TokenizedRows,
@@ -17,6 +16,7 @@ from sdft_lightning.data.tokenize import (
     length_report,
     tokenize_rows,
 )
+from sdft_lightning.data.tokens import TokenizedRow
 from sdft_lightning.errors import UserError
 from sdft_lightning.types import Demonstration, RowNeeds
 

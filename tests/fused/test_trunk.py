@@ -14,7 +14,7 @@ from sdft_lightning.forward.fused import completion_states, decoder_of, groups
 from sdft_lightning.forward.fused.attention import Buffers
 from sdft_lightning.forward.hidden import completion_hidden_states
 from sdft_lightning.forward.prefix import split_prompts
-from sdft_lightning.models import products
+from sdft_lightning.models import precision
 from sdft_lightning.rollout.weights import SamplingWeights
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -130,7 +130,7 @@ def test_in_bfloat16_they_are_as_near_to_float32_as_autocast(
     ours = fused(model, given, torch.bfloat16)
     assert ours[0].dtype == torch.float32
     with monkeypatch.context() as patch:
-        patch.setattr(products, "multiplies_bfloat16", lambda: False)
+        patch.setattr(precision, "multiplies_bfloat16", lambda: False)
         kept = fused(model, given, torch.bfloat16)
 
     def error(found: Found) -> float:

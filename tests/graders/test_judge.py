@@ -11,7 +11,7 @@ import pytest
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.graders import Answer, Judge, JudgeSettings, check_reference, get_grader
-from sdft_lightning.graders.judge.rubrics import JUDGED, judge_reference, read_verdict
+from sdft_lightning.graders.rubrics import JUDGED, judge_reference, read_verdict
 
 ANSWER = Answer("What is it?", "It is red.", "Red, I think.")
 

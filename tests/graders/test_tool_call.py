@@ -9,7 +9,7 @@ import pytest
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.graders import get_grader, gold_self_test
-from sdft_lightning.graders.tool_call_released import render_calls
+from sdft_lightning.graders.tool_call import render_calls
 
 DATA = Path(os.environ.get("SDFT_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared/data"))
 NESTED = [{"Action": "save", "Action_Input": '{"user": {"id": 1, "tags": ["a", {"b": null}]}}'}]

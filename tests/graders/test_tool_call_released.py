@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sdft_lightning.graders import get_grader, gold_self_test
-from sdft_lightning.graders.tool_call_released import render_calls
+from sdft_lightning.graders.tool_call import render_calls
 
 DATA = Path(os.environ.get("SDFT_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared/data"))
 GOLD = [{"Action": "getFacts", "Action_Input": '{"limit": 5}'}]

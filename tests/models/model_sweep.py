@@ -23,8 +23,8 @@ from sdft_lightning.forward.hidden import apply_head, completion_hidden_states, 
 from sdft_lightning.forward.policy import Policy, load_policy
 from sdft_lightning.forward.prefix import can_share, takes_own_mask
 from sdft_lightning.forward.prompt_cache import PromptCache
-from sdft_lightning.models.eval_mode import eval_mode
 from sdft_lightning.models.lora import LoRA, adapter_parameters, merged_copy
+from sdft_lightning.models.precision import eval_mode
 from sdft_lightning.rollout import Sampling, generate_rollout, greedy_rollout
 from sdft_lightning.rollout.uniforms import row_uniforms
 from sdft_lightning.types import ScoringBatch

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from sdft_lightning.callbacks import ExportModel
 from sdft_lightning.callbacks.export import export_model
 from sdft_lightning.errors import UserError
-from sdft_lightning.files.finite_weights import (
+from sdft_lightning.files.checkpoint_io import (
     has_finite_weights,
     last_good_checkpoint,
     non_finite,

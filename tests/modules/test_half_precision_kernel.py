@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from sdft_lightning.callbacks import DriftMonitor
-from sdft_lightning.data.planned import HeldOut
+from sdft_lightning.data.sets import HeldOut
 from sdft_lightning.errors import UserError
 from sdft_lightning.models.lora import LoRA
 from sdft_lightning.modules import SDFTModule

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.callbacks import DriftMonitor
-from sdft_lightning.data.planned import HeldOut
+from sdft_lightning.data.sets import HeldOut
 from sdft_lightning.errors import UserError
 from sdft_lightning.forward.policy import Policy
 from sdft_lightning.models import embedded

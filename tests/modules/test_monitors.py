@@ -16,7 +16,7 @@ from sdft_lightning.callbacks import CollapseGuard, DriftMonitor
 from sdft_lightning.data import Columns
 from sdft_lightning.data.benchmarks import Benchmarks
 from sdft_lightning.data.benchmarks.options import BenchmarkTask
-from sdft_lightning.data.planned import HeldOut
+from sdft_lightning.data.sets import HeldOut
 from sdft_lightning.errors import UserError
 from sdft_lightning.modules import (
     CPTModule,

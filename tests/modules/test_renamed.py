@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sdft_lightning.errors.renamed import RENAMED
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.errors.renamed import RENAMED
 from sdft_lightning.modules import ReinvokeModule, SDFTModule, SFTModule
 
 

@@ -17,7 +17,7 @@ from workload import Workload, make_rows, report, write_rows
 
 from sdft_lightning.data import DemonstrationDataModule
 from sdft_lightning.data.prompts import PromptStyle
-from sdft_lightning.errors.quiet import quieten
+from sdft_lightning.errors import quieten
 from sdft_lightning.forward.policy import Policy
 from sdft_lightning.modules import SDFTModule, SFTModule
 from sdft_lightning.modules.schedule import Schedule

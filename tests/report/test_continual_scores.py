@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from sdft_lightning.continual.report.continual_scores import (
+from sdft_lightning.continual.report.summary import (
     average_accuracy,
     backward_transfer,
     continual_scores,

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from sdft_lightning.continual.report.estimates import Estimate, over_seeds, over_sets, spread
+from sdft_lightning.continual.report.summary import Estimate, over_seeds, over_sets, spread
 from sdft_lightning.graders import wilson_interval
 
 

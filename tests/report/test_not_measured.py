@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from sdft_lightning.continual.report import write_report
-from sdft_lightning.continual.report.reading import read_records
-from sdft_lightning.continual.report.records import parse_measure, parse_record
+from sdft_lightning.continual.report.records import parse_measure, parse_record, read_records
 from sdft_lightning.continual.report.results import gather
 from sdft_lightning.continual.report.summary import summarise
 from sdft_lightning.errors import UserError

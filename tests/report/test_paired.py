@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sdft_lightning.continual.report.paired import bootstrap_interval, holm, mcnemar, sign_flip_p
+from sdft_lightning.continual.report.comparisons import (
+    bootstrap_interval,
+    holm,
+    mcnemar,
+    sign_flip_p,
+)
 
 
 def scores(only_first: int, only_second: int, both: int = 3) -> tuple[np.ndarray, np.ndarray]:

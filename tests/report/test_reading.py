@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sdft_lightning.continual.report.reading import read_records
+from sdft_lightning.continual.report.records import read_records
 from sdft_lightning.errors import UserError
 
 Raw = dict[str, Any]

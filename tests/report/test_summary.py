@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from sdft_lightning.continual.report.comparisons import compare
-from sdft_lightning.continual.report.curves import learning_curves, stage_starts
-from sdft_lightning.continual.report.reading import read_records
+from sdft_lightning.continual.report.plots import learning_curves, stage_starts
+from sdft_lightning.continual.report.records import read_records
 from sdft_lightning.continual.report.results import Results, gather
 from sdft_lightning.continual.report.summary import summarise
 from sdft_lightning.graders import wilson_interval

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sdft_lightning.models.lora import adapter_layers, merged_copy, merged_weight
-from sdft_lightning.models.products import multiplies_bfloat16
+from sdft_lightning.models.precision import multiplies_bfloat16
 from sdft_lightning.rollout import Sampling, generate_rollout
 from sdft_lightning.rollout import decode_mode as decode_file
 from sdft_lightning.rollout.packed import packed_linears

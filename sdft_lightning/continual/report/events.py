@@ -12,11 +12,10 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from sdft_lightning.continual.report.checks import Method
 from sdft_lightning.continual.report.looks import plain_text
-from sdft_lightning.continual.report.pictures import Picture, slug
+from sdft_lightning.continual.report.plots import Picture, slug
 from sdft_lightning.continual.report.records import Measure, Record
-from sdft_lightning.continual.report.results import Results
+from sdft_lightning.continual.report.results import Method, Results
 from sdft_lightning.continual.report.summary import Summary
 
 

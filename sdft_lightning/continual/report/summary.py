@@ -1,29 +1,189 @@
-"""What each method came to: points, means over seeds, matrices, continual-learning figures."""
+"""What each method came to: figures with intervals, matrices, continual-learning figures."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from sdft_lightning.continual.report.checks import Method
-from sdft_lightning.continual.report.continual_scores import (
-    ContinualScores,
-    Matrix,
-    continual_scores,
-)
-from sdft_lightning.continual.report.estimates import (
-    Estimate,
-    of_measure,
-    over_seeds,
-    over_sets,
-    spread,
-)
 from sdft_lightning.continual.report.records import Measure, Record
-from sdft_lightning.continual.report.results import Results
+from sdft_lightning.continual.report.results import Method, Results
+
+Matrix = npt.NDArray[np.float64]
+
+
+class ContinualScores(NamedTuple):
+    """What a sequence of stages came to; nan where it is not defined or not measured.
+
+    Attributes:
+        average_accuracy: Mean accuracy over all tasks after the last stage.
+        forgetting: How far earlier tasks fell below their best.
+        backward_transfer: What later stages did to earlier tasks.
+        forward_transfer: What earlier stages did to later tasks before those were trained.
+    """
+
+    average_accuracy: float
+    forgetting: float
+    backward_transfer: float
+    forward_transfer: float
+
+
+def continual_scores(accuracy: Matrix) -> ContinualScores:
+    """All four figures of one run.
+
+    Args:
+        accuracy: (T + 1, T); [i, j] is the accuracy on task j + 1 after stage i, and row 0 is the
+            base model. nan where it was not measured.
+    """
+    if accuracy.ndim != 2 or accuracy.shape[0] != accuracy.shape[1] + 1:
+        raise ValueError(f"accuracy must be (T + 1, T), base first; got {accuracy.shape}.")
+    return ContinualScores(
+        average_accuracy(accuracy),
+        forgetting(accuracy),
+        backward_transfer(accuracy),
+        forward_transfer(accuracy),
+    )
+
+
+def average_accuracy(accuracy: Matrix) -> float:
+    """ACC = 1/T Σ_j R[T, j].
+
+    Source: D. Lopez-Paz, M. Ranzato, Gradient Episodic Memory for Continual Learning, NeurIPS 2017
+    (arXiv 1706.08840).
+
+    Args:
+        accuracy: As in `continual_scores`.
+    """
+    return float(accuracy[-1].mean())
+
+
+def backward_transfer(accuracy: Matrix) -> float:
+    """BWT = 1/(T - 1) Σ_{j < T} (R[T, j] - R[j, j]): below zero where earlier tasks suffered.
+
+    Source: Lopez-Paz and Ranzato 2017.
+
+    Args:
+        accuracy: As in `continual_scores`.
+
+    Returns:
+        nan for a single task.
+    """
+    after = accuracy[1:]  # (T, T) without the base
+    if len(after) < 2:
+        return float("nan")
+    return float((after[-1] - np.diagonal(after))[:-1].mean())
+
+
+def forward_transfer(accuracy: Matrix) -> float:
+    """FWT = 1/(T - 1) Σ_{j > 1} (R[j - 1, j] - b[j]): above zero where earlier stages helped.
+
+    Source: Lopez-Paz and Ranzato 2017. There b is the accuracy of a model with random
+    weights; fine-tuning starts from a trained model, so b is the accuracy of the base model here.
+
+    Args:
+        accuracy: As in `continual_scores`.
+
+    Returns:
+        nan for a single task.
+    """
+    count = accuracy.shape[1]
+    if count < 2:
+        return float("nan")
+    later = np.arange(1, count)
+    before_own_stage = accuracy[later, later]  # (T - 1,) row i is stage i: the one before task i+1
+    return float((before_own_stage - accuracy[0, later]).mean())
+
+
+def forgetting(accuracy: Matrix) -> float:
+    """F = 1/(T - 1) Σ_{j < T} (max_{l in 1 .. T - 1} R[l, j] - R[T, j]); below zero for a gain.
+
+    Source: A. Chaudhry, P. K. Dokania, T. Ajanthan, P. H. S. Torr, Riemannian Walk for Incremental
+    Learning: Understanding Forgetting and Intransigence, ECCV 2018 (arXiv 1801.10112). As
+    there, the best is that of any stage before the last, also of one before the task's own; the
+    base is none of them.
+
+    Args:
+        accuracy: As in `continual_scores`.
+
+    Returns:
+        nan for a single task.
+    """
+    after = accuracy[1:]  # (T, T) without the base
+    if len(after) < 2:
+        return float("nan")
+    best = after[:-1].max(axis=0)  # (T,)
+    return float((best - after[-1])[:-1].mean())
+
+
+class Estimate(NamedTuple):
+    """A figure with its 95 % interval.
+
+    Attributes:
+        value: The figure.
+        low: Lower end; None where it is not known.
+        high: Upper end.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+def of_measure(measure: Measure) -> Estimate:
+    """What was measured on one set of items."""
+    return Estimate(measure.value, measure.low, measure.high)
+
+
+def over_sets(parts: Sequence[Estimate]) -> Estimate:
+    """The mean over k sets of items that have no items in common.
+
+    With m the mean of the values v_i, and l_i and u_i the ends of their intervals:
+
+        m - sqrt(Σ (v_i - l_i)²) / k   to   m + sqrt(Σ (u_i - v_i)²) / k
+
+    Source: G. Y. Zou, A. Donner, Construction of confidence limits about effect measures: a general
+    approach, Statistics in Medicine 27 (2008) 1693-1702 (MOVER). Each set's own interval enters, so
+    that a set at 0 or 1 keeps the width that Wilson's has there.
+
+    Args:
+        parts: One estimate a set; at least one. Without all intervals the mean has none.
+    """
+    value = fmean(part.value for part in parts)
+    below, above = 0.0, 0.0
+    for part in parts:
+        if part.low is None or part.high is None:
+            return Estimate(value, None, None)
+        below += (part.value - part.low) ** 2
+        above += (part.high - part.value) ** 2
+    count = len(parts)
+    return Estimate(value, value - math.sqrt(below) / count, value + math.sqrt(above) / count)
+
+
+def over_seeds(parts: Sequence[Estimate]) -> Estimate:
+    """The mean over seeds that answered the same items.
+
+    The ends of the interval are means of the seeds' ends: as the items are the same, more seeds
+    tell nothing more about other items, and the interval does not shrink with them. It says what
+    these models would score on other items, not what other seeds would; `spread` tells that.
+
+    Args:
+        parts: One estimate a seed; at least one.
+    """
+    value = fmean(part.value for part in parts)
+    lows = [part.low for part in parts if part.low is not None]
+    highs = [part.high for part in parts if part.high is not None]
+    if len(lows) < len(parts) or len(highs) < len(parts):
+        return Estimate(value, None, None)
+    return Estimate(value, fmean(lows), fmean(highs))
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """Standard deviation over seeds (n - 1 in the denominator); None for fewer than two."""
+    return stdev(values) if len(values) > 1 else None
 
 
 class Column(NamedTuple):

@@ -6,8 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sdft_lightning.continual.report.estimates import Estimate
-from sdft_lightning.continual.report.summary import Mean
+from sdft_lightning.continual.report.summary import Estimate, Mean
 
 NOTHING = "–"
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.utils.data import Dataset
 
-from sdft_lightning.data.collate import pad
+from sdft_lightning.data.batches import pad
 from sdft_lightning.types import GenerationBatch, ScoringBatch
 
 if TYPE_CHECKING:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+import random
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sdft_lightning.data.benchmarks.batches import (
@@ -15,12 +18,15 @@ from sdft_lightning.data.benchmarks.batches import (
     scoring_plans,
 )
 from sdft_lightning.data.benchmarks.options import Benchmarks
-from sdft_lightning.data.benchmarks.quiet_harness import quiet_harness
-from sdft_lightning.data.benchmarks.sandboxed_templates import sandboxed_templates
-from sdft_lightning.data.benchmarks.seeded_grading import seeded_grading
-from sdft_lightning.data.benchmarks.tasks import FEWSHOT_SEED, LoadedTask, explained, load_tasks
-from sdft_lightning.errors import UserError
-from sdft_lightning.errors.foreign_text import printable
+from sdft_lightning.data.benchmarks.task_yaml import sandboxed_templates
+from sdft_lightning.data.benchmarks.tasks import (
+    FEWSHOT_SEED,
+    LoadedTask,
+    explained,
+    load_tasks,
+    quiet_harness,
+)
+from sdft_lightning.errors import UserError, printable
 from sdft_lightning.models.tokenization import load_max_length, load_tokenizer, vocabulary_size
 from sdft_lightning.types import (
     ContinuationScore,
@@ -35,6 +41,32 @@ if TYPE_CHECKING:
         RequestKey,
         ResponsePlayer,
     )
+
+
+_SEED = 1234
+
+
+@contextmanager
+def seeded_grading() -> Iterator[None]:
+    """Fix what graders draw, and put the random state back after them.
+
+    IFEval guesses an answer's language with langdetect, which without a seed may take the same
+    short text for another language the next time, and draws what an instruction leaves open.
+    """
+    state = random.getstate()
+    random.seed(_SEED)
+    langdetect = sys.modules.get("langdetect")  # loaded with the tasks that need it
+    factory = getattr(langdetect, "DetectorFactory", None)
+    seed = getattr(factory, "seed", None)
+    if factory is not None:
+        factory.seed = _SEED
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        if factory is not None:
+            factory.seed = seed
+
 
 # Bootstrap draws for the standard error of metrics that are no plain mean; the harness's default
 # of 100,000 takes minutes for some.

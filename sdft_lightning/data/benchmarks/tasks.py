@@ -1,8 +1,10 @@
-"""Tasks of lm-evaluation-harness, by name or from a YAML with local files."""
+"""Tasks of lm-evaluation-harness, by name or from a YAML, and what was read of them."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import io
 import logging
 import random
 from collections.abc import Iterator
@@ -13,21 +15,120 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sdft_lightning.data.benchmarks.options import Benchmarks, BenchmarkTask
-from sdft_lightning.data.benchmarks.quiet_harness import quiet_harness
 from sdft_lightning.data.benchmarks.sandbox import run_program
-from sdft_lightning.data.benchmarks.sandboxed_templates import sandboxed_templates
-from sdft_lightning.data.benchmarks.sentence_data import check_sentence_data
-from sdft_lightning.data.benchmarks.task_yaml import read_task_yaml, task_manager
-from sdft_lightning.data.benchmarks.told import no_documents, source_of, task_line
-from sdft_lightning.errors import UserError
-from sdft_lightning.errors.foreign_text import printable
+from sdft_lightning.data.benchmarks.task_yaml import (
+    check_sentence_data,
+    read_task_yaml,
+    sandboxed_templates,
+    task_manager,
+)
+from sdft_lightning.errors import UserError, printable
+
+
+@contextmanager
+def quiet_harness() -> Iterator[None]:
+    """Keep the harness's progress bars and remarks out of the way of the run's own."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def task_line(name: str, leaves: dict[str, Any], limit: float | None) -> str:
+    """One line on what is asked of a task or group.
+
+    Args:
+        name: As it was asked for.
+        leaves: Its tasks by name, as the harness holds them.
+        limit: The limit of each of them.
+
+    Raises:
+        UserError: If a task has no documents.
+    """
+    from lm_eval.evaluator_utils import get_sample_size
+
+    asked = total = filtered = 0
+    for leaf_name, leaf in leaves.items():
+        count = len(_documents(leaf))
+        unfiltered = _unfiltered(leaf)
+        if count == 0:
+            raise no_documents(leaf_name, source_of(vars(leaf.config)), unfiltered)
+        size = get_sample_size(leaf, limit)
+        asked += count if size is None else min(size, count)
+        total += count
+        filtered += max(0, (unfiltered or count) - count)
+    line = f"benchmark {name}: {asked} of {total} documents"
+    if len(leaves) > 1:
+        line += f" in {len(leaves)} tasks ({_some(sorted(leaves))})"
+    else:
+        line += f" from {source_of(vars(next(iter(leaves.values())).config))}"
+    return line + (f"; {filtered} more are left out by process_docs" if filtered else "")
+
+
+def _documents(leaf: Any) -> Any:
+    """What a task asks about; kept by the harness's own class, so that filters run once."""
+    found = getattr(leaf, "task_docs", None)
+    return leaf.eval_docs if found is None else found
+
+
+def _split(leaf: Any) -> str | None:
+    options = leaf.config
+    return getattr(options, "test_split", None) or getattr(options, "validation_split", None)
+
+
+def _unfiltered(leaf: Any) -> int | None:
+    """Documents before the task's own filter; None where the task does not say."""
+    split, dataset = _split(leaf), getattr(leaf, "dataset", None)
+    try:
+        return None if dataset is None or split is None else len(dataset[split])
+    except (KeyError, TypeError):
+        return None
+
+
+def no_documents(name: str, source: str, unfiltered: int | None) -> UserError:
+    """What to tell of a task that asks about nothing.
+
+    Args:
+        name: The task.
+        source: See `source_of`.
+        unfiltered: How many documents its own filter has seen; None where that is not known.
+    """
+    why = "it is empty, or its process_docs leaves none of it"
+    if unfiltered is not None:
+        why = f"its process_docs leaves none of {unfiltered}" if unfiltered else "it is empty"
+    return UserError(
+        f"data.benchmarks.tasks: {name} has no documents: {source}: {why}. Give a file with at "
+        "least one, or leave the task out."
+    )
+
+
+def source_of(config: dict[str, Any]) -> str:
+    """The files of a task's settings, or its data set and split."""
+    files = (config.get("dataset_kwargs") or {}).get("data_files")
+    split = config.get("test_split") or config.get("validation_split")
+    if isinstance(files, dict):
+        files = files.get(split) or list(files.values())
+    if files:
+        return ", ".join(map(str, files)) if isinstance(files, list) else str(files)
+    parts = [config.get("dataset_path"), config.get("dataset_name")]
+    name = " ".join(str(part) for part in parts if part) or "its data set"
+    return f"{name}, split {split}" if split else name
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]}, {names[1]}, ... {names[-1]}"
+
 
 log = logging.getLogger(__name__)
 
 # The seeds with which `lm_eval.simple_evaluate` loads tasks and draws few-shot examples.
 _PYTHON_SEED, _NUMPY_SEED, FEWSHOT_SEED = 0, 1234, 1234
 _SUFFIXES = {".yaml", ".yml"}
-SANDBOXED = "sdft_lightning.data.benchmarks.code"
+SANDBOXED = "sdft_lightning.data.benchmarks.task_functions"
 
 
 class LoadedTask(NamedTuple):

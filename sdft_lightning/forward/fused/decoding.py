@@ -20,7 +20,7 @@ from sdft_lightning.forward.fused.norm import normed, rms
 from sdft_lightning.forward.fused.prompts import ReadPrompts
 from sdft_lightning.forward.fused.recording import Recording, hand_over, kept_rows
 from sdft_lightning.forward.fused.structure import Decoder, Layer
-from sdft_lightning.models.products import product_dtype
+from sdft_lightning.models.precision import product_dtype
 
 # Tokens that room is made for at once: most completions end long before the longest allowed.
 _MORE = 64

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sdft_lightning.forward.fused.structure import Layer
 from sdft_lightning.forward.fused.weights import joined
-from sdft_lightning.models.products import product_dtype
+from sdft_lightning.models.precision import product_dtype
 
 
 class LaidOut(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor
 from sdft_lightning.forward.fused.attention import Buffers, Shape
 from sdft_lightning.forward.fused.groups import Group
 from sdft_lightning.forward.fused.structure import Decoder
-from sdft_lightning.models.products import product_dtype
+from sdft_lightning.models.precision import product_dtype
 
 
 class Angles(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sdft_lightning.forward.prefix import takes_own_mask
-from sdft_lightning.models.products import product_dtype
+from sdft_lightning.models.precision import product_dtype
 from sdft_lightning.models.sharding import is_sharded
 
 # Of transformers; all with RMS norms before each half, rotary positions and a gated MLP.

@@ -13,7 +13,7 @@ from sdft_lightning.forward.fused.prompts import ReadPrompts
 from sdft_lightning.forward.fused.rows import FlatRows, prompt_rows, with_completions
 from sdft_lightning.forward.fused.structure import Decoder
 from sdft_lightning.forward.prefix import SplitPrompts
-from sdft_lightning.models.products import product_dtype
+from sdft_lightning.models.precision import product_dtype
 
 
 def completion_states(

@@ -1,17 +1,102 @@
-"""What a chat template writes around turns: where an answer begins and where it ends."""
+"""What a chat template writes around turns and thoughts: where answers begin and end."""
 
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.models.chat_template.apply import try_all
-from sdft_lightning.models.chat_template.limits import Conversation
-from sdft_lightning.models.chat_template.thoughts import Markers, thought_markers
+from sdft_lightning.models.chat_template.apply import Conversation, try_all
 from sdft_lightning.types import Message
+
+
+class Markers(NamedTuple):
+    """What stands before and behind a thought."""
+
+    opening: str
+    closing: str
+
+
+_THINK = Markers("<think>", "</think>")
+# Looked for where the chat template or the vocabulary has them.
+_MARKERS = (
+    Markers("[THINK]", "[/THINK]"),
+    Markers("<thinking>", "</thinking>"),
+    Markers("<thought>", "</thought>"),
+    Markers("<seed:think>", "</seed:think>"),
+    Markers("<|START_THINKING|>", "<|END_THINKING|>"),
+    Markers("<|begin_of_thought|>", "<|end_of_thought|>"),
+    # gpt-oss: what it says on other channels, up to the answer on the last.
+    Markers("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
+)
+_OPENER = re.compile(r"<([A-Za-z][\w:-]*)>\s*$")
+
+
+def thought_markers(tokenizer: Any, header: str = "", answered: str = "") -> list[Markers]:
+    """The markers of a model's thoughts.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+        header: What its chat template writes to open the assistant's turn.
+        answered: What it writes before an answer that is given.
+
+    Returns:
+        `<think>` always; others that the chat template or the vocabulary knows, or that the header
+        opens, though nothing of the kind stands before an answer that is given.
+    """
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    added = getattr(tokenizer, "added_tokens_encoder", {})
+    found = [_THINK]
+    for pair in _MARKERS:
+        tokens = re.findall(r"<\|[^|]+\|>", pair.opening) if "channel" in pair.opening else pair
+        if all(token in added or token in template for token in tokens):
+            found.append(pair)
+    opened = _OPENER.search(header)
+    if opened and not answered.rstrip().endswith(opened[0].strip()):
+        found.append(Markers(f"<{opened[1]}>", f"</{opened[1]}>"))
+    return list(dict.fromkeys(found))
+
+
+def opens_thought(text: str, markers: Sequence[Markers]) -> Markers | None:
+    """The markers of the thought in which a text ends; None where it ends in none."""
+    for pair in markers:
+        if text.rfind(pair.opening) > text.rfind(pair.closing):
+            return pair
+    return None
+
+
+def without_thoughts(text: str, markers: Sequence[Markers], opened: Markers | None = None) -> str:
+    """What is said besides thoughts; a thought that never ends hides all that follows.
+
+    Args:
+        text: What a model wrote.
+        markers: See `thought_markers`.
+        opened: The markers of a thought that the prompt has opened.
+    """
+    if opened is not None:
+        text = opened.opening + text
+    for pair in markers:
+        if pair.opening in text or pair.closing in text:
+            text = _without(text, pair).lstrip()
+    return text
+
+
+def _without(text: str, pair: Markers) -> str:
+    said = ""
+    while True:
+        before, closing, after = text.partition(pair.closing)
+        if pair.opening in before:
+            said += before.partition(pair.opening)[0]
+        elif closing:
+            said = ""  # the thought began without its marker
+        else:
+            return said + text
+        text = after
+
 
 log = logging.getLogger(__name__)
 
@@ -194,3 +279,51 @@ def check_generation_prompt(tokenizer: Any, args: dict[str, Any]) -> None:
             "Use a model whose template writes it, or mend the template (chat_template in its "
             "tokenizer_config.json)."
         )
+
+
+# Enough of a prompt's end to hold the assistant header.
+_HEADER_TOKENS = 32
+
+
+class AnswerReader:
+    """Makes text of a model's tokens.
+
+    Special tokens that make a conversation (beginning, end, padding, turns) are left out. Others,
+    like those around thoughts and tool calls, belong to what is said.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+        stop_ids: Ids that end a completion.
+    """
+
+    def __init__(self, tokenizer: Any, stop_ids: list[int]) -> None:
+        self.tokenizer = tokenizer
+        self.stop_ids = list(stop_ids)
+        self._hidden = conversation_ids(tokenizer, self.stop_ids)
+        self._markers = known_thoughts(tokenizer)
+
+    def text(self, ids: Iterable[int]) -> str:
+        """What was said, thoughts included."""
+        shown = [token for token in ids if token not in self._hidden]
+        return str(self.tokenizer.decode(shown, skip_special_tokens=False))
+
+    def opened(self, prompt_ids: list[int]) -> Markers | None:
+        """The markers of the thought that a prompt opens; None where it opens none.
+
+        Args:
+            prompt_ids: Ids of the prompt; its last ones are looked at.
+        """
+        header: list[int] = []
+        for token in prompt_ids[-_HEADER_TOKENS:]:
+            # What stands before the last token of the conversation is another turn.
+            header = [] if token in self._hidden else [*header, token]
+        return opens_thought(self.tokenizer.decode(header), self._markers)
+
+    def answer(self, text: str, opened: Markers | None = None) -> str:
+        """What was said besides thoughts; empty where a thought never ends.
+
+        Args:
+            text: See `text`.
+            opened: See `opened`.
+        """
+        return without_thoughts(text, self._markers, opened)

@@ -10,18 +10,18 @@ from sdft_lightning.models.lora.adapters import (
     add_adapter_,
     frozen_matrices,
     is_adapted,
+    save_adapter,
     trained_parameters,
 )
-from sdft_lightning.models.lora.called import check_adapters_are_called
-from sdft_lightning.models.lora.checkpoint import keep_adapters_only_
 from sdft_lightning.models.lora.copies import (
     base_copy,
+    check_adapters_are_called,
     effective_weights,
+    keep_adapters_only_,
     merged_copy,
     merged_weight,
     sharing_copy,
 )
-from sdft_lightning.models.lora.saving import save_adapter
 
 __all__ = [
     "ALL_LINEAR",

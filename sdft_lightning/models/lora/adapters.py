@@ -1,4 +1,4 @@
-"""Adapters in a model: the options, how they get in, and which parameters they are.
+"""Adapters in a model: the options, how they get in, which parameters they are, peft's folder.
 
 peft's layers are put into the model of transformers itself, without its `PeftModel` around it. So
 the model keeps its class, its `base_model` and its head, and every path that reads hidden states or
@@ -7,13 +7,16 @@ keys and values works as without adapters.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sdft_lightning.errors import UserError, check_choice
@@ -284,3 +287,33 @@ def _check_targets(model: Any, lora: LoRA) -> None:
                 f"lora.target_modules: {target!r} is no linear layer of {type(model).__name__} "
                 f"that can be adapted. {_allowed(model)}"
             )
+
+
+# peft wraps a model twice when it loads an adapter, which shows in the names.
+_PREFIX = "base_model.model."
+
+
+def save_adapter(model: Any, folder: Path, base_name: str, revision: str | None = None) -> None:
+    """Write a folder that `PeftModel.from_pretrained` loads, in safetensors.
+
+    Args:
+        model: An adapted model.
+        folder: An existing folder.
+        base_name: What transformers loads the base model by; written into the config.
+        revision: The same of its branch, tag or commit.
+    """
+    from peft import get_peft_model_state_dict
+
+    tensors = {
+        f"{_PREFIX}{name}": tensor.detach().contiguous().cpu()
+        for name, tensor in get_peft_model_state_dict(model, adapter_name=ADAPTER).items()
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = copy.copy(model.peft_config[ADAPTER])
+    config.base_model_name_or_path, config.revision = base_name, revision
+    config.inference_mode = True  # loaded frozen, as peft saves it
+    for name in ("target_modules", "target_parameters"):
+        targets = getattr(config, name)
+        if targets is not None and not isinstance(targets, str):
+            setattr(config, name, sorted(targets))  # a set's order differs by process
+    config.save_pretrained(str(folder))

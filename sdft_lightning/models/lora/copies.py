@@ -1,4 +1,4 @@
-"""Models beside an adapted one that hold no second copy of its frozen weights."""
+"""Models and checkpoints beside an adapted model, without its frozen weights once more."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from sdft_lightning.errors import UserError
 from sdft_lightning.models.lora.adapters import (
     ADAPTER,
     adapted_weight,
@@ -19,6 +20,80 @@ from sdft_lightning.models.lora.adapters import (
     is_adapted,
     weight_name,
 )
+from sdft_lightning.models.precision import eval_mode
+
+
+@torch.no_grad()
+def check_adapters_are_called(model: Any) -> None:
+    """Refuse adapters on layers whose weights other modules multiply by themselves.
+
+    Such an adapter would change nothing while it is trained, and the model once it is merged.
+    Layers that three tokens do not need, such as an expert's or a picture's, need not be called.
+
+    Args:
+        model: A causal language model of transformers, with adapters or without.
+
+    Raises:
+        UserError: If there are such layers.
+    """
+    layers = adapter_layers(model)
+    if not layers:
+        return
+    with eval_mode(model):  # which puts the modes back
+        for training in (False, True):  # a model may read a weight in one mode only
+            model.train(training)
+            past = _read_past(model, layers)
+            if past:
+                raise UserError(_sentence(model, layers, past))
+
+
+def _read_past(model: Any, layers: dict[str, Any]) -> list[str]:
+    """Names of layers that are not called, but change what comes out."""
+    called: set[str] = set()
+    handles = [
+        layer.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+        for name, layer in layers.items()
+    ]
+    try:
+        plain = _states(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    kinds: dict[str, list[str]] = {}
+    for name in layers:
+        if name not in called and adapted_weight(layers[name]).is_floating_point():
+            kinds.setdefault(name.rpartition(".")[2], []).append(name)
+    found: list[str] = []
+    for names in kinds.values():
+        weights = [adapted_weight(layers[name]).data for name in names]
+        for weight in weights:
+            weight.neg_()
+        changed = not torch.equal(_states(model), plain)
+        for weight in weights:
+            weight.neg_()  # exact
+        found += names if changed else []
+    return found
+
+
+def _states(model: Any) -> Tensor:
+    ids = torch.tensor([[0, 1, 2]], device=model.device)  # (1, 3)
+    states: Tensor = model.base_model(input_ids=ids).last_hidden_state  # (1, 3, D)
+    return states
+
+
+def _sentence(model: Any, layers: dict[str, Any], past: list[str]) -> str:
+    ends = {name.rpartition(".")[2] for name in past}
+    rest = {
+        name.rpartition(".")[2]
+        for name, layer in layers.items()
+        if isinstance(layer.get_base_layer(), nn.Linear)
+    }
+    around = type(model.get_submodule(past[0].rpartition(".")[0])).__name__
+    return (
+        f"lora.target_modules: {around} reads the weights of {', '.join(sorted(ends))} past their "
+        f"adapters (e.g. {past[0]}), so the exported model would not be the trained one. Name "
+        f"layers without them: [{', '.join(sorted(rest - ends))}]."
+    )
 
 
 def sharing_copy(model: Any) -> Any:
@@ -119,3 +194,44 @@ def _outermost(layers: dict[str, Any]) -> dict[str, Any]:
 def _replace_(model: nn.Module, name: str, part: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, part)
+
+
+def keep_adapters_only_(module: nn.Module, student: Any) -> None:
+    """Let `module.state_dict()` hold no frozen weights of the student, and let such a one load.
+
+    They are left out of the student itself and of every teacher that shares them. An adapter that
+    is missing when loading is an error as ever.
+
+    Args:
+        module: A LightningModule of ours.
+        student: Its adapted model.
+    """
+    adapters = frozenset(adapter_parameters(student))
+    module.register_state_dict_post_hook(partial(_drop_frozen, adapters))
+    module.register_load_state_dict_post_hook(partial(_forgive_frozen, adapters))
+
+
+def _is_frozen(adapters: frozenset[str], module: nn.Module, key: str) -> bool:
+    sharing = (name for name, part in module.named_children() if _shares_weights(part))
+    models = ("student.", *(f"{name}.model." for name in sharing))
+    return any(
+        key.startswith(model) and key.removeprefix(model) not in adapters for model in models
+    )
+
+
+def _shares_weights(part: nn.Module) -> bool:
+    return bool(getattr(part, "shares_weights", False))
+
+
+def _drop_frozen(
+    adapters: frozenset[str], module: nn.Module, state: dict[str, Any], prefix: str, _: object
+) -> None:
+    for key in list(state):
+        if key.startswith(prefix) and _is_frozen(adapters, module, key.removeprefix(prefix)):
+            del state[key]
+
+
+def _forgive_frozen(adapters: frozenset[str], module: nn.Module, found: Any) -> None:
+    found.missing_keys[:] = [
+        key for key in found.missing_keys if not _is_frozen(adapters, module, key)
+    ]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from sdft_lightning.data.benchmarks import Benchmarks, BenchmarkSuite
-from sdft_lightning.data.benchmarks.code import passes, results, run_answers
 from sdft_lightning.data.benchmarks.sandbox import run_program
+from sdft_lightning.data.benchmarks.task_functions import passes, results, run_answers
 from sdft_lightning.errors import UserError
 from sdft_lightning.types import ContinuationScore, RequestResponse
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sdft_lightning.data.benchmarks.code import passes, program, results, run_answers
 from sdft_lightning.data.benchmarks.sandbox import run_program
+from sdft_lightning.data.benchmarks.task_functions import passes, program, results, run_answers
 from sdft_lightning.errors import UserError
 
 ITEM = {

@@ -7,7 +7,7 @@ import random
 import langdetect
 import pytest
 
-from sdft_lightning.data.benchmarks.seeded_grading import seeded_grading
+from sdft_lightning.data.benchmarks.suite import seeded_grading
 
 # Names of one kind only: without a seed it is one language now and another one the next time.
 AMBIGUOUS = "hotel taxi"

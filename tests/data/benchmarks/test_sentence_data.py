@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sdft_lightning.data.benchmarks.sentence_data import check_sentence_data
+from sdft_lightning.data.benchmarks.task_yaml import check_sentence_data
 from sdft_lightning.errors import UserError
 
 TASK = SimpleNamespace(

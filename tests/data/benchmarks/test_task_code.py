@@ -15,6 +15,7 @@ from sdft_lightning.errors import UserError
 pytestmark = pytest.mark.attack
 
 # What a stranger's module does as it is imported.
+OWN = "sdft_lightning.data.benchmarks.task_functions"
 MARK = """import builtins
 builtins.imported_by_a_stranger = True
 def f(*given, **named): return given
@@ -49,7 +50,7 @@ def add(task_file: Path, line: str) -> None:
         "process_docs: !function os.system",
         "process_docs: !function lm_eval.tasks.humaneval.utils.pass_at_k",
         "process_docs: !function sdft_lightning.data.benchmarks.sandbox.run_program",
-        "process_docs: !function sdft_lightning.data.benchmarks.code.ThreadPoolExecutor",
+        "process_docs: !function sdft_lightning.data.benchmarks.task_functions.ThreadPoolExecutor",
     ],
 )
 def test_code_of_one_s_own_is_refused_before_it_is_imported(task_file: Path, line: str) -> None:
@@ -74,7 +75,7 @@ def test_a_file_beside_the_yaml_is_not_taken_for_this_package(task_file: Path) -
     beside = task_file.parent / "sdft_lightning" / "data" / "benchmarks" / "graded.py"
     beside.parent.mkdir(parents=True)
     beside.write_text(MARK.replace("def f", "def contains"))
-    add(task_file, "process_results: !function sdft_lightning.data.benchmarks.graded.contains")
+    add(task_file, f"process_results: !function {OWN}.contains")
     with pytest.raises(UserError, match="allow_task_code"):
         load_tasks(Benchmarks([str(task_file)]))
     assert not imported()
@@ -105,7 +106,7 @@ def test_code_that_others_packages_would_fetch_is_refused(
         "same_as: humaneval\ntask: mine\nunsafe_code: false\n",
         "include: {harness}/humaneval/humaneval.yaml\ntask: mine\nunsafe_code: false\n",
         # In the sandbox, but unasked.
-        "task: mine\nprocess_results: !function sdft_lightning.data.benchmarks.code.results\n",
+        f"task: mine\nprocess_results: !function {OWN}.results\n",
     ],
 )
 def test_unsafe_code_false_makes_nothing_safe(tmp_path: Path, text: str) -> None:

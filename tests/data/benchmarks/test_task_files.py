@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 from sdft_lightning.data.benchmarks import Benchmarks, BenchmarkSuite, BenchmarkTask
-from sdft_lightning.data.benchmarks.code import program
 from sdft_lightning.data.benchmarks.sandbox import run_program
+from sdft_lightning.data.benchmarks.task_functions import join, program
 from sdft_lightning.data.benchmarks.task_yaml import harness_yaml, read_task_yaml
-from sdft_lightning.data.benchmarks.wikitext import join
 from sdft_lightning.errors import UserError
 from sdft_lightning.types import ContinuationScore, RequestResponse, ScoringBatch
 

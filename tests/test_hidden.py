@@ -181,7 +181,7 @@ def changed_logits(change: Callable[[Tensor], Tensor]) -> Any:
 def test_a_model_that_changes_its_logits_otherwise_is_refused(
     change: Callable[[Tensor], Tensor],
 ) -> None:
-    with pytest.raises(UserError, match=r"model_name.*LlamaForCausalLM"):
+    with pytest.raises(UserError, match=r"model\.policy\.name.*LlamaForCausalLM"):
         check_output_head(changed_logits(change))
     check_output_head(changed_logits(lambda logits: logits))
 
@@ -198,7 +198,7 @@ def test_the_check_puts_every_mode_back() -> None:
 def test_a_model_without_a_linear_head_is_refused() -> None:
     model = build("llama")
     model.lm_head = nn.Sequential(model.lm_head)
-    with pytest.raises(UserError, match=r"model_name.*no linear output head.*Sequential"):
+    with pytest.raises(UserError, match=r"model\.policy\.name.*no linear output head.*Sequential"):
         output_head(model)
 
 

@@ -224,8 +224,8 @@ CONFIGS: dict[str, tuple[str | list[str], list[str]]] = {
         ["sampling.max_new_tokens: got 1000000000000, allowed is 1 and more, up to 1048576"],
     ),
     "graded_answers_without_end": (
-        ["--model.eval_max_new_tokens=1000000000000"],
-        ["model.eval_max_new_tokens: got 1000000000000", "up to 1048576"],
+        ["--model.evaluation.max_new_tokens=1000000000000"],
+        ["model.evaluation.max_new_tokens: got 1000000000000", "up to 1048576"],
     ),
     "completions_without_end": (
         ["--model.sampling.completions_per_prompt=100000000"],
@@ -236,7 +236,7 @@ CONFIGS: dict[str, tuple[str | list[str], list[str]]] = {
         ["sampling.temperature: got inf, allowed is above 0 and finite"],
     ),
     "rank_of_terabytes": (
-        ["--model.lora.r=1000000000000"],
+        ["--model.policy.lora.r=1000000000000"],
         ["lora.r: got 1000000000000, allowed are 1 and more, up to 65536"],
     ),
 }
@@ -387,7 +387,7 @@ def run_of_two_steps(
     (root / "rows.jsonl").write_text(GOOD * 4)
     options = {
         "model": "SDFTModule",
-        "model.model_name": model_folder,
+        "model.policy.name": model_folder,
         "model.sampling.max_new_tokens": 4,
         "data.train": root / "rows.jsonl",
         "data.batch_size": 2,

@@ -13,6 +13,7 @@ import torch
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.forward.layout import can_share
+from sdft_lightning.forward.policy import Policy
 from sdft_lightning.models.sharding import (
     data_parallel_mesh,
     empty_copy,
@@ -191,8 +192,8 @@ def test_cached_prompts_are_refused_before_anything_is_cut(model: Any) -> None:
 def test_adapters_are_refused_before_anything_is_cut(fit_module: Any) -> None:
     from sdft_lightning.models.lora import LoRA
 
-    module = fit_module(model={"lora": LoRA(r=2)})
-    with pytest.raises(UserError, match=r"model\.lora: adapters under fsdp2"):
+    module = fit_module(model={"policy": {"lora": LoRA(r=2)}})
+    with pytest.raises(UserError, match=r"model\.policy.lora: adapters under fsdp2"):
         module.shard_models(None)
 
 
@@ -204,19 +205,19 @@ def test_what_cannot_take_shards_is_refused_before_a_model_is_loaded() -> None:
     from sdft_lightning.modules import SDFTModule
     from sdft_lightning.rollout import TransformersEngine, VLLMEngine
 
-    module = SDFTModule("no/such/model", optimizer=LowMemoryAdamW)
+    module = SDFTModule(policy=Policy("no/such/model"), optimizer=LowMemoryAdamW)
     module._device_mesh = Mesh(2, 1)  # type: ignore[assignment]
     module._trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"))  # type: ignore[assignment]
     expected = r"model\.optimizer: got LowMemoryAdamW.*fsdp2.*torch\.optim\.AdamW.*strategy=ddp"
     with pytest.raises(UserError, match=expected):
         module.configure_model()
     module.optimizer_factory = torch.optim.AdamW
-    module.engine = VLLMEngine()
+    module.rollouts.engine = VLLMEngine()
     with pytest.raises(UserError, match=r"model\.engine: under fsdp2.*strategy=ddp"):
         module.configure_model()
-    module.lora = LoRA(r=2)
-    with pytest.raises(UserError, match=r"model\.lora: adapters under fsdp2"):
+    module.policy = Policy("no/such/model", lora=LoRA(r=2))
+    with pytest.raises(UserError, match=r"model\.policy.lora: adapters under fsdp2"):
         module.configure_model()
-    module.lora, module.engine = None, TransformersEngine()
-    with pytest.raises(UserError, match=r"model_name: there is no folder no/such/model"):
+    module.policy, module.rollouts.engine = Policy("no/such/model"), TransformersEngine()
+    with pytest.raises(UserError, match=r"model\.policy\.name: there is no folder no/such/model"):
         module.configure_model()

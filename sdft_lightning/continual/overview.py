@@ -36,7 +36,7 @@ from sdft_lightning.data import DemonstrationDataModule
 from sdft_lightning.data.rows import Columns, compose, wanted_columns
 from sdft_lightning.data.sources import read_rows
 from sdft_lightning.models.tokenization import resolve_model
-from sdft_lightning.modules.on_policy import OnPolicyModule
+from sdft_lightning.modules.evaluation import Evaluation
 from sdft_lightning.rollout import Sampling
 
 _CHARACTERS_A_TOKEN = 4
@@ -148,7 +148,7 @@ class RoughTime:
     def _answers(self, size: SetSize, data: Mapping[str, Any]) -> float:
         """Seconds to answer all questions of a set."""
         batch = min(size.rows, _option(DemonstrationDataModule, "eval_batch_size", data))
-        new = _option(modules.PolicyModule, "eval_max_new_tokens", _init(self.plan.model))
+        new = _option(Evaluation, "max_new_tokens", _init(self.plan.model).get("evaluation") or {})
         batches = math.ceil(size.rows / batch)
         return self._forward(size.rows * size.prompt) + batches * self._sampled(batch, new)
 
@@ -190,7 +190,7 @@ class RoughTime:
     def _step(self, model: Mapping[str, Any], size: SetSize, rows: int) -> tuple[float, float]:
         """Seconds of an optimizer step, and tokens that it trains on."""
         method = getattr(modules, str(model.get("class_path", "")).rpartition(".")[2], None)
-        if not (isinstance(method, type) and issubclass(method, OnPolicyModule)):
+        if not (isinstance(method, type) and issubclass(method, modules.SDFTModule)):
             tokens = rows * size.demonstration
             return 3 * self._forward(rows * (size.prompt + size.demonstration)), tokens
         sampling = _init(model).get("sampling") or {}

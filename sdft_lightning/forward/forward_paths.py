@@ -153,8 +153,9 @@ def _find_paths(model: Any) -> ForwardPaths:
     ):
         if "lsh" in (getattr(model.config, "attn_layers", None) or ()):
             raise UserError(
-                f"model_name: {type(model).__name__} attends to tokens that it draws at random "
-                "(LSH attention), so two passes over a long row differ. Use another architecture."
+                f"model.policy.name: {type(model).__name__} attends to tokens that it draws at "
+                "random (LSH attention), so two passes over a long row differ. Use another "
+                "architecture."
             )
         probe = Probe(model, device)
         if not probe.is_finite():
@@ -216,12 +217,12 @@ def _not_causal(model: Any, probe: Probe) -> str:
     name = f"{type(model).__name__} (model_type {model.config.model_type})"
     if not probe.is_right(probe.again):
         return (
-            f"model_name: {name} computes other states for the same tokens each time or after "
-            "longer rows, even in eval mode, so passes cannot be compared. Use another "
+            f"model.policy.name: {name} computes other states for the same tokens each time or "
+            "after longer rows, even in eval mode, so passes cannot be compared. Use another "
             "architecture or, where rope_type is `dynamic`, a larger max_position_embeddings."
         )
     return (
-        f"model_name: what {name} predicts changes with the tokens that follow, so it is no causal "
-        "language model as it is configured. Use another architecture; an encoder such as BERT "
-        "needs `is_decoder: true` in its config.json, and weights that were trained so."
+        f"model.policy.name: what {name} predicts changes with the tokens that follow, so it is no "
+        "causal language model as it is configured. Use another architecture; an encoder such as "
+        "BERT needs `is_decoder: true` in its config.json, and weights that were trained so."
     )

@@ -205,7 +205,7 @@ def output_head(model: Any) -> OutputHead:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise UserError(
-            f"model_name: {type(model).__name__} has no linear output head (found "
+            f"model.policy.name: {type(model).__name__} has no linear output head (found "
             f"{type(head).__name__}); the loss needs one. Use a causal language model."
         )
     config = model.config
@@ -244,15 +244,15 @@ def check_output_head(model: Any) -> None:
         head = output_head(model)
         if states.shape[-1] != head.weight.shape[1]:
             raise UserError(
-                f"model_name: {type(model).__name__} changes its hidden states before its output "
-                f"head (from {states.shape[-1]} to {head.weight.shape[1]} values), which the loss "
-                "does not know. Use another architecture."
+                f"model.policy.name: {type(model).__name__} changes its hidden states before its "
+                f"output head (from {states.shape[-1]} to {head.weight.shape[1]} values), which "
+                "the loss does not know. Use another architecture."
             )
         ours = apply_head(head, states).float()
     difference = float((own - ours).abs().max() / own.abs().max().clamp(min=1e-6))
     if difference > _HEAD_TOLERANCE:
         raise UserError(
-            f"model_name: {type(model).__name__} changes its logits in a way that the loss does "
-            f"not know (relative difference {difference:.2g}); training it would be wrong. "
+            f"model.policy.name: {type(model).__name__} changes its logits in a way that the loss "
+            f"does not know (relative difference {difference:.2g}); training it would be wrong. "
             "Please report the model's name."
         )

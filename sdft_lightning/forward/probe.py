@@ -69,9 +69,9 @@ class Probe:
             if not takes_float32(model):
                 raise  # the caller knows the precision
             raise NotComputed(
-                f"model_name: {type(model).__name__} (model_type {model.config.model_type}) cannot "
-                f"be computed from token ids alone: {type(error).__name__}: {error}. Use a causal "
-                "language model that reads text."
+                f"model.policy.name: {type(model).__name__} (model_type {model.config.model_type}) "
+                f"cannot be computed from token ids alone: {type(error).__name__}: {error}. Use a "
+                "causal language model that reads text."
             ) from error
 
     def is_right(self, path: Callable[..., list[tuple[Tensor, Tensor]]], *arguments: Any) -> bool:

@@ -11,7 +11,7 @@ import copy
 import ctypes
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from sdft_lightning.forward.fused import (
 )
 from sdft_lightning.forward.hidden import completion_hidden_states, output_head
 from sdft_lightning.forward.layout import split_if_worth
+from sdft_lightning.forward.policy import SamplingDtype
 from sdft_lightning.models.precision import product_dtype
 from sdft_lightning.models.sharding import empty_copy, fill_, is_sharded
 from sdft_lightning.rollout.decode_mode import can_pack
@@ -37,8 +38,6 @@ from sdft_lightning.rollout.generate import (
 )
 from sdft_lightning.rollout.sampling import row_uniforms
 from sdft_lightning.types import OutputHead, Rollout, Tokens
-
-SamplingDtype = Literal["auto", "same", "bfloat16"]
 
 # What may be stored for later micro-batches of a window; the first one's is used at once.
 _MOST_BYTES = 3 * 2**28

@@ -133,7 +133,7 @@ def test_rough_time_counts_the_weights_and_measures_the_machine(
 
 
 def test_rough_time_is_none_where_the_model_is_not_here(plan_options: Options) -> None:
-    plan_options["model"]["init_args"]["model_name"] = "./absent/model"
+    plan_options["model"]["init_args"]["policy"]["name"] = "./absent/model"
     assert RoughTime(build_plan(plan_options)).seconds(None) is None
 
 

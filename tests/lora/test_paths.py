@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sdft_lightning.forward.hidden import apply_head, completion_hidden_states, output_head
-from sdft_lightning.forward.policy import load_policy
+from sdft_lightning.forward.policy import Policy, load_policy
 from sdft_lightning.forward.prompt_cache import PromptCache
 from sdft_lightning.forward.scoring import score_continuations
 from sdft_lightning.losses.bounded import bounded_divergence
@@ -137,7 +137,7 @@ def test_gradient_checkpointing_leaves_loss_and_gradients_of_adapters_as_they_ar
     results = []
     for checkpointing in (False, True):
         model = load_policy(
-            str(model_folder), gradient_checkpointing=checkpointing, lora=LoRA(r=4)
+            Policy(str(model_folder), gradient_checkpointing=checkpointing, lora=LoRA(r=4))
         ).model
         assert any(getattr(p, "gradient_checkpointing", False) for p in model.modules()) == (
             checkpointing
@@ -155,7 +155,9 @@ def test_gradient_checkpointing_leaves_loss_and_gradients_of_adapters_as_they_ar
 def test_reentrant_checkpointing_reaches_the_adapters_too(
     model_folder: Path, batch: tuple[Tensor, ...]
 ) -> None:
-    model = load_policy(str(model_folder), gradient_checkpointing=True, lora=LoRA(r=4)).model
+    model = load_policy(
+        Policy(str(model_folder), gradient_checkpointing=True, lora=LoRA(r=4))
+    ).model
     layers = [part for part in model.modules() if hasattr(part, "_gradient_checkpointing_func")]
     assert layers
     for layer in layers:

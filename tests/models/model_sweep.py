@@ -21,7 +21,7 @@ from sdft_lightning.forward.fused import decoder_of
 from sdft_lightning.forward.hidden import apply_head, completion_hidden_states, output_head
 from sdft_lightning.forward.kv_cache import without_cache
 from sdft_lightning.forward.layout import can_share, takes_own_mask
-from sdft_lightning.forward.policy import load_policy
+from sdft_lightning.forward.policy import Policy, load_policy
 from sdft_lightning.forward.prompt_cache import PromptCache
 from sdft_lightning.models.lora import LoRA, adapter_parameters, merged_copy
 from sdft_lightning.models.precision import eval_mode
@@ -246,7 +246,7 @@ def check_scoring(model: Any, batch: Batch) -> None:
 def check_adapters(folder: Path, batch: Batch) -> str:
     """The same with adapters that have moved; why there can be none, or nothing."""
     try:
-        model = load_policy(str(folder), lora=LoRA(r=2)).model
+        model = load_policy(Policy(str(folder), lora=LoRA(r=2))).model
     except UserError as error:
         return str(error)
     generator = torch.Generator().manual_seed(1)
@@ -291,7 +291,7 @@ def sweep(name: str, tokenizer: Any, folder: Path) -> Verdict:
         tokenizer.save_pretrained(folder)
         verdict = Verdict(name, type(built).__name__)
         try:
-            model = load_policy(str(folder)).model
+            model = load_policy(Policy(str(folder))).model
         except UserError as error:
             verdict.refusal = str(error).replace(str(folder), "…")
             return verdict

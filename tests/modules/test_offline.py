@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.forward.policy import Policy
 from sdft_lightning.modules import OfflineDistillationModule, SDFTModule
-from sdft_lightning.modules.offline import COMPLETIONS_KEY
+from sdft_lightning.modules.sdft_variants import COMPLETIONS_KEY
 from sdft_lightning.rollout import Sampling, student
 from sdft_lightning.teacher import FrozenTeacher
 from sdft_lightning.types import PromptBatch, Rollout, Tokens
@@ -179,7 +180,9 @@ def test_checkpoint_keeps_what_the_teacher_wrote_and_a_resumed_run_writes_nothin
     assert saved[COMPLETIONS_KEY]["row_ids"] == sorted(first.by_row())
     assert sum(written) == 12
 
-    resumed = OfflineDistillationModule(module.model_name, seed=99, sampling=Sampling(8))
+    resumed = OfflineDistillationModule(
+        policy=Policy(module.policy.name), seed=99, sampling=Sampling(8)
+    )
     resumed.configure_model()
     resumed.on_load_checkpoint(saved)
     batch = module.trainer.datamodule.batch_of(module.trainer.datamodule.training_rows())

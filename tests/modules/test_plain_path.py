@@ -124,7 +124,7 @@ def test_ten_steps_equal_the_plain_path(
     pairs = zip(our_module.student.parameters(), plain_module.student.parameters(), strict=True)
     for one, other in pairs:
         torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
-    start = AutoModelForCausalLM.from_pretrained(our_module.model_name)
+    start = AutoModelForCausalLM.from_pretrained(our_module.policy.name)
     ours_moved, plain_moved = (
         torch.cat([(one - at).flatten() for one, at in zip(*each, strict=True)])
         for each in (

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.forward.policy import Policy
 from sdft_lightning.losses.divergence import Divergence
 from sdft_lightning.modules import OfflineDistillationModule, ReinvokeModule, SDFTModule
-from sdft_lightning.modules.on_policy import distinct_bigrams
+from sdft_lightning.modules.window import distinct_bigrams
 from sdft_lightning.rollout import Sampling
 from sdft_lightning.rollout.sampling import row_uniforms
 from sdft_lightning.types import PromptBatch, Rollout, Tokens
@@ -219,8 +220,14 @@ def test_completions_all_shorter_than_the_skip_give_zeros_not_nan_and_are_told_o
 
 def test_skip_that_leaves_no_token_of_any_completion_is_refused() -> None:
     with pytest.raises(UserError, match=r"num_loss_tokens_to_skip: got 8, .* at most 8 tokens"):
-        SDFTModule("embedded", num_loss_tokens_to_skip=8, sampling=Sampling(max_new_tokens=8))
-    SDFTModule("embedded", num_loss_tokens_to_skip=7, sampling=Sampling(max_new_tokens=8))
+        SDFTModule(
+            policy=Policy("embedded"),
+            num_loss_tokens_to_skip=8,
+            sampling=Sampling(max_new_tokens=8),
+        )
+    SDFTModule(
+        policy=Policy("embedded"), num_loss_tokens_to_skip=7, sampling=Sampling(max_new_tokens=8)
+    )
 
 
 def test_distinct_bigrams_counts_pairs_inside_the_mask_only() -> None:
@@ -253,6 +260,8 @@ def test_sampled_token_is_refused_where_the_token_is_not_the_students_own_draw(
 
 def test_sampled_token_takes_any_temperature() -> None:
     SDFTModule(divergence=SAMPLED_TOKEN, sampling=Sampling(temperature=0.7))
-    ReinvokeModule("embedded", divergence=SAMPLED_TOKEN)
+    ReinvokeModule(original=Policy("embedded"), divergence=SAMPLED_TOKEN)
     with pytest.raises(UserError, match=r"model\.sampling\.top_p"):
-        ReinvokeModule("embedded", divergence=SAMPLED_TOKEN, sampling=Sampling(top_p=0.9))
+        ReinvokeModule(
+            original=Policy("embedded"), divergence=SAMPLED_TOKEN, sampling=Sampling(top_p=0.9)
+        )

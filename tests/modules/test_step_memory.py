@@ -77,7 +77,7 @@ def test_student_is_computed_with_the_weights_that_were_rounded_to_sample_with(
     monkeypatch.setattr(hidden, "completion_states", spy)
     fit_module(
         Compared,
-        model={"sampling_dtype": dtype, "sampling": Sampling(max_new_tokens=4)},
+        model={"policy": {"sampling_dtype": dtype}, "sampling": Sampling(max_new_tokens=4)},
         max_steps=3,
         max_epochs=-1,
         precision="bf16-mixed",
@@ -140,7 +140,7 @@ def test_prompts_of_a_rollout_serve_the_student_and_change_nothing(
         module = fit_module(
             SDFTModule,
             model={
-                "sampling_dtype": "bfloat16" if rounded == "copy" else "same",
+                "policy": {"sampling_dtype": "bfloat16" if rounded == "copy" else "same"},
                 "sampling": Sampling(max_new_tokens=9, completions_per_prompt=samples),
                 "optimizer": lambda p: torch.optim.AdamW(p, lr=rate),
             },
@@ -170,7 +170,7 @@ def test_a_float32_student_is_not_computed_with_rounded_weights(
         return completion_states(*arguments)
 
     monkeypatch.setattr(hidden, "completion_states", spy)
-    fit_module(SDFTModule, model={"sampling_dtype": "bfloat16"}, precision="32-true")
+    fit_module(SDFTModule, model={"policy": {"sampling_dtype": "bfloat16"}}, precision="32-true")
     assert rounded == [None, None]
 
 

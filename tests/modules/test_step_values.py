@@ -24,7 +24,7 @@ from sdft_lightning.modules import (
     SFTKLModule,
     SFTModule,
 )
-from sdft_lightning.modules.step_values import StepValues
+from sdft_lightning.modules.window import StepValues
 from sdft_lightning.rollout import (
     Engine,
     RolloutRequest,
@@ -32,7 +32,7 @@ from sdft_lightning.rollout import (
     StudentPasses,
     TransformersEngine,
 )
-from sdft_lightning.rollout.mismatch import SamplerAlarm
+from sdft_lightning.rollout.mismatch import Mismatch
 from sdft_lightning.types import Rollout, TokenStatistics
 
 FitModule = Callable[..., Any]
@@ -157,7 +157,7 @@ def test_sampler_that_is_off_in_all_but_the_last_micro_batch_stops_the_run_or_is
     stop: float | None, fit_module: FitModule, caplog: pytest.LogCaptureFixture
 ) -> None:
     logged = Logged()
-    options = {"engine": OffUntilTheLast(), "sampler_alarm": SamplerAlarm(stop_above=stop)}
+    options = {"engine": OffUntilTheLast(), "mismatch": Mismatch(stop_above=stop)}
     options |= {"sampling": Sampling(4)}
     fit = {"model": options, "callbacks": [logged], "accumulate_grad_batches": 4}
     if stop is not None:

@@ -24,7 +24,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from workload import Workload, make_rows, peak_gigabytes
 
 import sdft_lightning.rollout.generate as generate_module
-from sdft_lightning.forward.policy import load_policy
+from sdft_lightning.forward.policy import Policy, load_policy
 from sdft_lightning.rollout import Sampling, generate_rollout
 from sdft_lightning.rollout.sampling import choose_tokens, row_uniforms
 from sdft_lightning.rollout.student import StudentPasses
@@ -96,7 +96,7 @@ def with_ours(model: Any, ids: Tensor, mask: Tensor, lengths: list[int], stops: 
 
 def main(kind: str, workload: Workload, tail: bool) -> None:
     """Print the median seconds and how many tokens came out."""
-    policy = load_policy(workload.model)
+    policy = load_policy(Policy(workload.model))
     rows = make_rows(workload, workload.micro_batch)
     messages = [[{"role": "user", "content": row["prompt"]}] for row in rows]
     encoded = policy.tokenizer.apply_chat_template(

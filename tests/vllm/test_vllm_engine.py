@@ -18,7 +18,7 @@ from sdft_lightning.rollout import (
     VLLMEngine,
     trained_log_probs,
 )
-from sdft_lightning.rollout.mismatch import MismatchCorrection
+from sdft_lightning.rollout.mismatch import Mismatch
 from sdft_lightning.types import Tokens
 
 # vLLM computes in bfloat16 here, 8 bits of mantissa; the trainer in float32. Each of 30 layers
@@ -82,7 +82,7 @@ def test_after_each_of_five_refreshes_vllm_agrees_with_the_trainer_within_bfloat
     engine: KeptEngine, fit_embedded: Any, fixed_ids: list[int], trained: Callable[[Any], Tensor]
 ) -> None:
     compare = Compare(engine, fixed_ids, trained)
-    fit_embedded(engine, 5, compare, mismatch_correction=MismatchCorrection("sequence"))
+    fit_embedded(engine, 5, compare, mismatch=Mismatch("sequence"))
 
     print("fresh", compare.apart, compare.logged)
     assert len(compare.apart) == 5
@@ -123,9 +123,9 @@ def test_without_the_refresh_the_same_comparison_tells_and_the_alarm_is_given(
 def test_log_probs_are_of_the_distribution_that_is_sampled_from(
     engine: KeptEngine, fixed_ids: list[int], options: dict[str, Any]
 ) -> None:
-    from sdft_lightning.forward.policy import load_policy
+    from sdft_lightning.forward.policy import Policy, load_policy
 
-    student = load_policy("embedded").model
+    student = load_policy(Policy("embedded")).model
     engine.forget()
     sampling = Sampling(12, completions_per_prompt=2, **options)
     prompt = torch.tensor([[0, 0, *fixed_ids[:14]]])  # (1, P)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.forward.policy import load_policy
+from sdft_lightning.forward.policy import Policy, load_policy
 from sdft_lightning.models.embedded import embedded_model_path
 from sdft_lightning.rollout import RolloutRequest, Sampling, StudentPasses, VLLMServerEngine
 from sdft_lightning.rollout.vllm.client import VLLMClient
@@ -77,7 +77,7 @@ class Server:
 @pytest.fixture(scope="module")
 def student() -> Any:
     """The embedded model."""
-    return load_policy("embedded").model
+    return load_policy(Policy("embedded")).model
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def request(prompt: list[int]) -> RolloutRequest:
 def test_restarted_server_gets_the_weights_again_and_a_dead_one_is_named(
     server: Server, fixed_ids: list[int], student: Any, trained: Callable[[Any], Tensor]
 ) -> None:
-    moved = load_policy("embedded").model
+    moved = load_policy(Policy("embedded")).model
     with torch.no_grad():
         for parameter in moved.parameters():
             parameter *= 1.05

@@ -43,7 +43,7 @@ class ExternalEngine(Engine):
         if quantized:
             raise UserError(
                 "model.engine: vLLM is sent the student's weights with adapters merged, which "
-                "4-bit weights do not allow. Leave model.quantization out, or use the "
+                "4-bit weights do not allow. Leave model.policy.quantization out, or use the "
                 "TransformersEngine."
             )
 

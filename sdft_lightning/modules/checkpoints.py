@@ -1,16 +1,22 @@
-"""Which model a checkpoint belongs to."""
+"""What a module writes into a checkpoint, and which model and method one belongs to."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from sdft_lightning.errors import UserError, printable
+from sdft_lightning.files.checkpoint_io import check_finite_checkpoint
+from sdft_lightning.forward.policy import Policy
 from sdft_lightning.models.lora import adapter_identity
 from sdft_lightning.models.tokenization import config_value, load_config, load_tokenizer
 
+if TYPE_CHECKING:
+    from sdft_lightning.modules.base import PolicyModule
+
 IDENTITY_KEY = "sdft_lightning"
+CAPABILITY_KEY = "sdft_lightning_capability"
 
 _FIELDS = (
     "model_type",
@@ -28,6 +34,93 @@ _FIELDS = (
 _PROGRESS = ("epoch_loop.batch_progress", "epoch_progress")
 # What optimizers of torch keep for each weight in its own shape.
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer")
+
+
+class Checkpoints:
+    """Writes down whose a checkpoint is, and refuses those of others.
+
+    A module calls `save` and `load` from Lightning's hooks, `check` where a checkpoint can be read
+    before a model is loaded, and `check_optimizer` when the optimizer is made.
+
+    Args:
+        module: Whose checkpoints.
+    """
+
+    def __init__(self, module: PolicyModule) -> None:
+        self._module = module
+        self._optimizer_states: list[dict[str, Any]] | None = None
+
+    def save(self, checkpoint: dict[str, Any]) -> None:
+        """Write down which model this is, and what it could do before training.
+
+        Raises:
+            UserError: If a weight is no number: no such checkpoint is written.
+        """
+        module = self._module
+        check_finite_checkpoint(module, checkpoint)
+        checkpoint[CAPABILITY_KEY] = module.evaluator.capability.state()
+        checkpoint[IDENTITY_KEY] = {
+            **self._identity(),
+            "teacher": self._teacher,
+            "optimizer": type(module.trial_optimizer()).__name__,
+        }
+
+    def check(self, checkpoint: dict[str, Any], trains: bool) -> None:
+        """Refuse, before a model is loaded, a checkpoint that cannot be used here.
+
+        Args:
+            checkpoint: Its content.
+            trains: Whether training is to go on from it.
+
+        Raises:
+            UserError: See `check_takes`.
+        """
+        module = self._module
+        teacher = self._teacher if module.loads_teacher else None
+        optimizer = type(module.trial_optimizer()).__name__ if trains else None
+        check_takes(checkpoint, type(module).__name__, teacher, optimizer)
+
+    def load(self, checkpoint: dict[str, Any], in_fit: bool) -> None:
+        """Refuse the checkpoint of another model, and leave out what this command does not use.
+
+        Args:
+            checkpoint: Its content; its `state_dict` is changed.
+            in_fit: Whether the command is a fit.
+
+        Raises:
+            UserError: If it is one.
+        """
+        module = self._module
+        weights = checkpoint.get("state_dict")  # None where the strategy has read them
+        trains = in_fit and weights is not None
+        self.check(checkpoint, trains)
+        check_same_model(checkpoint.get(IDENTITY_KEY), self._identity())
+        if weights is not None:
+            unused = [f"{name}." for name, each in module.teachers.items() if not each.is_loaded]
+            checkpoint["state_dict"] = used_weights(weights, unused, module.state_dict())
+        self._optimizer_states = checkpoint.get("optimizer_states") if trains else None
+        module.evaluator.capability.load(checkpoint.get(CAPABILITY_KEY))
+
+    def check_optimizer(self, optimizer: Any) -> None:
+        """Compare a new optimizer with what the checkpoint that was loaded last holds of its own.
+
+        Args:
+            optimizer: Over the parameters to train.
+
+        Raises:
+            UserError: If they do not fit each other.
+        """
+        check_same_groups(self._optimizer_states, optimizer)
+        check_same_moments(self._optimizer_states, optimizer)
+        self._optimizer_states = None
+
+    def _identity(self) -> dict[str, Any]:
+        module = self._module
+        return model_identity(module.student, module.policy.name, type(module))
+
+    @property
+    def _teacher(self) -> str | None:
+        return next((type(each).__name__ for each in self._module.teachers.values()), None)
 
 
 def model_identity(model: Any, model_name: str, method: type) -> dict[str, Any]:
@@ -53,35 +146,37 @@ def _architecture(config: Any) -> dict[str, Any]:
     return {name: config_value(config, name) for name in _FIELDS}
 
 
-def check_same_kind(
-    model_name: str, revision: str | None, original_name: str, original_revision: str | None
-) -> None:
+def _kind(policy: Policy) -> tuple[dict[str, Any], dict[str, int]]:
+    """A model's architecture and vocabulary."""
+    vocabulary: dict[str, int] = load_tokenizer(policy.name, policy.revision).get_vocab()
+    return _architecture(load_config(policy.name, policy.revision)), vocabulary
+
+
+def check_same_kind(policy: Policy, original: Policy) -> None:
     """Compare two models by their configs and tokenizers, without loading their weights.
 
     Args:
-        model_name: The student.
-        revision: Its branch, tag or commit on the Hub.
-        original_name: The model that it is said to come from.
-        original_revision: Its branch, tag or commit on the Hub.
+        policy: The student.
+        original: The model that it is said to come from.
 
     Raises:
         UserError: If their architectures or their vocabularies differ, or there is no such model.
     """
-    kinds = []
-    for name, version in ((model_name, revision), (original_name, original_revision)):
-        vocabulary = load_tokenizer(name, version).get_vocab()
-        kinds.append((_architecture(load_config(name, version)), vocabulary))
-    (student, words), (original, original_words) = kinds
+    student, words = _kind(policy)
+    try:
+        start, start_words = _kind(original)
+    except UserError as error:
+        raise UserError(str(error).replace("model.policy.", "model.original.")) from error
     for what, mine, theirs in (
-        ("architecture", student, original),
-        ("vocabulary", words, original_words),
+        ("architecture", student, start),
+        ("vocabulary", words, start_words),
     ):
         if mine != theirs:
             apart = sorted(
                 key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)
             )
             raise UserError(
-                f"model.original_model_name: {original_name} has another {what} than {model_name} "
+                f"model.original.name: {original.name} has another {what} than {policy.name} "
                 f"(they differ in {', '.join(apart[:3])}), so it cannot come from it. "
                 "Name the model that SFT started from."
             )
@@ -116,7 +211,7 @@ def check_takes(
         raise UserError(
             "ckpt_path: the checkpoint holds weights only (checkpoint.save_weights_only), so "
             "training cannot go on from it. Give another checkpoint of the run, or export this one "
-            "and train the exported folder under a new --run.name with --model.model_name."
+            "and train the exported folder under a new --run.name with --model.policy.name."
         )
     if optimizer is not None:
         _check_progress(checkpoint)
@@ -134,29 +229,34 @@ def _check_progress(checkpoint: dict[str, Any]) -> None:
         )
 
 
-def check_same_weights(saved: dict[str, Tensor], current: dict[str, Tensor]) -> None:
-    """Compare the weights in a checkpoint with those that this run's model has.
+def used_weights(
+    saved: dict[str, Tensor], unused: list[str], current: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The weights in a checkpoint that a command uses, compared with those of this run's model.
 
     Args:
         saved: The weights in the checkpoint, by name.
+        unused: What names begin with that are not wanted, e.g. those of a teacher.
         current: Those of the module.
 
     Raises:
         UserError: If names or shapes differ; names the first.
     """
+    used = {name: value for name, value in saved.items() if not name.startswith(tuple(unused))}
     apart = sorted(
         name
-        for name in saved.keys() | current.keys()
-        if name not in saved or name not in current or saved[name].shape != current[name].shape
+        for name in used.keys() | current.keys()
+        if name not in used or name not in current or used[name].shape != current[name].shape
     )
     if apart:
         name = apart[0]
-        shapes = [tuple(each[name].shape) if name in each else "none" for each in (saved, current)]
+        shapes = [tuple(each[name].shape) if name in each else "none" for each in (used, current)]
         raise UserError(
             f"ckpt_path: {len(apart)} weights of the checkpoint are not those of this run's model, "
             f"e.g. {name}: {shapes[0]} in the checkpoint, {shapes[1]} in the model. Give the "
             "checkpoint of this run, or the config that wrote it."
         )
+    return used
 
 
 def check_same_groups(saved: list[dict[str, Any]] | None, optimizer: Any) -> None:
@@ -251,6 +351,6 @@ def _identity(checkpoint: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(saved, dict):
         raise UserError(
             "ckpt_path: this checkpoint was not written by sdft_lightning. Load a model folder "
-            "with --model.model_name instead."
+            "with --model.policy.name instead."
         )
     return saved

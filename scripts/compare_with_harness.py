@@ -24,7 +24,7 @@ from sdft_lightning.data.benchmarks import Benchmarks, BenchmarkSuite, Benchmark
 from sdft_lightning.data.benchmarks.harness_model import request_key
 from sdft_lightning.data.benchmarks.suite import seeded_grading
 from sdft_lightning.data.benchmarks.tasks import FEWSHOT_SEED, quiet_harness
-from sdft_lightning.forward.policy import load_policy
+from sdft_lightning.forward.policy import Policy, load_policy
 from sdft_lightning.models.tokenization import load_max_length
 from sdft_lightning.modules.capability import CapabilityScores
 
@@ -157,7 +157,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="exit with 1 where both disagree")
     parser.add_argument("--at_most", type=float, help="with --check: greatest ratio of the seconds")
     options = parser.parse_args()
-    policy = load_policy(options.model)
+    policy = load_policy(Policy(options.model))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy.model.to(device).eval()
     theirs = timed_model(

@@ -62,7 +62,7 @@ def arguments(folder: Path, name: str, steps: int, tokens: int) -> list[str]:
     return [
         "fit",
         "--model=SDFTModule",
-        f"--model.model_name={folder / 'model'}",
+        f"--model.policy.name={folder / 'model'}",
         f"--model.sampling.max_new_tokens={tokens}",
         "--model.teacher=EMATeacher",
         "--model.teacher.update_rate=0.1",

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from sdft_lightning.data.sets import HeldOut
     from sdft_lightning.data.tokenize import Lengths
     from sdft_lightning.errors import UserError
+    from sdft_lightning.forward.policy import Policy
     from sdft_lightning.graders import JudgeSettings
     from sdft_lightning.losses.divergence import Divergence
     from sdft_lightning.models.lora import LoRA
@@ -50,8 +51,9 @@ if TYPE_CHECKING:
         SFTKLModule,
         SFTModule,
     )
+    from sdft_lightning.modules.evaluation import Evaluation
+    from sdft_lightning.modules.run_callbacks import ValidateAtEnds
     from sdft_lightning.modules.schedule import Schedule
-    from sdft_lightning.modules.validate_at_ends import ValidateAtEnds
     from sdft_lightning.preflight import Limits
     from sdft_lightning.rollout import (
         Engine,
@@ -60,7 +62,7 @@ if TYPE_CHECKING:
         VLLMEngine,
         VLLMServerEngine,
     )
-    from sdft_lightning.rollout.mismatch import MismatchCorrection, SamplerAlarm
+    from sdft_lightning.rollout.mismatch import Mismatch
     from sdft_lightning.teacher import EMATeacher, FrozenTeacher, LiveTeacher, Teacher
 
 # Linux: large tensors in pages of 2 MB. A decoding step on a CPU reads all weights, and finding
@@ -85,6 +87,7 @@ _PLACES = {
     "DriftMonitor": "callbacks",
     "EMATeacher": "teacher",
     "Engine": "rollout",
+    "Evaluation": "modules.evaluation",
     "ExportModel": "callbacks",
     "FrozenTeacher": "teacher",
     "HeldOut": "data.sets",
@@ -97,8 +100,9 @@ _PLACES = {
     "LiveTeacher": "teacher",
     "LoRA": "models.lora",
     "MetricsLog": "callbacks",
-    "MismatchCorrection": "rollout.mismatch",
+    "Mismatch": "rollout.mismatch",
     "OfflineDistillationModule": "modules",
+    "Policy": "forward.policy",
     "PolicyModule": "modules",
     "PredictionWriter": "callbacks",
     "PromptStyle": "data.prompts",
@@ -109,7 +113,6 @@ _PLACES = {
     "SDFTModule": "modules",
     "SFTKLModule": "modules",
     "SFTModule": "modules",
-    "SamplerAlarm": "rollout.mismatch",
     "Sampling": "rollout",
     "SaveOnSignal": "callbacks",
     "Schedule": "modules.schedule",
@@ -119,7 +122,7 @@ _PLACES = {
     "UserError": "errors",
     "VLLMEngine": "rollout",
     "VLLMServerEngine": "rollout",
-    "ValidateAtEnds": "modules.validate_at_ends",
+    "ValidateAtEnds": "modules.run_callbacks",
     "WindowCheckpoint": "callbacks",
     "default_callbacks": "callbacks",
     "export_model": "callbacks.export",
@@ -141,6 +144,7 @@ __all__ = [
     "DriftMonitor",
     "EMATeacher",
     "Engine",
+    "Evaluation",
     "ExportModel",
     "FrozenTeacher",
     "HeldOut",
@@ -153,8 +157,9 @@ __all__ = [
     "LiveTeacher",
     "LoRA",
     "MetricsLog",
-    "MismatchCorrection",
+    "Mismatch",
     "OfflineDistillationModule",
+    "Policy",
     "PolicyModule",
     "PredictionWriter",
     "PromptStyle",
@@ -165,7 +170,6 @@ __all__ = [
     "SDFTModule",
     "SFTKLModule",
     "SFTModule",
-    "SamplerAlarm",
     "Sampling",
     "SaveOnSignal",
     "Schedule",

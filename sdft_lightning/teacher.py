@@ -27,7 +27,7 @@ from sdft_lightning.models.lora import (
 )
 from sdft_lightning.models.precision import eval_mode
 from sdft_lightning.models.sharding import local, shard_, summed
-from sdft_lightning.types import OutputHead
+from sdft_lightning.types import OutputHead, Tokens
 
 
 class Teacher(nn.Module):
@@ -45,6 +45,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.model = None
         self.shares_weights = False
+        self._cache: PromptCache | None = None
         self.eval()
 
     def copy_from(self, student: nn.Module) -> None:
@@ -90,18 +91,9 @@ class Teacher(nn.Module):
         """
 
     @torch.no_grad()
-    def forward(
-        self,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        completion_ids: Tensor,
-        completion_mask: Tensor,
-        keep: Tensor,
-    ) -> Tensor:
+    def forward(self, prompts: Tokens, completions: Tokens, keep: Tensor) -> Tensor:
         """Hidden states `(N, D)` at the kept tokens, see `completion_hidden_states`."""
-        return completion_hidden_states(
-            self.network, prompt_ids, prompt_mask, completion_ids, completion_mask, keep
-        )
+        return completion_hidden_states(self.network, prompts, completions, keep, cache=self._cache)
 
     @property
     def is_loaded(self) -> bool:
@@ -194,22 +186,6 @@ class FrozenTeacher(Teacher):
         self.forget()
         return super()._apply(fn, recurse)
 
-    @torch.no_grad()
-    def forward(
-        self,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        completion_ids: Tensor,
-        completion_mask: Tensor,
-        keep: Tensor,
-    ) -> Tensor:
-        """Hidden states at kept completion tokens, `(N, D)`; prompts are read once and cached."""
-        if self._cache is None:
-            return super().forward(prompt_ids, prompt_mask, completion_ids, completion_mask, keep)
-        return self._cache.completion_hidden_states(
-            self.network, prompt_ids, prompt_mask, completion_ids, completion_mask, keep
-        )
-
     def forget(self) -> None:
         """Empty the cache, after the weights were changed from outside."""
         if self._cache is not None:
@@ -283,17 +259,10 @@ class LiveTeacher(Teacher):
         return self._student[0]
 
     @torch.no_grad()
-    def forward(
-        self,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        completion_ids: Tensor,
-        completion_mask: Tensor,
-        keep: Tensor,
-    ) -> Tensor:
+    def forward(self, prompts: Tokens, completions: Tokens, keep: Tensor) -> Tensor:
         """Hidden states at kept completion tokens, `(N, D)`, of the student put into eval mode."""
         with eval_mode(self.network):
-            return super().forward(prompt_ids, prompt_mask, completion_ids, completion_mask, keep)
+            return super().forward(prompts, completions, keep)
 
 
 @torch.no_grad()

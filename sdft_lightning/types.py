@@ -18,6 +18,32 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 
 
+class Tokens(NamedTuple):
+    """Token ids of some rows, padded on one side, with the mask of those that are no padding.
+
+    Attributes:
+        ids: `(B, L)`.
+        mask: `(B, L)` boolean.
+    """
+
+    ids: Tensor
+    mask: Tensor
+
+    def rows(self, which: Any) -> Tokens:
+        """Some of the rows: a slice, or indices `(A,)`."""
+        return Tokens(self.ids[which], self.mask[which])
+
+    def repeat(self, times: int) -> Tokens:
+        """Each row so many times, next to itself."""
+        if times == 1:
+            return self
+        return Tokens(*(each.repeat_interleave(times, dim=0) for each in self))
+
+    def lists(self) -> list[list[int]]:
+        """The tokens of each row without padding."""
+        return [row[kept].tolist() for row, kept in zip(self.ids, self.mask, strict=True)]
+
+
 class Demonstration(NamedTuple):
     """One row of a data set: a question and the expert's answer to it.
 
@@ -93,6 +119,26 @@ class PromptBatch(NamedTuple):
     window: list[PromptBatch]
     retained: PromptBatch | None = None
 
+    @property
+    def prompts(self) -> Tokens:
+        """The student's prompts."""
+        return Tokens(self.prompt_ids, self.prompt_mask)
+
+    @property
+    def teacher_prompts(self) -> Tokens:
+        """The teacher's prompts."""
+        return Tokens(self.teacher_prompt_ids, self.teacher_prompt_mask)
+
+    @property
+    def demonstrations(self) -> Tokens:
+        """The demonstrations as targets."""
+        return Tokens(self.demonstration_ids, self.demonstration_mask)
+
+    @property
+    def contexts(self) -> Tokens:
+        """The contexts as plain text."""
+        return Tokens(self.context_ids, self.context_mask)
+
 
 class ScoringBatch(NamedTuple):
     """Continuations whose log-likelihood after their contexts is asked for.
@@ -115,6 +161,16 @@ class ScoringBatch(NamedTuple):
     continuation_mask: Tensor
     owner: Tensor
     requests: list[int]
+
+    @property
+    def contexts(self) -> Tokens:
+        """What the continuations follow."""
+        return Tokens(self.context_ids, self.context_mask)
+
+    @property
+    def continuations(self) -> Tokens:
+        """What is scored."""
+        return Tokens(self.continuation_ids, self.continuation_mask)
 
 
 class GenerationSettings(NamedTuple):
@@ -151,6 +207,11 @@ class GenerationBatch(NamedTuple):
     settings: GenerationSettings
     requests: list[int]
     copies: list[int]
+
+    @property
+    def prompts(self) -> Tokens:
+        """What is to be answered."""
+        return Tokens(self.prompt_ids, self.prompt_mask)
 
 
 class ContinuationScore(NamedTuple):
@@ -205,6 +266,11 @@ class Rollout(NamedTuple):
     completion_mask: Tensor
     sampled_log_probs: Tensor
     truncated: Tensor
+
+    @property
+    def completions(self) -> Tokens:
+        """The completions with their mask."""
+        return Tokens(self.completion_ids, self.completion_mask)
 
 
 class OutputHead(NamedTuple):

@@ -229,10 +229,10 @@ def fit_args(model_folder: Path, train_file: Path) -> list[str]:
     """A fit of two steps on the tiny model; later options win over these."""
     options = {
         "model": "SDFTModule",
-        "model.model_name": model_folder,
+        "model.policy.name": model_folder,
         "model.sampling.max_new_tokens": 8,
-        "model.eval_max_new_tokens": 8,
-        "model.sampling_dtype": "same",  # exact comparisons, also where there is bfloat16
+        "model.evaluation.max_new_tokens": 8,
+        "model.policy.sampling_dtype": "same",  # exact comparisons, also where there is bfloat16
         "data.train": train_file,
         "data.prompts.style": "turns",
         "data.batch_size": 2,
@@ -263,8 +263,7 @@ def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products in bfloat16 also where oneDNN does not multiply it: slowly, by torch itself."""
     import torch
 
-    from sdft_lightning.forward.fused.laid_out import LaidOut
-    from sdft_lightning.forward.fused.weights import joined
+    from sdft_lightning.forward.fused.structure import LaidOut, joined
     from sdft_lightning.models import precision
 
     if precision.multiplies_bfloat16():
@@ -297,7 +296,32 @@ def either_processor(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture
-def fit_module(model_folder: Path, train_file: Path, tmp_path: Path) -> Callable[..., Any]:
+def module_options(model_folder: Path) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Makes arguments of a module on the tiny model; policy, evaluation, original may be dicts."""
+    from sdft_lightning.forward.policy import Policy
+    from sdft_lightning.modules.evaluation import Evaluation
+
+    defaults: dict[str, dict[str, Any]] = {
+        # same: exact comparisons, also where there is bfloat16
+        "policy": {"name": str(model_folder), "sampling_dtype": "same"},
+        "evaluation": {"max_new_tokens": 8},
+    }
+    kinds: dict[str, Any] = {"policy": Policy, "evaluation": Evaluation, "original": Policy}
+
+    def make(given: dict[str, Any]) -> dict[str, Any]:
+        options = {**defaults, **given}
+        for name in kinds.keys() & options.keys():
+            if isinstance(options[name], dict):
+                options[name] = kinds[name](**{**defaults.get(name, {}), **options[name]})
+        return options
+
+    return make
+
+
+@pytest.fixture
+def fit_module(
+    module_options: Callable[[dict[str, Any]], dict[str, Any]], train_file: Path, tmp_path: Path
+) -> Callable[..., Any]:
     """Fit a module on the twelve rows for one step, without the command line; returns it."""
     import lightning as L
 
@@ -316,15 +340,7 @@ def fit_module(model_folder: Path, train_file: Path, tmp_path: Path) -> Callable
         sampling = (
             {"sampling": Sampling(max_new_tokens=8)} if issubclass(method, SDFTModule) else {}
         )
-        module = method(
-            **{
-                "model_name": str(model_folder),
-                "eval_max_new_tokens": 8,
-                "sampling_dtype": "same",  # exact comparisons, also where there is bfloat16
-                **sampling,
-                **(model or {}),
-            }
-        )
+        module = method(**module_options({**sampling, **(model or {})}))
         defaults: dict[str, Any] = {
             "train": str(train_file),
             "prompts": PromptStyle("turns"),

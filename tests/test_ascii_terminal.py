@@ -45,13 +45,13 @@ def test_help_validation_report_and_errors_are_printed(
     validate = [
         "validate",
         "--model=SDFTModule",
-        f"--model.model_name={model_folder}",
+        f"--model.policy.name={model_folder}",
         f"--data.validation={path}",
         "--data.grader=contains",
         f"--data.name={'tâche' if environment is LATIN else 'tache'}",
         "--data.columns.reference=reference",
         "--data.prompts.style=turns",
-        "--model.eval_max_new_tokens=4",
+        "--model.evaluation.max_new_tokens=4",
         "--trainer.accelerator=cpu",
         f"--run.root={tmp_path}",
         # Of a file's name or an option, a locale of ASCII knows ASCII only.

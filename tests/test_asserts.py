@@ -49,14 +49,14 @@ OPTIMIZED = """
 import sys
 from types import SimpleNamespace
 from torch import nn
-from sdft_lightning.modules import SDFTModule, evaluated, sdft
+from sdft_lightning.modules import SDFTModule, sdft
+from sdft_lightning.modules.evaluation import Evaluation
+from sdft_lightning.rollout import StudentPasses, student
 
-sdft.is_sharded = evaluated.is_sharded = lambda model: True
-module, asked = SDFTModule(teacher_accuracy_in_fit=True), []
+sdft.is_sharded = student.is_sharded = lambda model: True
+module, asked = SDFTModule(evaluation=Evaluation(teacher_in_fit=True)), []
 module.teacher.model = nn.Linear(1, 1)
-module._teacher_weights = module.sampling_weights = SimpleNamespace(
-    model=lambda model, version: asked.append(type(model).__name__)
-)
+StudentPasses.sampler = lambda passes: asked.append(type(passes.model).__name__)
 module._trainer = SimpleNamespace(global_step=1, state=SimpleNamespace(fn="fit"))
 module.gather()
 print(sys.flags.optimize, asked)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.forward import hidden as hidden_file
-from sdft_lightning.forward.attention_kernel import training_attention
-from sdft_lightning.forward.hidden import completion_hidden_states
+from sdft_lightning.forward.hidden import completion_hidden_states, training_attention
+from sdft_lightning.types import Tokens
 
 
 def takes_flash() -> bool:
@@ -54,7 +54,9 @@ def gradients(model: Any, plain: bool) -> list[Tensor]:
             patch.setattr(
                 hidden_file, "training_attention", lambda *_: torch.autograd.set_grad_enabled(True)
             )
-        states = completion_hidden_states(model, prompts, mask, completions, kept, kept, fuse=False)
+        states = completion_hidden_states(
+            model, Tokens(prompts, mask), Tokens(completions, kept), kept, fuse=False
+        )
     states.float().square().sum().backward()
     return [each.grad.clone() for each in model.base_model.parameters() if each.grad is not None]
 

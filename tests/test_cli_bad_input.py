@@ -108,8 +108,8 @@ CASES = {
     ),
     "unknown_model_folder": Case(
         None,
-        ["--model.model_name=./absent/model"],
-        ["model_name", "./absent/model", "embedded", "save_pretrained", "Hub id"],
+        ["--model.policy.name=./absent/model"],
+        ["model.policy.name", "./absent/model", "embedded", "save_pretrained", "Hub id"],
     ),
     "run_name_outside_the_root": Case(
         None, ["--run.name=../evil"], ["run.name", "'../evil'", "--run.root"]
@@ -156,8 +156,8 @@ CASES = {
     ),
     "reinvoke_from_nowhere": Case(
         None,
-        ["--model=ReinvokeModule", "--model.original_model_name=./absent/model"],
-        ["model_name", "./absent/model", "save_pretrained"],
+        ["--model=ReinvokeModule", "--model.original.name=./absent/model"],
+        ["model.original.name", "./absent/model", "save_pretrained"],
     ),
     "window_of_no_micro_batch": Case(
         None,
@@ -361,7 +361,7 @@ def test_checkpoint_of_another_model_is_refused_and_both_are_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     other = make_model_folder(hidden_size=16)
-    args = [command, *fit_args[1:], f"--model.model_name={other}", "--ckpt_path=last"]
+    args = [command, *fit_args[1:], f"--model.policy.name={other}", "--ckpt_path=last"]
     args += [f"--data.validation={train_file}"] if command == "validate" else []
     args = [arg for arg in args if command == "fit" or not arg.startswith("--trainer.max_steps")]
     before = files(trained)
@@ -398,5 +398,5 @@ def test_lightning_checkpoint_of_another_program_is_refused(
     checkpoint = torch.load(path, weights_only=True)
     del checkpoint["sdft_lightning"]
     torch.save(checkpoint, path)
-    words = ["ckpt_path", "not written by sdft_lightning", "--model.model_name"]
+    words = ["ckpt_path", "not written by sdft_lightning", "--model.policy.name"]
     assert_refused(run_cli, [*fit_args, "--ckpt_path=last"], words, capsys)

@@ -90,7 +90,7 @@ def test_completion_log_writes_training_and_graded_completions(
 ) -> None:
     run_cli(
         *validated,
-        "--model.teacher_accuracy_in_fit=true",
+        "--model.evaluation.teacher_in_fit=true",
         "--model.num_loss_tokens_to_skip=2",
         *callback("CompletionLog", every_n_steps=2, rows=3),
     )

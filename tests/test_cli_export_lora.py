@@ -13,7 +13,7 @@ from torch import Tensor
 
 RunCli = Callable[..., None]
 IDS = torch.arange(5, 15).unsqueeze(0)
-LORA = ["--model.lora.r=4", "--model.optimizer=AdamW", "--model.optimizer.lr=0.05"]
+LORA = ["--model.policy.lora.r=4", "--model.optimizer=AdamW", "--model.optimizer.lr=0.05"]
 
 
 @torch.no_grad()
@@ -102,7 +102,7 @@ def test_adapter_format_without_adapters_is_refused_before_training(
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert "format: got adapter" in message
-    assert "--model.lora.r=8" in message
+    assert "--model.policy.lora.r=8" in message
     assert not (tmp_path / "out").exists()
     assert command == "export" or not list(tmp_path.glob("runs/a/checkpoints/*"))
 
@@ -110,10 +110,11 @@ def test_adapter_format_without_adapters_is_refused_before_training(
 def test_merged_format_of_quantized_weights_names_the_other() -> None:
     from sdft_lightning.callbacks.export import check_format
     from sdft_lightning.errors import UserError
+    from sdft_lightning.forward.policy import Policy
     from sdft_lightning.models.lora import LoRA
     from sdft_lightning.modules import SFTModule
 
-    module = SFTModule(lora=LoRA(), quantization="nf4")
+    module = SFTModule(policy=Policy(lora=LoRA(), quantization="nf4"))
     check_format(module, "adapter")
     with pytest.raises(UserError, match=r"format: got merged.*--format=adapter"):
         check_format(module, "merged")

@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdft_lightning.losses import chunked
+from sdft_lightning.losses import bounded
 from sdft_lightning.losses.bounded import _chunk_tokens, bounded_cross_entropy, bounded_divergence
 from sdft_lightning.losses.closed_form import closed_form
-from sdft_lightning.losses.divergence import Divergence
-from sdft_lightning.losses.token_losses import cross_entropy, probability_weighted
+from sdft_lightning.losses.divergence import Divergence, cross_entropy, probability_weighted
 from sdft_lightning.types import OutputHead
 
 N, V, D = 7, 50, 8
@@ -48,10 +47,10 @@ def both_ways(
 ) -> list[list[Tensor]]:
     found = []
     # Chunks of 3 are walked over in two pieces.
-    monkeypatch.setattr(chunked, "PIECE_ELEMENTS", {"cpu": pieces * V, "cuda": 0})
+    monkeypatch.setattr(bounded, "PIECE_ELEMENTS", {"cpu": pieces * V, "cuda": 0})
     for autograd in (False, True):
         if autograd:
-            monkeypatch.setattr(chunked, "closed_form", lambda _: None)
+            monkeypatch.setattr(bounded, "closed_form", lambda _: None)
         random = torch.Generator().manual_seed(0)
         draw = partial(drawn, random, dtype)
         hidden, weight, bias = (draw(*shape).requires_grad_() for shape in ((N, D), (V, D), (V,)))
@@ -102,9 +101,9 @@ def test_pieces_of_one_token_and_of_a_whole_chunk_give_the_same(
 
 def test_a_gpu_walks_over_hundreds_of_tokens_of_a_large_vocabulary_at_once() -> None:
     vocabulary = 152_064
-    assert chunked.by_device(chunked.PIECE_ELEMENTS, "cpu") == 2**18
+    assert bounded.by_device(bounded.PIECE_ELEMENTS, "cpu") == 2**18
     for device in ("cuda", "mps"):
-        assert 300 < chunked.by_device(chunked.PIECE_ELEMENTS, device) // vocabulary < 1000
+        assert 300 < bounded.by_device(bounded.PIECE_ELEMENTS, device) // vocabulary < 1000
     head = OutputHead(torch.empty(vocabulary, 1, device="meta"), None, 1.0, None)
     for loss, least in ((Divergence(), 300), (Divergence("reverse_kl"), 200)):
         assert least < _chunk_tokens(None, vocabulary, loss, head) <= 512

@@ -85,7 +85,7 @@ def test_low_memory_takes_the_place_of_the_runs_optimizer_and_leaves_its_teacher
     assert options["optimizer"]["class_path"] == "sdft_lightning.models.low_memory.LowMemoryAdamW"
     assert options["optimizer"]["init_args"]["eight_bit"] is True
     assert options["optimizer"]["init_args"]["seed"] is None  # follows seed_everything
-    assert options["weights_dtype"] == "bfloat16"
+    assert options["policy"]["weights_dtype"] == "bfloat16"
     assert options["teacher"]["class_path"].endswith("FrozenTeacher")
 
 
@@ -150,7 +150,7 @@ def test_data_that_only_the_authors_have_are_asked_for_by_option_and_place(
 ) -> None:
     from sdft_lightning.cli import main
 
-    options = [f"--model.model_name={model_folder}", f"--run.root={tmp_path}"]
+    options = [f"--model.policy.name={model_folder}", f"--run.root={tmp_path}"]
     with pytest.raises(SystemExit) as stop:
         main([command, f"--config={CONFIGS / name}", *options])
     assert stop.value.code == 2
@@ -262,7 +262,7 @@ def test_later_config_wins(parse: Callable[[list[str]], dict[str, Any]]) -> None
 
 # Arguments of the paper's public main.py, their defaults, and where they stand here.
 PAPER_ARGUMENTS = [
-    ("model_name", "Qwen/Qwen2.5-7B-Instruct", "--model.model_name", "other/model"),
+    ("model_name", "Qwen/Qwen2.5-7B-Instruct", "--model.policy.name", "other/model"),
     ("learning_rate", 2e-5, "--model.optimizer.init_args.lr", 1e-6),
     ("num_train_epochs", 1, "--trainer.max_epochs", 3),
     ("ref_model_mixup_alpha", 0.01, "--model.teacher.init_args.update_rate", 0.05),
@@ -358,11 +358,11 @@ def test_paper_config_runs_with_a_tiny_model_in_place_of_the_7b_one(
     run_cli(
         "fit",
         f"--config={CONFIGS / 'paper_tooluse.yaml'}",
-        f"--model.model_name={model_folder}",
+        f"--model.policy.name={model_folder}",
         f"--data.train={path}",
         f"--data.validation={path}",
         "--model.sampling.max_new_tokens=8",
-        "--model.eval_max_new_tokens=4",
+        "--model.evaluation.max_new_tokens=4",
         "--trainer.accelerator=cpu",
     )
     lines = (tmp_path / "runs" / "paper_tooluse" / "metrics.jsonl").read_text().splitlines()

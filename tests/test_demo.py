@@ -59,8 +59,8 @@ def test_demo_runs_from_nothing_to_table_and_plot(
 
     monkeypatch.setattr("sys.argv", ["sdft"])
     small = [
-        f"--model.model_name={model_folder}",
-        "--model.eval_max_new_tokens=3",
+        f"--model.policy.name={model_folder}",
+        "--model.evaluation.max_new_tokens=3",
         "--data.eval_batch_size=8",
         "--trainer.limit_val_batches=1",
         "--trainer.limit_test_batches=1",

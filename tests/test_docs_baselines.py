@@ -29,8 +29,8 @@ def shortened(command: list[str], model_folder: Path) -> list[str]:
     """The same command from any folder, on the tiny model, for one step."""
     args = [str(ROOT / arg) if arg.startswith("configs/") else arg for arg in command]
     args = [arg.replace("=embedded", f"={model_folder}") for arg in args]
-    if not any(arg.startswith("--model.model_name=") for arg in args):
-        args.append(f"--model.model_name={model_folder}")
+    if not any(arg.startswith("--model.policy.name=") for arg in args):
+        args.append(f"--model.policy.name={model_folder}")
     if any(arg.endswith("offline.yaml") for arg in args):
         args.append("--model.sampling.max_new_tokens=128")  # the bytes of a random answer are many
     return [

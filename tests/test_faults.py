@@ -389,7 +389,7 @@ def test_folder_that_cannot_be_made_is_told_before_any_work(
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(SystemExit) as stop:
         # The model is never looked at.
-        run_cli(*run_args("a", f"--run.root={place}/runs", "--model.model_name=none"))
+        run_cli(*run_args("a", f"--run.root={place}/runs", "--model.policy.name=none"))
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert f"run.root: {place}/runs/a cannot be made or written into" in message
@@ -472,7 +472,7 @@ def test_hub_that_cannot_be_reached_is_told_for_models_and_data(
     found = dict(line.split(" | ", 1) for line in done.stdout.splitlines() if " | " in line)
     assert found["stop_ids"] == "[1]"
     for name in ("policy", "tokenizer", "max_length"):
-        assert found[name].startswith("model_name: ")
+        assert found[name].startswith("model.policy.name: ")
         assert "acme/none" in found[name]
         assert "that this machine can reach" in " ".join(found[name].split())
     assert "data.train: the data set acme/none" in found["rows"]

@@ -101,6 +101,29 @@ def test_rooms_and_floors_are_few() -> None:
     assert len({FLOORS[room] for room in rooms}) <= MOST_FLOORS
 
 
+def fused_importers(package: Path) -> set[str]:
+    """The rooms in which a file imports something of fused blocks."""
+    fused = [package.name, "forward", "fused"]
+    return {
+        room_of(path, package)
+        for path in package.rglob("*.py")
+        for _, name in imported_modules(path, package)
+        if name[:3] == fused
+    }
+
+
+def test_fused_blocks_are_known_where_passes_are_made_and_nowhere_else() -> None:
+    assert fused_importers(PACKAGE) == {"forward", "rollout"}
+
+
+def test_whoever_else_knows_fused_blocks_is_found(tmp_path: Path) -> None:
+    package = tmp_path / "sdft_lightning"
+    (package / "modules").mkdir(parents=True)
+    (package / "modules" / "sdft.py").write_text("from ..forward.fused import decoder_of\n")
+    (package / "types.py").write_text("from sdft_lightning.forward import fused\n")
+    assert fused_importers(package) == {"modules", "types"}
+
+
 def test_every_allowance_is_used() -> None:
     pairs = {
         (room_of(path, PACKAGE), other)

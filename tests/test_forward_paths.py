@@ -12,8 +12,8 @@ import torch
 from sdft_lightning.errors import UserError
 from sdft_lightning.forward import forward_paths
 from sdft_lightning.forward.forward_paths import ForwardPaths, paths_of
-from sdft_lightning.forward.policy import load_policy
-from sdft_lightning.rollout.weights import SamplingWeights
+from sdft_lightning.forward.policy import Policy, load_policy
+from sdft_lightning.rollout.student import StudentPasses
 
 EVERY = ForwardPaths()
 
@@ -63,7 +63,7 @@ def test_it_is_found_once_and_copies_remember_it(
     monkeypatch.setattr(forward_paths, "_find_paths", None)  # a second time would be a TypeError
     assert paths_of(model) is found
     assert paths_of(copy.deepcopy(model)) == found
-    assert paths_of(SamplingWeights("bfloat16").model(model, 0)) == found
+    assert paths_of(StudentPasses("bfloat16").at(model, 0).sampler()) == found
 
 
 def test_it_leaves_no_trace(model: Any) -> None:
@@ -104,7 +104,9 @@ def test_a_path_that_fails_or_differs_is_not_used(
 
 
 def test_an_encoder_is_refused_since_it_sees_tokens_that_follow() -> None:
-    with pytest.raises(UserError, match=r"model_name: what BertLMHeadModel .*is_decoder: true"):
+    with pytest.raises(
+        UserError, match=r"model\.policy\.name: what BertLMHeadModel .*is_decoder: true"
+    ):
         paths_of(encoder())
 
 
@@ -123,4 +125,4 @@ def test_a_model_that_does_not_read_token_ids_is_refused_when_it_is_loaded(
 
     monkeypatch.setattr(LlamaModel, "forward", fails)
     with pytest.raises(UserError, match=r"LlamaForCausalLM .* pixel_values cannot be None"):
-        load_policy(str(model_folder))
+        load_policy(Policy(str(model_folder)))

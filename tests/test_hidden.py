@@ -14,10 +14,12 @@ from sdft_lightning.forward.hidden import (
     apply_head,
     check_output_head,
     completion_hidden_states,
-    hidden_states,
     output_head,
 )
+from sdft_lightning.forward.kv_cache import Inputs, run
+from sdft_lightning.forward.layout import SplitPrompts, behind_prefix
 from sdft_lightning.losses.masking import position_ids
+from sdft_lightning.types import Tokens
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -77,7 +79,7 @@ def test_states_predict_their_own_token_and_not_the_next(family: str) -> None:
     model = build(family)
     prompt, prompt_mask, completion, completion_mask = batch()
     hidden = completion_hidden_states(
-        model, prompt, prompt_mask, completion, completion_mask, completion_mask
+        model, Tokens(prompt, prompt_mask), Tokens(completion, completion_mask), completion_mask
     )
     logits = apply_head(output_head(model), hidden)  # (6, V)
     expected = []
@@ -92,11 +94,17 @@ def test_only_kept_tokens_come_back_row_by_row() -> None:
     model = build("llama")
     prompt, prompt_mask, completion, completion_mask = batch()
     keep = torch.tensor([[0, 0, 1, 1], [0, 1, 0, 0]]).bool()
-    arguments = (model, prompt, prompt_mask, completion, completion_mask)
+    arguments = (model, Tokens(prompt, prompt_mask), Tokens(completion, completion_mask))
     every = completion_hidden_states(*arguments, completion_mask)
     some = completion_hidden_states(*arguments, keep)
     torch.testing.assert_close(some, every[[2, 3, 5]], rtol=0, atol=1e-6)
     assert completion_hidden_states(*arguments, torch.zeros_like(keep)).shape == (0, 16)
+
+
+def plain_states(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """Of rows that are padded on either side, `(B, L, D)`."""
+    found: Tensor = run(model, Inputs.behind(Tokens(ids, mask))).last_hidden_state
+    return found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -107,16 +115,18 @@ def test_left_padding_changes_nothing(family: str) -> None:
     padded = torch.tensor([[3, 3, 3, 7, 8, 9]])  # padding with an id that means something
     mask = torch.tensor([[0, 0, 0, 1, 1, 1]]).bool()
     own = model.base_model(input_ids=tokens).last_hidden_state
-    torch.testing.assert_close(hidden_states(model, padded, mask)[:, 3:], own, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(plain_states(model, padded, mask)[:, 3:], own, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
 def test_a_prefix_gives_the_states_of_the_whole_row() -> None:
     model = build("llama")
     tokens = torch.tensor([[7, 8, 9, 10, 11], [7, 8, 12, 13, 14]])
-    whole = hidden_states(model, tokens, torch.ones_like(tokens).bool())
+    whole = plain_states(model, tokens, torch.ones_like(tokens).bool())
     rest = torch.ones(2, 3).bool()
-    parts = hidden_states(model, tokens[:, 2:], rest, prefix_ids=tokens[0, :2])
+    parts = run(
+        model, behind_prefix(model, SplitPrompts(tokens[0, :2], Tokens(tokens[:, 2:], rest)))
+    ).last_hidden_state
     torch.testing.assert_close(parts, whole[:, 2:], rtol=1e-4, atol=1e-5)
 
 
@@ -127,7 +137,7 @@ def test_head_applied_to_states_gives_the_models_logits(family: str) -> None:
     ids = torch.tensor([[5, 6, 7, 8], [40, 41, 42, 43]])
     mask = torch.ones_like(ids).bool()
     own = model(input_ids=ids).logits
-    ours = apply_head(output_head(model), hidden_states(model, ids, mask))
+    ours = apply_head(output_head(model), plain_states(model, ids, mask))
     torch.testing.assert_close(ours, own, rtol=1e-4, atol=1e-5)
     check_output_head(model)
 
@@ -171,7 +181,7 @@ def changed_logits(change: Callable[[Tensor], Tensor]) -> Any:
 def test_a_model_that_changes_its_logits_otherwise_is_refused(
     change: Callable[[Tensor], Tensor],
 ) -> None:
-    with pytest.raises(UserError, match=r"model_name.*LlamaForCausalLM"):
+    with pytest.raises(UserError, match=r"model\.policy\.name.*LlamaForCausalLM"):
         check_output_head(changed_logits(change))
     check_output_head(changed_logits(lambda logits: logits))
 
@@ -188,7 +198,7 @@ def test_the_check_puts_every_mode_back() -> None:
 def test_a_model_without_a_linear_head_is_refused() -> None:
     model = build("llama")
     model.lm_head = nn.Sequential(model.lm_head)
-    with pytest.raises(UserError, match=r"model_name.*no linear output head.*Sequential"):
+    with pytest.raises(UserError, match=r"model\.policy\.name.*no linear output head.*Sequential"):
         output_head(model)
 
 
@@ -203,5 +213,5 @@ def test_positions_are_passed_and_not_counted_from_the_padding() -> None:
 
     model.base_model.forward = spy
     mask = torch.tensor([[0, 0, 1, 1]]).bool()
-    hidden_states(model, torch.tensor([[0, 0, 5, 6]]), mask)
+    plain_states(model, torch.tensor([[0, 0, 5, 6]]), mask)
     assert seen["position_ids"].tolist() == position_ids(mask).tolist() == [[0, 0, 0, 1]]

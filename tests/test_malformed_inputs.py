@@ -27,7 +27,8 @@ from sdft_lightning.data.sources import read_rows
 from sdft_lightning.errors import UserError
 from sdft_lightning.graders import Answer, Judge, JudgeSettings
 from sdft_lightning.models.chat_template import apply, render
-from sdft_lightning.rollout import RolloutRequest, Sampling, SamplingWeights, VLLMServerEngine
+from sdft_lightning.rollout import RolloutRequest, Sampling, StudentPasses, VLLMServerEngine
+from sdft_lightning.types import Tokens
 
 RunCli = Callable[..., None]
 SECONDS, MEGABYTES = 10, 1024
@@ -223,8 +224,8 @@ CONFIGS: dict[str, tuple[str | list[str], list[str]]] = {
         ["sampling.max_new_tokens: got 1000000000000, allowed is 1 and more, up to 1048576"],
     ),
     "graded_answers_without_end": (
-        ["--model.eval_max_new_tokens=1000000000000"],
-        ["model.eval_max_new_tokens: got 1000000000000", "up to 1048576"],
+        ["--model.evaluation.max_new_tokens=1000000000000"],
+        ["model.evaluation.max_new_tokens: got 1000000000000", "up to 1048576"],
     ),
     "completions_without_end": (
         ["--model.sampling.completions_per_prompt=100000000"],
@@ -235,7 +236,7 @@ CONFIGS: dict[str, tuple[str | list[str], list[str]]] = {
         ["sampling.temperature: got inf, allowed is above 0 and finite"],
     ),
     "rank_of_terabytes": (
-        ["--model.lora.r=1000000000000"],
+        ["--model.policy.lora.r=1000000000000"],
         ["lora.r: got 1000000000000, allowed are 1 and more, up to 65536"],
     ),
 }
@@ -386,7 +387,7 @@ def run_of_two_steps(
     (root / "rows.jsonl").write_text(GOOD * 4)
     options = {
         "model": "SDFTModule",
-        "model.model_name": model_folder,
+        "model.policy.name": model_folder,
         "model.sampling.max_new_tokens": 4,
         "data.train": root / "rows.jsonl",
         "data.batch_size": 2,
@@ -530,8 +531,8 @@ def test_reply_of_a_sampling_server_in_another_form_is_refused(
     engine = VLLMServerEngine(hostile.url, exchange_folder=str(tmp_path), **few)
     ids = torch.tensor([[3, 4, 5]])  # (1, P)
     mask = torch.ones_like(ids, dtype=torch.bool)
-    request = RolloutRequest(ids, mask, ["a"], Sampling(4), 1, 0, [2, 9], 0)
+    request = RolloutRequest(Tokens(ids, mask), ["a"], Sampling(4), 1, 0, [2, 9], 0)
     with bounded(), pytest.raises(UserError, match=r"^model\.engine") as caught:
-        engine.generate(model, SamplingWeights("same"), request)
+        engine.generate(StudentPasses("same").at(model, 0), request)
     assert hostile.url in str(caught.value)
     assert len(str(caught.value)) < 1000

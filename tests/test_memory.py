@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sdft_lightning.forward import memory
+from sdft_lightning.rollout.student import give_back_memory
 
 HAS_TRIM = sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim")
 
@@ -20,7 +20,7 @@ def resident() -> int:
 
 @pytest.mark.skipif(not HAS_TRIM, reason="the C library has no malloc_trim")
 def test_pieces_between_what_lives_on_are_given_back() -> None:
-    memory.give_back_memory()
+    give_back_memory()
     libc = ctypes.CDLL(None)
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
@@ -31,7 +31,7 @@ def test_pieces_between_what_lives_on_are_given_back() -> None:
     for piece in pieces[:-1]:
         libc.free(piece)  # below one that lives on, so that the heap cannot shrink
     before = resident()
-    memory.give_back_memory()
+    give_back_memory()
     assert resident() < before - 5000  # of 9700 pages
     libc.free(pieces[-1])
 
@@ -39,7 +39,7 @@ def test_pieces_between_what_lives_on_are_given_back() -> None:
 def test_other_systems_and_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(ctypes, "CDLL", None)
-    memory.give_back_memory()
+    give_back_memory()
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())  # musl
-    memory.give_back_memory()
+    give_back_memory()

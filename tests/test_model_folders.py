@@ -13,7 +13,7 @@ from transformers import XLNetConfig
 
 from sdft_lightning.cli import main
 from sdft_lightning.errors import UserError
-from sdft_lightning.forward.policy import load_policy
+from sdft_lightning.forward.policy import Policy, load_policy
 from sdft_lightning.models.tokenization import (
     load_config,
     load_max_length,
@@ -111,7 +111,7 @@ def test_a_folder_that_is_no_model_is_one_sentence(
     spoil, said = FOLDERS[name]
     spoil(folder)
     with pytest.raises(UserError, match=f"(?s){said}") as found:
-        load_policy(str(folder))
+        load_policy(Policy(str(folder)))
     assert len(str(found.value)) < 800
     # Other readers of the folder take it or refuse it, and never fail in another way.
     readers: list[Callable[[], Any]] = [
@@ -139,7 +139,7 @@ def test_the_command_ends_with_the_sentence_and_leaves_the_runs_name_free(
     spoil, said = FOLDERS[name]
     spoil(folder)
     with pytest.raises(SystemExit) as ended:
-        main([*fit_args, f"--model.model_name={folder}"])
+        main([*fit_args, f"--model.policy.name={folder}"])
     assert ended.value.code == 2
     shown = capsys.readouterr().err
     assert "Traceback" not in shown
@@ -151,13 +151,13 @@ def test_a_rate_of_dropout_that_is_a_whole_number_is_turned_off_as_any_other(
 ) -> None:
     folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
     change(attention_dropout=1)(folder)
-    layer = load_policy(str(folder)).model.model.layers[0]
+    layer = load_policy(Policy(str(folder))).model.model.layers[0]
     assert layer.self_attn.attention_dropout == 0
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "~nobody9/model"])
 def test_a_name_that_no_file_system_takes_is_one_sentence(name: str) -> None:
-    with pytest.raises(UserError, match="model_name"):
+    with pytest.raises(UserError, match=r"model\.policy\.name"):
         load_tokenizer(name)
 
 
@@ -168,8 +168,10 @@ def test_an_option_that_names_attention_on_the_hub_is_refused_before_anything_is
     import transformers
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", pytest.fail)
-    with pytest.raises(UserError, match=r"model.attn_implementation.*'a/b' names a repository"):
-        load_policy(str(model_folder), attn_implementation="a/b")
+    with pytest.raises(
+        UserError, match=r"model.policy.attn_implementation.*'a/b' names a repository"
+    ):
+        load_policy(Policy(str(model_folder), attn_implementation="a/b"))
 
 
 def test_a_token_without_an_embedding_is_refused_only_where_it_occurs(
@@ -180,7 +182,7 @@ def test_a_token_without_an_embedding_is_refused_only_where_it_occurs(
     tokenizer: Any,
 ) -> None:
     folder = make_model_folder("short", vocab_size=len(tokenizer) - 1)
-    options = {"model": {"model_name": str(folder)}, "data": {"model_name": str(folder)}}
+    options = {"model": {"policy": {"name": str(folder)}}, "data": {"model_name": str(folder)}}
     fit_module(**options)
     rows = make_rows(4)
     texts = [tokenizer(chr(code)).input_ids for code in range(128, 700)]

@@ -14,7 +14,9 @@ import torch
 from sdft_lightning.data import Columns, DemonstrationDataModule
 from sdft_lightning.data.prompts import PromptStyle
 from sdft_lightning.errors import UserError
+from sdft_lightning.forward.policy import Policy
 from sdft_lightning.modules import SDFTModule
+from sdft_lightning.modules.evaluation import Evaluation
 from sdft_lightning.rollout import Sampling
 
 RunCli = Callable[..., None]
@@ -125,7 +127,7 @@ def test_weights_alone_are_no_place_to_go_on_from(
     run_cli(*fit_args, "--checkpoint.save_weights_only=true")
     message = refused(command("fit"))
     assert message.startswith("ckpt_path: the checkpoint holds weights only")
-    assert "--model.model_name" in message
+    assert "--model.policy.name" in message
     run_cli(*command("validate"))
 
 
@@ -167,7 +169,9 @@ class Script:
 
     def module(self, **options: Any) -> SDFTModule:
         sampling = Sampling(max_new_tokens=4)
-        return SDFTModule(self.model, sampling=sampling, eval_max_new_tokens=4, **options)
+        return SDFTModule(
+            policy=Policy(self.model), sampling=sampling, evaluation=Evaluation(4), **options
+        )
 
     def data(self) -> DemonstrationDataModule:
         return DemonstrationDataModule(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.forward.hidden import completion_hidden_states
-from sdft_lightning.forward.packing import PackedRows, pack_if_worth
-from sdft_lightning.forward.prefix import SplitPrompts
+from sdft_lightning.forward.layout import PackedRows, SplitPrompts, pack_if_worth
+from sdft_lightning.types import Tokens
 
 # Lengths of prompts and completions, far apart enough to be worth packing.
 PROMPTS, COMPLETIONS = [3, 9, 4, 12, 5], [1, 6, 8, 2, 3]
@@ -48,7 +48,9 @@ def batch(prefix: int = 0) -> tuple[Tensor, ...]:
 
 def packed(tensors: tuple[Tensor, ...]) -> PackedRows | None:
     ids, mask, completion_ids, completion_mask = tensors
-    return pack_if_worth(SplitPrompts(ids[0, :0], ids, mask), completion_ids, completion_mask)
+    return pack_if_worth(
+        SplitPrompts(ids[0, :0], Tokens(ids, mask)), Tokens(completion_ids, completion_mask)
+    )
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -61,7 +63,12 @@ def test_packed_states_and_gradients_equal_the_padded_ones(attention: str, prefi
     for pack in (True, False):
         model.zero_grad()
         hidden = completion_hidden_states(
-            model, ids, mask, completion_ids, keep, keep, share_prefix=prefix > 0, pack=pack
+            model,
+            Tokens(ids, mask),
+            Tokens(completion_ids, keep),
+            keep,
+            share_prefix=prefix > 0,
+            pack=pack,
         )
         hidden.square().sum().backward()
         found.append((hidden.detach(), [p.grad.clone() for p in model.model.parameters()]))
@@ -76,7 +83,7 @@ def test_packed_states_and_gradients_equal_the_padded_ones(attention: str, prefi
 def test_each_sequence_equals_itself_alone_without_padding() -> None:
     model = llama().eval()
     ids, mask, completion_ids, keep = batch()
-    hidden = completion_hidden_states(model, ids, mask, completion_ids, keep, keep)
+    hidden = completion_hidden_states(model, Tokens(ids, mask), Tokens(completion_ids, keep), keep)
     for row, part in enumerate(hidden.split(COMPLETIONS)):
         tokens = torch.cat([ids[row][mask[row]], completion_ids[row][keep[row]]])
         alone = model.model(input_ids=tokens.unsqueeze(0)).last_hidden_state[0]
@@ -96,7 +103,7 @@ def test_no_token_reads_its_neighbour_in_the_row() -> None:
         embedded.append(output)
 
     model.model.embed_tokens.register_forward_hook(remember)
-    hidden = completion_hidden_states(model, ids, mask, completion_ids, keep, keep)
+    hidden = completion_hidden_states(model, Tokens(ids, mask), Tokens(completion_ids, keep), keep)
     hidden[: COMPLETIONS[0]].sum().backward()  # the first sequence only
     assert embedded[0].grad is not None
     touched = embedded[0].grad.abs().sum(dim=-1) > 0  # (G, L)
@@ -122,7 +129,9 @@ def test_empty_completions_keep_their_prompts_apart() -> None:
     ids, mask, completion_ids, keep = batch()
     keep = keep.clone()
     keep[1] = False
-    hidden = completion_hidden_states(llama(), ids, mask, completion_ids, keep, keep)
+    hidden = completion_hidden_states(
+        llama(), Tokens(ids, mask), Tokens(completion_ids, keep), keep
+    )
     assert hidden.shape == (sum(COMPLETIONS) - COMPLETIONS[1], 16)
     assert hidden.isfinite().all()
 
@@ -145,5 +154,5 @@ def test_sliding_windows_are_padded_as_before() -> None:
     ids, mask, completion_ids, keep = batch()
     shapes = []
     model.model.embed_tokens.register_forward_hook(lambda m, i, o: shapes.append(o.shape[:2]))
-    completion_hidden_states(model, ids, mask, completion_ids, keep, keep)
+    completion_hidden_states(model, Tokens(ids, mask), Tokens(completion_ids, keep), keep)
     assert shapes == [(5, 12 + 8 - 1)]

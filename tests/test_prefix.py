@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from sdft_lightning.forward.hidden import completion_hidden_states
-from sdft_lightning.forward.prefix import can_share, split_prompts
+from sdft_lightning.forward.layout import can_share, split_prompts
 from sdft_lightning.forward.prompt_cache import PromptCache
 from sdft_lightning.losses.masking import position_ids
+from sdft_lightning.types import Tokens
 
 
 def enable_checkpointing(model: Any) -> None:
@@ -38,18 +39,18 @@ def batch(prefix: int) -> tuple[torch.Tensor, ...]:
 
 def test_split_gives_back_the_prompts() -> None:
     ids, mask, _, _ = batch(9)
-    split = split_prompts(ids, mask)
+    split = split_prompts(Tokens(ids, mask))
     assert split.prefix_ids.numel() == 9
     for row in range(3):
-        rest = split.rest_ids[row][split.rest_mask[row]]
+        rest = split.rest.ids[row][split.rest.mask[row]]
         assert torch.equal(torch.cat([split.prefix_ids, rest]), ids[row][mask[row]])
 
 
 def test_equal_prompts_keep_their_last_token_for_the_first_prediction() -> None:
     ids = torch.tensor([[7, 8, 9], [7, 8, 9]])
-    split = split_prompts(ids, torch.ones_like(ids).bool())
+    split = split_prompts(Tokens(ids, torch.ones_like(ids).bool()))
     assert split.prefix_ids.tolist() == [7, 8]
-    assert split.rest_ids.tolist() == [[9], [9]]
+    assert split.rest.ids.tolist() == [[9], [9]]
 
 
 @pytest.mark.parametrize("prefix", [0, 9, 20])
@@ -59,7 +60,9 @@ def test_states_and_gradients_equal_the_plain_path(model: Any, prefix: int) -> N
     results = []
     for share in (True, False):
         model.zero_grad()
-        hidden = completion_hidden_states(model, *arguments, keep, share_prefix=share)
+        hidden = completion_hidden_states(
+            model, Tokens(*arguments[:2]), Tokens(*arguments[2:]), keep, share_prefix=share
+        )
         hidden.square().sum().backward()
         gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         results.append((hidden.detach(), gradients))
@@ -71,7 +74,7 @@ def test_states_and_gradients_equal_the_plain_path(model: Any, prefix: int) -> N
 def test_states_equal_those_of_each_row_alone_without_padding(model: Any) -> None:
     ids, mask, completion, completion_mask = batch(9)
     hidden = completion_hidden_states(
-        model, ids, mask, completion, completion_mask, completion_mask
+        model, Tokens(ids, mask), Tokens(completion, completion_mask), completion_mask
     )
     alone = []
     for row in range(3):
@@ -97,18 +100,33 @@ def test_gradient_checkpointing_and_sliding_windows_take_the_plain_path(model: A
     assert not can_share(model)
 
 
-def test_cached_prompts_give_the_same_states_in_any_batch(model: Any) -> None:
+@pytest.mark.parametrize("fuse", [True, False])
+def test_cached_prompts_give_the_same_states_in_any_batch(model: Any, fuse: bool) -> None:
     ids, mask, completion, completion_mask = batch(9)
     plain = completion_hidden_states(
-        model, ids, mask, completion, completion_mask, completion_mask, share_prefix=False
+        model,
+        Tokens(ids, mask),
+        Tokens(completion, completion_mask),
+        completion_mask,
+        share_prefix=False,
     )
     cache = PromptCache()
     for _ in range(2):  # the second time from memory
-        cached = cache.completion_hidden_states(
-            model, ids, mask, completion, completion_mask, completion_mask
+        cached = completion_hidden_states(
+            model,
+            Tokens(ids, mask),
+            Tokens(completion, completion_mask),
+            completion_mask,
+            cache=cache,
+            fuse=fuse,
         )
         torch.testing.assert_close(cached, plain, rtol=1e-4, atol=1e-5)
-    last = cache.completion_hidden_states(
-        model, ids[2:], mask[2:], completion[2:], completion_mask[2:], completion_mask[2:]
+    last = completion_hidden_states(
+        model,
+        Tokens(ids[2:], mask[2:]),
+        Tokens(completion[2:], completion_mask[2:]),
+        completion_mask[2:],
+        cache=cache,
+        fuse=fuse,
     )
     torch.testing.assert_close(last, plain[-3:], rtol=1e-4, atol=1e-5)

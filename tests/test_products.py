@@ -10,13 +10,12 @@ from torch import nn
 
 from sdft_lightning.forward.hidden import apply_head, completion_hidden_states
 from sdft_lightning.forward.scoring import score_continuations
-from sdft_lightning.losses.bounded import bounded_divergence
-from sdft_lightning.losses.chunked import cast_side
+from sdft_lightning.losses.bounded import bounded_divergence, cast_side
 from sdft_lightning.losses.divergence import Divergence
 from sdft_lightning.models import precision
 from sdft_lightning.models.precision import product_dtype, without_slow_autocast
 from sdft_lightning.teacher import FrozenTeacher
-from sdft_lightning.types import OutputHead, ScoringBatch
+from sdft_lightning.types import OutputHead, ScoringBatch, Tokens
 
 
 @pytest.mark.parametrize(
@@ -71,7 +70,7 @@ def test_a_model_that_is_not_fused_is_computed_in_float32(
 ) -> None:
     ids = torch.randint(3, 60, (3, 9))
     mask = torch.ones_like(ids, dtype=torch.bool)
-    arguments = (model, ids, mask, ids, mask, mask)
+    arguments = (model, Tokens(ids, mask), Tokens(ids, mask), mask)
     exact = completion_hidden_states(*arguments, fuse=False)
     with torch.autocast("cpu", torch.bfloat16):
         found = completion_hidden_states(*arguments, fuse=False)
@@ -86,7 +85,7 @@ def test_a_cached_teacher_answers_in_float32(model: Any, either_processor: bool)
         teacher = FrozenTeacher(cache_prompts=True)
         teacher.copy_from(model)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            found.append(teacher(ids, mask, ids, mask, mask))
+            found.append(teacher(Tokens(ids, mask), Tokens(ids, mask), mask))
     assert torch.equal(*found) is not either_processor
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.forward.policy import load_policy
+from sdft_lightning.forward.policy import Policy, load_policy
 from sdft_lightning.models.lora import LoRA, adapter_parameters
 from sdft_lightning.models.precision import quantization_options
 
@@ -38,16 +38,18 @@ def test_without_quantization_nothing_is_asked_of_transformers() -> None:
 
 
 def test_quantization_without_adapters_is_refused(model_folder: Path) -> None:
-    with pytest.raises(UserError, match=r"model\.quantization: got nf4 without model\.lora"):
-        load_policy(str(model_folder), quantization="nf4")
+    with pytest.raises(
+        UserError, match=r"model\.policy.quantization: got nf4 without model\.policy.lora"
+    ):
+        load_policy(Policy(str(model_folder), quantization="nf4"))
 
 
 def test_missing_bitsandbytes_names_the_extra(
     model_folder: Path, installed: Callable[[bool], None]
 ) -> None:
     installed(False)
-    with pytest.raises(UserError, match=r"model\.quantization.*sdft-lightning\[qlora\]"):
-        load_policy(str(model_folder), lora=LoRA(), quantization="nf4")
+    with pytest.raises(UserError, match=r"model\.policy.quantization.*sdft-lightning\[qlora\]"):
+        load_policy(Policy(str(model_folder), lora=LoRA(), quantization="nf4"))
 
 
 def test_a_machine_without_cuda_is_told_so(
@@ -55,12 +57,14 @@ def test_a_machine_without_cuda_is_told_so(
 ) -> None:
     installed(True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match=r"model\.quantization: nf4 needs a CUDA device"):
-        load_policy(str(model_folder), lora=LoRA(), quantization="nf4")
+    with pytest.raises(UserError, match=r"model\.policy.quantization: nf4 needs a CUDA device"):
+        load_policy(Policy(str(model_folder), lora=LoRA(), quantization="nf4"))
 
 
 def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"model\.quantization: got 'int3', allowed are nf4, fp4"):
+    with pytest.raises(
+        UserError, match=r"model\.policy.quantization: got 'int3', allowed are nf4, fp4"
+    ):
         quantization_options("int3")  # type: ignore[arg-type]
 
 
@@ -68,7 +72,7 @@ def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_layers_are_4_bit_and_adapters_float32_and_trained(model_folder: Path) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    model = load_policy(str(model_folder), lora=LoRA(r=4), quantization="nf4").model
+    model = load_policy(Policy(str(model_folder), lora=LoRA(r=4), quantization="nf4")).model
     layer = model.model.layers[0].self_attn.q_proj
     assert isinstance(layer.get_base_layer(), bitsandbytes.nn.Linear4bit)
     assert {p.dtype for p in adapter_parameters(model).values()} == {torch.float32}

@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.forward.policy import load_policy
+from sdft_lightning.forward.policy import Policy, load_policy
 from sdft_lightning.models.randomness import base_config, check_no_randomness, turn_off_randomness_
 
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -60,7 +60,7 @@ def build(kind: str, rate: float) -> Any:
 def test_two_passes_in_train_mode_are_equal_whatever_the_rate_is_called(kind: str) -> None:
     model = build(kind, 0.3).train()
     before = model.config.to_dict()
-    with pytest.raises(UserError, match=rf"model_name: {type(model).__name__} is random"):
+    with pytest.raises(UserError, match=rf"model\.policy\.name: {type(model).__name__} is random"):
         check_no_randomness(model)
     expected = model.eval()(IDS).logits
     turn_off_randomness_(model.train())
@@ -98,7 +98,9 @@ def test_randomness_without_a_rate_is_refused_and_random_numbers_stay_as_they_we
 
     monkeypatch.setattr(head, "forward", noisy)
     state = torch.random.get_rng_state()
-    with pytest.raises(UserError, match=r"model_name: LlamaForCausalLM is random in training"):
+    with pytest.raises(
+        UserError, match=r"model\.policy\.name: LlamaForCausalLM is random in training"
+    ):
         check_no_randomness(model.eval())
     assert torch.equal(torch.random.get_rng_state(), state)
     assert not any(part.training for part in model.modules())
@@ -146,7 +148,7 @@ def test_both_roles_are_quiet_and_the_exported_config_is_that_of_the_base(
 
     base = make_model_folder("base", attention_dropout=0.25)
     for lora in (None, LoRA(r=2)):
-        module = fit_module(model={"model_name": str(base), "lora": lora})
+        module = fit_module(model={"policy": {"name": str(base), "lora": lora}})
         assert module.student.config.attention_dropout == 0.0
         assert module.teacher.network.config.attention_dropout == 0.0
         folder = tmp_path / f"out-{lora is None}"
@@ -156,15 +158,15 @@ def test_both_roles_are_quiet_and_the_exported_config_is_that_of_the_base(
         assert saved["attention_dropout"] == 0.25
         assert saved == {**known, **{key: saved[key] for key in ("use_cache",) if key in saved}}
         assert module.student.config.attention_dropout == 0.0
-        assert load_policy(str(folder)).model.config.attention_dropout == 0.0
+        assert load_policy(Policy(str(folder))).model.config.attention_dropout == 0.0
 
 
 def test_the_folder_that_vllm_reads_has_the_config_of_the_base(
     model_folder: Path, tmp_path: Path, make_model_folder: Callable[..., Path]
 ) -> None:
-    from sdft_lightning.rollout.vllm_weights import write_weights
+    from sdft_lightning.rollout.vllm.weights import write_weights
 
-    model = load_policy(str(make_model_folder(attention_dropout=0.25))).model
+    model = load_policy(Policy(str(make_model_folder(attention_dropout=0.25)))).model
     write_weights(model, tmp_path / "weights", torch.float32, own_head=False)
     saved = json.loads((tmp_path / "weights" / "config.json").read_text())
     assert saved["attention_dropout"] == 0.25

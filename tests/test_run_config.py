@@ -42,7 +42,7 @@ def test_after_weights_that_do_not_fit_the_mended_command_may_have_the_same_name
     copied = shutil.copytree(model_folder, tmp_path / "copied")
     (copied / "model.safetensors").unlink()
     with pytest.raises((SystemExit, OSError)):
-        run_cli(*fit_args, f"--model.model_name={copied}")
+        run_cli(*fit_args, f"--model.policy.name={copied}")
     assert not (tmp_path / "runs" / "a").exists()
     run_cli(*fit_args)
 
@@ -85,7 +85,7 @@ def test_second_run_of_a_name_that_has_begun_meanwhile_is_refused(
         (run / "config.yaml").write_text("of the other")
 
     # What `before_fit` does takes a while; the other process begins then.
-    monkeypatch.setattr("sdft_lightning.modules.base.check_run", meanwhile)
+    monkeypatch.setattr("sdft_lightning.modules.run_checks.check_run", meanwhile)
     with pytest.raises(SystemExit) as stop:
         run_cli(*fit_args, "--trainer.logger=false")
     assert stop.value.code == 2

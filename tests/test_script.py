@@ -31,8 +31,10 @@ from sdft_lightning.data.prompts import PromptStyle
 from sdft_lightning.data.tokenize import Lengths
 from sdft_lightning.errors import UserError, show_messages
 from sdft_lightning.files import checkpoint_io
+from sdft_lightning.forward.policy import Policy
 from sdft_lightning.modules import SDFTModule
-from sdft_lightning.modules.trainer_options import check_trainer
+from sdft_lightning.modules.evaluation import Evaluation
+from sdft_lightning.modules.run_checks import check_trainer
 from sdft_lightning.rollout import Sampling, VLLMEngine
 from sdft_lightning.types import task_data
 
@@ -41,7 +43,9 @@ Script = Callable[..., L.Trainer]
 
 
 @pytest.fixture
-def script(model_folder: Path, train_file: Path, tmp_path: Path) -> Script:
+def script(
+    module_options: Callable[[dict[str, Any]], dict[str, Any]], train_file: Path, tmp_path: Path
+) -> Script:
     """Fit for two steps with a plain Trainer; returns it, with module and data module."""
 
     def fit(
@@ -50,15 +54,8 @@ def script(model_folder: Path, train_file: Path, tmp_path: Path) -> Script:
         ckpt_path: str | None = None,
         **trainer: Any,
     ) -> L.Trainer:
-        module = SDFTModule(
-            **{
-                "model_name": str(model_folder),
-                "sampling": Sampling(max_new_tokens=8),
-                "eval_max_new_tokens": 8,
-                "sampling_dtype": "same",
-                **(model or {}),
-            }
-        )
+        sampling = {"sampling": Sampling(max_new_tokens=8)}
+        module = SDFTModule(**module_options({**sampling, **(model or {})}))
         rows = DemonstrationDataModule(
             **{
                 "train": str(train_file),
@@ -184,7 +181,9 @@ def test_prompt_without_room_is_refused_by_the_sentence_of_the_command_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     short = make_model_folder(max_position_embeddings=24)
-    model = SDFTModule(str(short), sampling=Sampling(max_new_tokens=8), eval_max_new_tokens=8)
+    model = SDFTModule(
+        policy=Policy(str(short)), sampling=Sampling(max_new_tokens=8), evaluation=Evaluation(8)
+    )
     rows = DemonstrationDataModule(
         train=str(train_file),
         validation=str(train_file),
@@ -195,7 +194,7 @@ def test_prompt_without_room_is_refused_by_the_sentence_of_the_command_line(
     with pytest.raises(UserError, match="do not fit into the model, which takes 24") as error:
         getattr(trainer, command)(model, datamodule=rows)
     args = [f"--data.validation={train_file}", "--data.columns.reference=reference"]
-    args += ["--data.grader=contains", f"--model.model_name={short}"]
+    args += ["--data.grader=contains", f"--model.policy.name={short}"]
     if command == "validate":
         fit_args = [arg for arg in fit_args if "max_steps" not in arg]
     line = told(run_cli, [command, *fit_args[1:], *args], capsys)
@@ -261,7 +260,7 @@ def test_checkpoint_of_a_plain_trainer_is_whole_and_gives_the_teacher_back(
     assert look.state.keys() == trained.keys()
     for name, value in trained.items():
         assert torch.equal(look.state[name], value), name
-    untouched = SDFTModule(str(model_folder))
+    untouched = SDFTModule(policy=Policy(str(model_folder)))
     untouched.configure_model()
     before = untouched.state_dict()
     assert any(not torch.equal(trained[name], before[name]) for name in teacher)
@@ -352,7 +351,7 @@ def test_monitor_with_data_of_the_user_is_warned_of(
         task = "mine"
 
     Own.__module__ = "somebody"
-    module = SDFTModule(str(model_folder), sampling=Sampling(max_new_tokens=8))
+    module = SDFTModule(policy=Policy(str(model_folder)), sampling=Sampling(max_new_tokens=8))
     rows = Own(train=str(train_file), prompts=PromptStyle("turns"), batch_size=2)
     stops = EarlyStopping("mine/score", strict=False)
     trainer = L.Trainer(
@@ -415,7 +414,7 @@ def test_fit_after_preflight_in_one_script_is_checked_anew(
     rows = tmp_path / "rows.jsonl"
     long = json.dumps({"prompt": "word " * 200, "demonstration": "It is so."})
     rows.write_text(train_file.read_text() + long + "\n")
-    module = SDFTModule(str(model_folder), sampling=Sampling(max_new_tokens=4))
+    module = SDFTModule(policy=Policy(str(model_folder)), sampling=Sampling(max_new_tokens=4))
     data = DemonstrationDataModule(
         train=str(rows), prompts=PromptStyle("turns"), lengths=Lengths(prompt=100), batch_size=2
     )

@@ -38,7 +38,7 @@ def files_with(secret: str, folder: Path) -> list[Path]:
         (f"--data.judge.base_url=https://{SECRET}@127.0.0.1:9/v1", "data.judge.base_url"),
         (f"--data.judge.api_key_variable=sk-{SECRET}-0123456789", "data.judge.api_key_variable"),
         (f"--data.train=https://me:{SECRET}@127.0.0.1:9/a.jsonl", "data.train"),
-        (f"--model.model_name=https://me:{SECRET}@127.0.0.1:9/a", "model.init_args.model_name"),
+        (f"--model.policy.name=https://me:{SECRET}@127.0.0.1:9/a", "model.init_args.policy.name"),
     ],
 )
 def test_secret_in_an_option_is_refused_before_anything_is_written(
@@ -140,8 +140,8 @@ def test_key_that_a_judge_echoes_reaches_neither_console_nor_any_file(
     run_cli(
         "validate",
         "--model=SFTModule",
-        f"--model.model_name={model_folder}",
-        "--model.eval_max_new_tokens=4",
+        f"--model.policy.name={model_folder}",
+        "--model.evaluation.max_new_tokens=4",
         f"--data.validation={train_file}",
         "--data.grader=medical",
         "--data.columns.reference=reference",

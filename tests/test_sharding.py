@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.forward.prefix import can_share
+from sdft_lightning.forward.layout import can_share
+from sdft_lightning.forward.policy import Policy
 from sdft_lightning.models.sharding import (
     data_parallel_mesh,
     empty_copy,
@@ -31,9 +32,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM
 from sdft_lightning.losses.bounded import bounded_cross_entropy
 from sdft_lightning.forward.hidden import completion_hidden_states, output_head
-from sdft_lightning.rollout.weights import SamplingWeights
+from sdft_lightning.rollout.student import StudentPasses
 from sdft_lightning.models.sharding import shard_
 from sdft_lightning.teacher import EMATeacher
+from sdft_lightning.types import Tokens
 
 rank = int(os.environ["RANK"])
 dist.init_process_group("gloo")
@@ -52,7 +54,7 @@ if checkpointed:
 teacher = EMATeacher(0.25)
 teacher.copy_from(model)
 average = copy.deepcopy(teacher.network)
-weights = SamplingWeights("same")
+weights = StudentPasses("same")
 weights.prepare(model)
 shard_(model, mesh)
 teacher.shard_(mesh)
@@ -64,7 +66,7 @@ def loss(model, rows):
     answers = torch.tensor([[row + 3, 4 * row + 7, 40] for row in rows for _ in (0, 5)])
     mask = torch.ones_like(answers, dtype=torch.bool)
     hidden = completion_hidden_states(
-        model, prompts, torch.ones_like(prompts, dtype=torch.bool), answers, mask, mask)
+        model, Tokens(prompts, torch.ones_like(prompts).bool()), Tokens(answers, mask), mask)
     weight = torch.full((mask.sum(),), 1 / mask.sum())
     return bounded_cross_entropy(hidden, output_head(model), answers[mask], weight)[0]
 
@@ -86,7 +88,7 @@ for step in (1, 2):
     teacher.update_(model, step)
     for a, b in zip(average.parameters(), plain.parameters(), strict=True):
         a.data.lerp_(b.data, 0.25)
-    whole = weights.model(model, step)
+    whole = weights.at(model, step).sampler()
     for a, b in zip(whole.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a, b)
     for a, b in zip(teacher.network.parameters(), average.parameters(), strict=True):
@@ -190,8 +192,8 @@ def test_cached_prompts_are_refused_before_anything_is_cut(model: Any) -> None:
 def test_adapters_are_refused_before_anything_is_cut(fit_module: Any) -> None:
     from sdft_lightning.models.lora import LoRA
 
-    module = fit_module(model={"lora": LoRA(r=2)})
-    with pytest.raises(UserError, match=r"model\.lora: adapters under fsdp2"):
+    module = fit_module(model={"policy": {"lora": LoRA(r=2)}})
+    with pytest.raises(UserError, match=r"model\.policy.lora: adapters under fsdp2"):
         module.shard_models(None)
 
 
@@ -203,19 +205,19 @@ def test_what_cannot_take_shards_is_refused_before_a_model_is_loaded() -> None:
     from sdft_lightning.modules import SDFTModule
     from sdft_lightning.rollout import TransformersEngine, VLLMEngine
 
-    module = SDFTModule("no/such/model", optimizer=LowMemoryAdamW)
+    module = SDFTModule(policy=Policy("no/such/model"), optimizer=LowMemoryAdamW)
     module._device_mesh = Mesh(2, 1)  # type: ignore[assignment]
     module._trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"))  # type: ignore[assignment]
     expected = r"model\.optimizer: got LowMemoryAdamW.*fsdp2.*torch\.optim\.AdamW.*strategy=ddp"
     with pytest.raises(UserError, match=expected):
         module.configure_model()
     module.optimizer_factory = torch.optim.AdamW
-    module.engine = VLLMEngine()
+    module.rollouts.engine = VLLMEngine()
     with pytest.raises(UserError, match=r"model\.engine: under fsdp2.*strategy=ddp"):
         module.configure_model()
-    module.lora = LoRA(r=2)
-    with pytest.raises(UserError, match=r"model\.lora: adapters under fsdp2"):
+    module.policy = Policy("no/such/model", lora=LoRA(r=2))
+    with pytest.raises(UserError, match=r"model\.policy.lora: adapters under fsdp2"):
         module.configure_model()
-    module.lora, module.engine = None, TransformersEngine()
-    with pytest.raises(UserError, match=r"model_name: there is no folder no/such/model"):
+    module.policy, module.rollouts.engine = Policy("no/such/model"), TransformersEngine()
+    with pytest.raises(UserError, match=r"model\.policy\.name: there is no folder no/such/model"):
         module.configure_model()

@@ -88,7 +88,7 @@ def test_the_command_line_refuses_stage_3_before_it_loads_anything(
     run_cli: Callable[..., None], fit_args: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        run_cli(*fit_args, "--trainer.strategy=deepspeed_stage_3", "--model.model_name=nowhere")
+        run_cli(*fit_args, "--trainer.strategy=deepspeed_stage_3", "--model.policy.name=nowhere")
     assert stop.value.code == 2
     assert "trainer.strategy: got deepspeed_stage_3" in capsys.readouterr().err
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sdft_lightning.errors import UserError
 from sdft_lightning.models.randomness import turn_off_randomness_
 from sdft_lightning.teacher import EMATeacher, FrozenTeacher, LiveTeacher, Teacher, ema_
+from sdft_lightning.types import Tokens
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 
@@ -36,7 +37,7 @@ def states(teacher: Any, prompt: list[int] | None = None) -> Tensor:
     mask = torch.ones_like(prompt_ids).bool()
     completion = torch.tensor([[8, 9]])
     kept = torch.ones_like(completion).bool()
-    result: Tensor = teacher(prompt_ids, mask, completion, kept, kept)
+    result: Tensor = teacher(Tokens(prompt_ids, mask), Tokens(completion, kept), kept)
     return result
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sdft_lightning.teacher import EMATeacher, FrozenTeacher, LiveTeacher, Teacher
+from sdft_lightning.types import Tokens
 
 
 def taught(teacher: Teacher, student: Any) -> Any:
@@ -21,7 +22,9 @@ def states(teacher: Any) -> Tensor:
     prompt = torch.tensor([[5, 6, 7], [5, 9, 11]])
     completion = torch.tensor([[8, 9], [8, 3]])
     kept = torch.ones_like(completion).bool()
-    result: Tensor = teacher(prompt, torch.ones_like(prompt).bool(), completion, kept, kept)
+    result: Tensor = teacher(
+        Tokens(prompt, torch.ones_like(prompt).bool()), Tokens(completion, kept), kept
+    )
     return result
 
 

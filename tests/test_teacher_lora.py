@@ -13,6 +13,7 @@ from sdft_lightning.errors import UserError
 from sdft_lightning.forward.policy import moved_not_cast
 from sdft_lightning.models.lora import LoRA, adapter_parameters, add_adapter_, merged_copy
 from sdft_lightning.teacher import EMATeacher, FrozenTeacher, LiveTeacher, Teacher
+from sdft_lightning.types import Tokens
 
 Make = Callable[..., Any]
 
@@ -26,7 +27,9 @@ def states(teacher: Any) -> Tensor:
     prompt = torch.tensor([[5, 6, 7], [5, 9, 11]])
     completion = torch.tensor([[8, 9], [8, 3]])
     kept = torch.ones_like(completion).bool()
-    result: Tensor = teacher(prompt, torch.ones_like(prompt).bool(), completion, kept, kept)
+    result: Tensor = teacher(
+        Tokens(prompt, torch.ones_like(prompt).bool()), Tokens(completion, kept), kept
+    )
     return result
 
 

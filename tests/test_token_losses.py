@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.losses.bounded import bounded_cross_entropy, bounded_divergence
-from sdft_lightning.losses.divergence import Divergence
-from sdft_lightning.losses.token_losses import (
+from sdft_lightning.losses.divergence import (
+    Divergence,
     PenalisedCrossEntropy,
     cross_entropy,
     probability_weighted,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sdft_lightning.rollout.uniforms import row_key, row_uniforms
+from sdft_lightning.rollout.sampling import row_key, row_uniforms
 
 # Of ("row-1") and (seed 42, step 3, "row-1", sample 0): a change makes old runs irreproducible.
 KNOWN_KEY = 3330157096919822957

@@ -42,7 +42,7 @@ class CompletionLog(L.Callback):
             return
         self._logged_at = step
         rollout, keep = outputs["rollout"], outputs["keep"]
-        texts = module.decode(rollout)
+        texts = module.evaluator.decode(rollout)
         samples = len(texts) // len(batch.rows)
         divergences = outputs["divergence"].split(keep.sum(dim=1).tolist())
         records = [

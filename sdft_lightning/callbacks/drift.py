@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -10,9 +11,8 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.forward.attention_kernel import autocast_if_needed_
-from sdft_lightning.forward.hidden import completion_hidden_states, output_head
-from sdft_lightning.forward.policy import check_model, load_policy
+from sdft_lightning.forward.hidden import autocast_if_needed_, completion_hidden_states, output_head
+from sdft_lightning.forward.policy import Policy, check_model, load_policy
 from sdft_lightning.graders.metrics import NamedMetrics, WeightedMean
 from sdft_lightning.losses.bounded import bounded_divergence
 from sdft_lightning.losses.divergence import Divergence
@@ -96,10 +96,8 @@ class DriftMonitor(L.Callback):
         with nullcontext() if plain else trainer.precision_plugin.forward_context():
             hidden = completion_hidden_states(
                 student,
-                batch.prompt_ids,
-                batch.prompt_mask,
-                answers.rollout.completion_ids,
-                mask,
+                batch.prompts,
+                answers.rollout.completions,
                 mask,
             )  # (N, D)
         assert self._head is not None
@@ -146,19 +144,19 @@ class DriftMonitor(L.Callback):
             self._base = self._base_model(module)
             head = output_head(self._base)
             self._head = head._replace(weight=head.weight.clone())
-        rollout = module.greedy_completions(self._base, batch.prompt_ids, batch.prompt_mask)
+        rollout = module.evaluator.greedy_completions(
+            self._base, batch.prompt_ids, batch.prompt_mask
+        )
         hidden = completion_hidden_states(
             self._base,
-            batch.prompt_ids,
-            batch.prompt_mask,
-            rollout.completion_ids,
-            rollout.completion_mask,
+            batch.prompts,
+            rollout.completions,
             rollout.completion_mask,
         )  # (N, D)
         return _BaseAnswers(rollout, hidden)
 
     def _base_model(self, module: Any) -> Any:
-        own = self.model_name is None and module.lora is not None
+        own = self.model_name is None and module.policy.lora is not None
         base = base_copy(module.student) if own else self._load(module)
         base.to(module.device).eval()
         autocast_if_needed_(base)
@@ -168,12 +166,8 @@ class DriftMonitor(L.Callback):
         return base
 
     def _load(self, module: Any) -> Any:
-        named = self.model_name is not None
-        policy = load_policy(
-            self.model_name or module.model_name,
-            self.revision if named else module.revision,
-            module.weights_dtype,
-            module.attn_implementation,
-            check=False,
-        )
-        return policy.model.requires_grad_(False)
+        start: Policy = module.policy
+        if self.model_name is not None:
+            start = replace(start, name=self.model_name, revision=self.revision)
+        plain = replace(start, gradient_checkpointing=False, lora=None, quantization=None)
+        return load_policy(plain, check=False).model.requires_grad_(False)

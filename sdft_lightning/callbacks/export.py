@@ -98,7 +98,9 @@ def export_model(
     check_export(student.named_parameters() if weights is None else weights.items(), folder)
     with whole_folder(folder) as unfinished:
         if format == "adapter":
-            save_adapter(student, unfinished, resolve_model(module.model_name), module.revision)
+            save_adapter(
+                student, unfinished, resolve_model(module.policy.name), module.policy.revision
+            )
         else:
             model = merged_copy(student) if is_adapted(student) else student
             with base_config(model):
@@ -116,9 +118,9 @@ def check_format(module: Any, format: ExportFormat) -> None:
     if format == "adapter" and module.lora is None:
         raise UserError(
             "format: got adapter, but this run trains the whole model and has no adapters. Use "
-            "merged, or train with LoRA (--model.lora.r=8)."
+            "merged, or train with LoRA (--model.policy.lora.r=8)."
         )
-    if format == "merged" and module.quantization is not None:
+    if format == "merged" and module.policy.quantization is not None:
         raise UserError(
             "format: got merged, but adapters cannot be added to 4-bit weights. Use adapter "
             "(--format=adapter; for the callback ExportModel, format: adapter) and merge with peft "

@@ -77,7 +77,9 @@ def measured_prefixes(module: Any, stage: str) -> tuple[str, ...]:
         module: The module, with its `capability`.
         stage: val or test.
     """
-    measured = ["task", "drift", "judge"] + (["capability"] if module.capability.due else [])
+    measured = ["task", "drift", "judge"] + (
+        ["capability"] if module.evaluator.capability.due else []
+    )
     return tuple(f"{stage}/{kind}/" for kind in measured)
 
 

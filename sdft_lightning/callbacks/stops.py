@@ -236,7 +236,7 @@ class CollapseGuard(L.Callback):
         steps: Optimizer steps in a row that must show a sign. A loss or a weight that is no number:
             one.
         validations: Validations in a row in which the teacher must not beat the student; needs
-            model.teacher_accuracy_in_fit.
+            model.evaluation.teacher_in_fit.
         limits: Where the signs begin.
     """
 
@@ -283,11 +283,12 @@ class CollapseGuard(L.Callback):
         self._losses = []
         if self._kept_name:
             self._kept, self._kept_name = kept_checkpoint(trainer, self._kept_name), ""
-        ungraded = getattr(pl_module, "teacher_accuracy_in_fit", None) is False
+        evaluation = getattr(pl_module, "evaluation", None)
+        ungraded = evaluation is not None and not evaluation.teacher_in_fit
         if ungraded and self.limits.teacher_lead is not None and trainer.is_global_zero:
             log.warning(
                 "CollapseGuard: limits.teacher_lead is never judged: validations of this fit do "
-                "not grade the teacher. Give --model.teacher_accuracy_in_fit=true, or set "
+                "not grade the teacher. Give --model.evaluation.teacher_in_fit=true, or set "
                 "limits.teacher_lead to null."
             )
 

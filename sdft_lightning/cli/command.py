@@ -39,7 +39,7 @@ from sdft_lightning.files.shared_memory import clear_shared_memory
 from sdft_lightning.files.texts import bound_config_files
 from sdft_lightning.files.whole_files import check_can_make
 from sdft_lightning.modules import PolicyModule
-from sdft_lightning.modules.trainer_options import check_trainer_options, check_values
+from sdft_lightning.modules.run_checks import check_trainer_options, check_values
 from sdft_lightning.preflight import Limits, judge
 
 log = logging.getLogger(__name__)
@@ -101,8 +101,8 @@ class SDFTCLI(LightningCLI):
         parser.set_defaults(
             {f"checkpoint.{name}": value for name, value in CHECKPOINT_OPTIONS.items()}
         )
-        for name in ("model_name", "revision"):
-            parser.link_arguments(f"model.init_args.{name}", f"data.{name}")
+        for name, target in (("name", "model_name"), ("revision", "revision")):
+            parser.link_arguments(f"model.init_args.policy.{name}", f"data.{target}")
         has_seed = self.datamodule_class is DemonstrationDataModule
         for target in ("model.init_args.seed", *(["data.seed"] if has_seed else [])):
             parser.link_arguments("seed_everything", target, compute_fn=_seed)
@@ -184,7 +184,7 @@ class SDFTCLI(LightningCLI):
         if path is not None and not is_deepspeed_folder(path):
             checkpoint = load_whole_checkpoint(path)
             self.model.plan_models(self.trainer, command, self.datamodule)
-            self.model.check_checkpoint(checkpoint, trains=command == "fit")
+            self.model.checkpoints.check(checkpoint, trains=command == "fit")
             self.model.configure_model()
             self.model.on_load_checkpoint(checkpoint)
 
@@ -196,7 +196,7 @@ class SDFTCLI(LightningCLI):
         hint = ""
         if (self.run_folder / "checkpoints").is_dir():
             hint = "; --ckpt_path=last takes the newest checkpoint of this run"
-        log.info(f"weights: {self.model.model_name} as it is, without a checkpoint{hint}")
+        log.info(f"weights: {self.model.policy.name} as it is, without a checkpoint{hint}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that writes below the run's folder only."""

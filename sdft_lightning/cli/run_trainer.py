@@ -153,7 +153,7 @@ class RunTrainer(L.Trainer):
         check_format(model, format)
         checkpoint = load_whole_checkpoint(path)
         model.loads_teacher = False
-        model.check_checkpoint(checkpoint, trains=False)
+        model.checkpoints.check(checkpoint, trains=False)
         model.configure_model()
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
@@ -176,7 +176,7 @@ class RunTrainer(L.Trainer):
         datamodule.trainer = self
         datamodule.prepare_data()
         datamodule.setup(command)
-        model.check_ahead(self, command, datamodule)
+        model.checks.ahead(self, command, datamodule)
 
     def preflight(
         self,
@@ -212,12 +212,12 @@ class RunTrainer(L.Trainer):
             if isinstance(datamodule, DemonstrationDataModule):  # benchmarks alone are refused
                 meanwhile.enter_context(datamodule.for_preflight())
             self.check(model, datamodule, "fit")
-            model.forget_check()  # a fit that follows is one of more rows
+            model.checks.forget()  # a fit that follows is one of more rows
             datamodule.check_training_references()
             model.configure_model()
             model.trainer = self
             model.to(self.strategy.root_device)
-            max_length = load_max_length(model.model_name, model.tokenizer, model.revision)
+            max_length = load_max_length(model.policy.name, model.tokenizer, model.policy.revision)
             model.check_models()
             seed, window = datamodule.seed, self.accumulate_grad_batches
             with self.precision_plugin.forward_context():

@@ -14,7 +14,7 @@ import lightning as L
 from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from sdft_lightning.errors import UserError, printable
+from sdft_lightning.errors import UserError, printable, renamed_options
 
 _THEIRS = ("lightning", "lightning_fabric", "lightning_utilities", "jsonargparse")
 _OURS = "sdft_lightning"
@@ -22,6 +22,8 @@ _RESTORING = "lightning.pytorch.trainer.connectors.checkpoint_connector"
 _MACHINE = ("accelerator", "devices", "num_nodes", "strategy", "precision")
 _LONGEST = 400
 _SHOWN = 80  # characters of a value
+# How jsonargparse names an option that a class does not have.
+_REFUSED = re.compile(r"(?:Option '|unrecognized arguments: --)([\w.]+)")
 _CLASSES = {
     "loggers": "trainer.logger",
     "callbacks": "trainer.callbacks",
@@ -70,6 +72,8 @@ def setup_error(error: Exception, config: Mapping[str, Any]) -> UserError | None
     if not _is_theirs(error):
         return None
     option, text = _plain(str(error) or type(error).__name__)
+    if option == "model" and (told := renamed_options(_REFUSED.findall(text))):
+        return UserError(told)
     if option or isinstance(error, ArgumentError):
         return UserError(f"{option}{': ' if option else ''}{text.rstrip('.')}.")
     given = _given(config)

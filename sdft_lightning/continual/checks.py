@@ -232,10 +232,11 @@ def _check_best_is_whole(where: str, select: str, strategy: Any) -> None:
 
 def _check_handed_on(where: str, model: Mapping[str, Any]) -> None:
     """A stage hands on a whole model, which adapters on 4-bit weights do not come to."""
-    quantization = model.get("init_args", {}).get("quantization")
+    policy = model.get("init_args", {}).get("policy") or {}
+    quantization = policy.get("quantization")
     if quantization is not None:
         raise UserError(
-            f"{where}: model.init_args.quantization: got {quantization}, allowed is none: a stage "
-            "hands on a whole model, and adapters cannot be added to 4-bit weights. Take it out; "
-            "weights_dtype: bfloat16 saves memory below adapters, too."
+            f"{where}: model.init_args.policy.quantization: got {quantization}, allowed is none: a "
+            "stage hands on a whole model, and adapters cannot be added to 4-bit weights. Take it "
+            "out; policy.weights_dtype: bfloat16 saves memory below adapters, too."
         )

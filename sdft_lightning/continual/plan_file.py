@@ -15,14 +15,10 @@ from sdft_lightning.files.endpoints import check_no_secrets
 from sdft_lightning.files.texts import check_yaml
 
 # What of the model's options concerns evaluation, which is the same for all methods.
-_EVALUATED = (
-    "model_name",
-    "revision",
-    "weights_dtype",
-    "attn_implementation",
-    "sampling_dtype",
-    "eval_max_new_tokens",
-)
+_EVALUATED = {
+    "policy": ("weights_dtype", "attn_implementation", "sampling_dtype"),
+    "evaluation": ("max_new_tokens",),
+}
 _QUESTIONS = ("grader", "columns", "prompts", "lengths")  # of a stage's test set
 _LOADING = ("eval_batch_size", "num_workers", "judge", "lengths", "prompts")
 _MACHINE = (
@@ -62,8 +58,8 @@ def _alike(before: Any, after: Any) -> bool:
 
 def base_model(plan: ContinualPlan) -> tuple[str, str | None]:
     """Name and revision of the model before training."""
-    options = plan.model.get("init_args", {})
-    return options.get("model_name", "embedded"), options.get("revision")
+    policy = plan.model.get("init_args", {}).get("policy") or {}
+    return policy.get("name", "embedded"), policy.get("revision")
 
 
 def stage_data(plan: ContinualPlan, stage: Stage) -> dict[str, Any]:
@@ -80,7 +76,7 @@ def fit_options(plan: ContinualPlan, unit: Unit, model_name: str | None) -> dict
         model_name: Folder of the model that the stage before handed on; None for the base model.
     """
     name, revision = (model_name, None) if model_name else base_model(plan)
-    start = {"model_name": name, "revision": revision}
+    start = {"policy": {"name": name, "revision": revision}}
     budget = plan.budget_of(unit.stage)
     trainer = merged(plan.trainer, unit.options.trainer)
     length = {"max_steps": budget.updates or -1, "max_epochs": -1}
@@ -145,7 +141,11 @@ def evaluation_options(plan: ContinualPlan, run: Path, model_name: str | None) -
     """
     name, revision = (model_name, None) if model_name else base_model(plan)
     given = plan.model.get("init_args", {})
-    model = {key: given[key] for key in _EVALUATED if key in given}
+    model = {
+        part: {key: given[part][key] for key in keys if key in given[part]}
+        for part, keys in _EVALUATED.items()
+        if part in given
+    }
     questions = {stage.name: _test_set(plan, stage) for stage in plan.stages}
     data = {key: plan.data[key] for key in _LOADING if key in plan.data}
     return {
@@ -153,7 +153,7 @@ def evaluation_options(plan: ContinualPlan, run: Path, model_name: str | None) -
         "run": {"root": str(run.parent), "name": run.name},
         "model": {
             "class_path": "sdft_lightning.modules.PolicyModule",
-            "init_args": {**model, "model_name": name, "revision": revision},
+            "init_args": merged(model, {"policy": {"name": name, "revision": revision}}),
         },
         "data": {
             **data,

@@ -61,8 +61,8 @@ class ModelDataModule(L.LightningDataModule, TaskData):
             UserError: If the module has another model, or neither of them names one.
         """
         module = getattr(self.trainer, "lightning_module", None)
-        name: str | None = getattr(module, "model_name", None)
-        if name is None:
+        policy = getattr(module, "policy", None)
+        if policy is None:
             if self.model_name is None:
                 raise UserError(
                     "data.model_name: not given, and there is no module to take it from. Name the "
@@ -70,7 +70,7 @@ class ModelDataModule(L.LightningDataModule, TaskData):
                     "data module to a Trainer with such a module."
                 )
             return ModelVersion(self.model_name, self.revision)
-        version = ModelVersion(name, getattr(module, "revision", None))
+        version = ModelVersion(policy.name, policy.revision)
         same_name = self.model_name is None or _is_same_model(self.model_name, version.name)
         if not same_name or self.revision not in (None, version.revision):
             own = ModelVersion(self.model_name or version.name, self.revision)
@@ -117,7 +117,7 @@ class BenchmarkDataModule(ModelDataModule):
 
     Args:
         model_name: The model whose tokenizer is used; that of the module that is measured without
-            it. The command line sets it from model.model_name.
+            it. The command line sets it from model.policy.name.
         revision: Its branch, tag or commit on the Hub; the module's without it.
         benchmarks: Tasks of lm-evaluation-harness, which `validate` and `test` measure.
         num_workers: Processes that collate batches.

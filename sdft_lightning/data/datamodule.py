@@ -61,7 +61,7 @@ class DemonstrationDataModule(ModelDataModule):
 
     Args:
         model_name: The model whose tokenizer is used; that of the module that is trained without
-            it. The command line sets it from model.model_name.
+            it. The command line sets it from model.policy.name.
         revision: Its branch, tag or commit on the Hub; the module's without it.
         train: Demonstrations: a .jsonl, .json or .parquet file, a save_to_disk folder,
             `example:<name>/<file>`, or {repo, split} on the Hub.
@@ -332,7 +332,7 @@ class DemonstrationDataModule(ModelDataModule):
         limit = load_max_length(name, self._tokenizer.tokenizer, revision)
         longer_works = has_rotary_positions(name, revision)
         for key, rows in self._sets.items():
-            count, by = eval_new_tokens, "model.eval_max_new_tokens"
+            count, by = eval_new_tokens, "model.evaluation.max_new_tokens"
             if key == "train":
                 count, by = new_tokens, "model.sampling.max_new_tokens"
             elif key == "retain":

@@ -126,6 +126,11 @@ def example_path(source: str, option: str) -> Path:
     return path
 
 
+def example_tasks() -> dict[str, Path]:
+    """The benchmarks that this package ships: files of tasks, by the name of the task."""
+    return {path.stem: path for path in sorted(_EXAMPLES.rglob("*.yaml"))}
+
+
 def _read_parquet(path: Path, reading: Reading) -> Rows:
     import pyarrow
     import pyarrow.parquet

@@ -1,85 +1,147 @@
-"""Hidden states of a causal language model where they are needed, and its output head."""
+"""Hidden states of a causal language model where they are needed, and its output head.
+
+With gradients, short rows on a CPU attend by the plain formula: the backward pass of the flash
+kernel takes several times as long in bfloat16. The formula computes in float32 and stores its
+scores, so it is used only where these are few.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.forward.attention_kernel import training_attention
-from sdft_lightning.forward.cached_steps import without_cache
-from sdft_lightning.forward.forward_paths import paths_of
 from sdft_lightning.forward.fused import ReadPrompts, completion_states, decoder_of, training_dtype
-from sdft_lightning.forward.kv_cache import cache_argument
-from sdft_lightning.forward.packing import (
-    PackedRows,
-    attention_mask,
-    one_a_row,
-    own_sequence,
-    pack_if_worth,
-    unpack,
+from sdft_lightning.forward.layout import SplitPrompts, layout_of, split_for
+from sdft_lightning.forward.prompt_cache import PromptCache, check_keeps_prompts
+from sdft_lightning.models.precision import (
+    eval_mode,
+    product_dtype,
+    takes_float32,
+    without_slow_autocast,
 )
-from sdft_lightning.forward.prefix import (
-    SplitPrompts,
-    can_share,
-    encode_prefix,
-    split_if_worth,
-    takes_own_mask,
-)
-from sdft_lightning.losses.masking import position_ids
-from sdft_lightning.models.precision import eval_mode, product_dtype, without_slow_autocast
 from sdft_lightning.models.sharding import gathered
-from sdft_lightning.types import OutputHead
+from sdft_lightning.types import OutputHead, Tokens
+
+# Scores of a layer: 4 MB in float32. With more the flash kernel is as fast.
+_MOST_SCORES = 2**20
+
+
+@contextmanager
+def training_attention(model: Any, rows: int, tokens: int) -> Iterator[None]:
+    """Let a forward pass with gradients use the plain formula where that is faster.
+
+    Args:
+        model: A causal language model of transformers.
+        rows: Sequences of the pass.
+        tokens: Tokens of the longest, padding included.
+    """
+    if _plain_is_faster(model, rows, tokens):
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    else:
+        yield
+
+
+def _plain_is_faster(model: Any, rows: int, tokens: int) -> bool:
+    if not torch.is_grad_enabled() or model.device.type != "cpu":
+        return False
+    if getattr(model.config, "_attn_implementation", None) != "sdpa":
+        return False
+    dtype = model.dtype
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+    # Recomputed activations must come from the same kernel, and they are outside of this.
+    recomputes = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
+    heads = getattr(model.config, "num_attention_heads", None)
+    if dtype != torch.bfloat16 or recomputes or heads is None:
+        return False
+    return bool(rows * heads * tokens**2 <= _MOST_SCORES)
+
+
+@contextmanager
+def plain_attention(model: Any) -> Iterator[None]:
+    """Inside, a model whose kernel is of GPUs or of half precision computes on any device."""
+    if takes_float32(model):
+        yield
+        return
+    own = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
+
+
+@torch.no_grad()
+def autocast_if_needed_(model: Any) -> None:
+    """Let a float32 model compute in bfloat16 autocast if its attention refuses float32.
+
+    A teacher's weights stay in float32 beside a student in bfloat16, with the student's kernel,
+    or with plain attention where autocast does not help.
+
+    Args:
+        model: A causal language model of transformers, whole, in the context that it is used in.
+    """
+    if takes_float32(model):
+        return
+    base = model.base_model
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)  # (1, 2)
+    if _computes(base, ids):
+        return
+    hooks = [
+        base.register_forward_pre_hook(_enter_autocast),
+        base.register_forward_hook(_leave_autocast, always_call=True),
+    ]
+    if not _computes(base, ids):
+        for hook in hooks:
+            hook.remove()
+        model.set_attn_implementation("eager")
+
+
+def _computes(base: Any, ids: Tensor) -> bool:
+    try:
+        base(input_ids=ids, use_cache=False)
+    except Exception:  # kernels refuse in their own words
+        return False
+    return True
+
+
+def _enter_autocast(base: nn.Module, _: Any) -> None:
+    first = next(base.parameters())
+    needed = first.dtype == torch.float32 and not torch.is_autocast_enabled(first.device.type)
+    autocast = torch.autocast(first.device.type, torch.bfloat16, enabled=True) if needed else None
+    if autocast is not None:
+        autocast.__enter__()
+    base.__dict__["own_autocast"] = autocast
+
+
+def _leave_autocast(base: nn.Module, _: Any, output: Any) -> None:
+    autocast = base.__dict__.pop("own_autocast", None)
+    if autocast is not None:
+        autocast.__exit__(None, None, None)
+
 
 # Greatest relative difference between the model's own logits and those of `output_head`.
 _HEAD_TOLERANCE = 2e-2
 
 
-def hidden_states(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, prefix_ids: Tensor | None = None
-) -> Tensor:
-    """Last hidden states, after the final norm: what the output head is applied to.
-
-    Args:
-        model: A causal language model of transformers.
-        input_ids: `(B, L)`, padded on either side.
-        attention_mask: `(B, L)` boolean.
-        prefix_ids: `(K,)` tokens that stand before each row, without padding between.
-
-    Returns:
-        `(B, L, D)`, without the states of the prefix.
-    """
-    rows, shared = input_ids.shape[0], 0 if prefix_ids is None else prefix_ids.numel()
-    cache = None
-    if prefix_ids is not None and shared:
-        cache = encode_prefix(model, prefix_ids, rows)
-        ones = attention_mask.new_ones(rows, shared)  # (B, K)
-        attention_mask = torch.cat([ones, attention_mask], dim=1)  # (B, K + L)
-    output = model.base_model(
-        input_ids=input_ids,
-        attention_mask=attention_mask.long(),
-        position_ids=position_ids(attention_mask)[:, shared:],
-        **cache_argument(model.base_model, cache),
-        use_cache=cache is not None,
-    )
-    hidden: Tensor = output.last_hidden_state  # (B, L, D)
-    return hidden
-
-
 def completion_hidden_states(
     model: Any,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    completion_ids: Tensor,
-    completion_mask: Tensor,
+    prompts: Tokens,
+    completions: Tokens,
     keep: Tensor,
     share_prefix: bool = True,
     pack: bool = True,
     fuse: bool = True,
     rounded: Any = None,
-    read: ReadPrompts | None = None,
+    read: Sequence[ReadPrompts] = (),
+    cache: PromptCache | None = None,
 ) -> Tensor:
     """Hidden states that predict the kept completion tokens.
 
@@ -88,87 +150,44 @@ def completion_hidden_states(
 
     Args:
         model: A causal language model of transformers.
-        prompt_ids: `(B, P)`, padded on the left.
-        prompt_mask: `(B, P)`.
-        completion_ids: `(B, T)`, padded on the right.
-        completion_mask: `(B, T)`.
-        keep: `(B, T)` tokens of which the state is wanted.
-        share_prefix: Compute what all prompts begin with only once, see `prefix`.
-        pack: Lay short rows side by side instead of padding them, see `packing`.
+        prompts: `(B, P)`, padded on the left.
+        completions: `(B · n, T)`, padded on the right: n of each prompt.
+        keep: `(B · n, T)` tokens of which the state is wanted.
+        share_prefix: Compute what all prompts begin with only once, see `layout`.
+        pack: Lay short rows side by side instead of padding them, see `layout`.
         fuse: Compute known decoders in fewer operations where that is faster, see `fused`.
         rounded: The same model in bfloat16, where there is a copy: it spares fused decoders to cast
             their weights under bfloat16 autocast where that is multiplied, and is not used
             otherwise. Gradients are the model's.
-        read: What the same weights have left of the prompts when they were sampled from, used up
-            here; fused decoders need not compute it again.
+        read: What the same weights have computed while sampling; fused decoders use up the first
+            that is of these tokens, and need not compute it again.
+        cache: Stores what is computed of prompts for later calls. For a model whose weights do not
+            change; no gradient flows then.
 
     Returns:
         `(N, D)` with N = keep.sum(), row by row.
+
+    Raises:
+        UserError: If prompts are to be stored and the model does not allow it.
     """
-    split = SplitPrompts(prompt_ids[0, :0], prompt_ids, prompt_mask)
-    if share_prefix and can_share(model):
-        split = split_if_worth(prompt_ids, prompt_mask)
     dtype = training_dtype(model)
     decoder = decoder_of(model) if fuse and dtype is not None else None
+    if cache is not None:
+        check_keeps_prompts(model)
     if decoder is not None and dtype is not None:
         copied = decoder_of(rounded) if rounded is not None and rounded.dtype == dtype else None
-        return completion_states(
-            decoder, split, completion_ids, completion_mask, keep, dtype, copied, read
-        )
-    length = prompt_ids.shape[1] + completion_ids.shape[1]
-    with without_slow_autocast(model), training_attention(model, prompt_ids.shape[0], length):
-        return _plain_states(model, split, completion_ids, completion_mask, keep, pack)
-
-
-def _plain_states(
-    model: Any,
-    split: SplitPrompts,
-    completion_ids: Tensor,
-    completion_mask: Tensor,
-    keep: Tensor,
-    pack: bool,
-) -> Tensor:
-    """Hidden states at kept completion tokens, `(N, D)`, by the model itself."""
-    if not paths_of(model).pads_left:
-        return _unpadded_states(model, split, completion_ids, completion_mask, keep)
-    if pack and takes_own_mask(model):
-        rows = pack_if_worth(split, completion_ids, completion_mask)
-        if rows is not None:
-            return unpack(_packed_hidden_states(model, split.prefix_ids, rows), rows, keep)
-    # The last token of a completion predicts nothing.
-    input_ids = torch.cat([split.rest_ids, completion_ids[:, :-1]], dim=1)  # (B, R + T - 1)
-    mask = torch.cat([split.rest_mask, completion_mask[:, :-1]], dim=1)  # (B, R + T - 1)
-    # Padding tokens may be embedded as zeros, where some norms have no gradient: repeat a real one.
-    last = split.rest_ids[:, -1:]  # (B, 1)
-    input_ids = torch.where(mask, input_ids, last)  # (B, R + T - 1)
-    hidden = hidden_states(model, input_ids, mask, split.prefix_ids)  # (B, R + T - 1, D)
-    predicting = hidden[:, split.rest_ids.shape[1] - 1 :]  # (B, T, D)
-    return predicting[keep]  # (N, D)
-
-
-def _unpadded_states(
-    model: Any, split: SplitPrompts, completion_ids: Tensor, completion_mask: Tensor, keep: Tensor
-) -> Tensor:
-    """Hidden states of rows that begin in column 0, for models that do not read left padding."""
-    rows = one_a_row(split, completion_ids, completion_mask)
-    base = model.base_model
-    hidden = base(input_ids=rows.ids, **without_cache(base)).last_hidden_state  # (B, L, D)
-    return unpack(hidden, rows, keep)
-
-
-def _packed_hidden_states(model: Any, prefix_ids: Tensor, rows: PackedRows) -> Tensor:
-    """Hidden states `(G, L, D)` of sequences that stand side by side behind a shared prefix."""
-    shared = prefix_ids.numel()
-    cache = encode_prefix(model, prefix_ids, rows.ids.shape[0]) if shared else None
-    output = model.base_model(
-        input_ids=rows.ids,
-        attention_mask=attention_mask(own_sequence(rows.sequence), shared, model.dtype),
-        position_ids=rows.positions + shared,
-        **cache_argument(model.base_model, cache),
-        use_cache=cache is not None,
-    )
-    hidden: Tensor = output.last_hidden_state
-    return hidden
+        if cache is not None:
+            return cache.fused_states(decoder, prompts, completions, keep, dtype)
+        split = split_for(model, prompts) if share_prefix else SplitPrompts.whole(prompts)
+        return completion_states(decoder, split, completions, keep, dtype, copied, read)
+    # A fused decoder computes each prompt once, however many completions it has.
+    prompts = prompts.repeat(completions.ids.shape[0] // prompts.ids.shape[0])
+    length = prompts.ids.shape[1] + completions.ids.shape[1]
+    with without_slow_autocast(model), training_attention(model, prompts.ids.shape[0], length):
+        if cache is not None:
+            return cache.states(model, prompts, completions, keep)
+        split = split_for(model, prompts) if share_prefix else SplitPrompts.whole(prompts)
+        return layout_of(model, split, completions, pack).states(model, keep)
 
 
 def output_head(model: Any) -> OutputHead:
@@ -186,7 +205,7 @@ def output_head(model: Any) -> OutputHead:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise UserError(
-            f"model_name: {type(model).__name__} has no linear output head (found "
+            f"model.policy.name: {type(model).__name__} has no linear output head (found "
             f"{type(head).__name__}); the loss needs one. Use a causal language model."
         )
     config = model.config
@@ -225,15 +244,15 @@ def check_output_head(model: Any) -> None:
         head = output_head(model)
         if states.shape[-1] != head.weight.shape[1]:
             raise UserError(
-                f"model_name: {type(model).__name__} changes its hidden states before its output "
-                f"head (from {states.shape[-1]} to {head.weight.shape[1]} values), which the loss "
-                "does not know. Use another architecture."
+                f"model.policy.name: {type(model).__name__} changes its hidden states before its "
+                f"output head (from {states.shape[-1]} to {head.weight.shape[1]} values), which "
+                "the loss does not know. Use another architecture."
             )
         ours = apply_head(head, states).float()
     difference = float((own - ours).abs().max() / own.abs().max().clamp(min=1e-6))
     if difference > _HEAD_TOLERANCE:
         raise UserError(
-            f"model_name: {type(model).__name__} changes its logits in a way that the loss does "
-            f"not know (relative difference {difference:.2g}); training it would be wrong. "
+            f"model.policy.name: {type(model).__name__} changes its logits in a way that the loss "
+            f"does not know (relative difference {difference:.2g}); training it would be wrong. "
             "Please report the model's name."
         )

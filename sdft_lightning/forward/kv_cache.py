@@ -1,4 +1,4 @@
-"""The key/value cache under both of its names in transformers.
+"""Calls of transformers' own models: passes over rows, the key/value cache, decoding steps on it.
 
 transformers 5.24 renamed the argument and the output `past_key_values` to `cache` and will drop
 the old name in 5.40; older versions, and models that others wrote, know only the old one.
@@ -7,9 +7,16 @@ the old name in 5.40; older versions, and models that others wrote, know only th
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sdft_lightning.losses.masking import position_ids
+from sdft_lightning.types import Tokens
 
 NEW, OLD = "cache", "past_key_values"
 
@@ -36,3 +43,164 @@ def cache_of(output: Any) -> Any:
     """The cache in what a model has returned."""
     found = getattr(output, NEW, None)
     return getattr(output, OLD) if found is None else found
+
+
+class Inputs(NamedTuple):
+    """Arguments of a pass over rows.
+
+    Attributes:
+        ids: `(G, L)`.
+        mask: `(G, K + L)` boolean, or `(G, 1, L, K + L)` to be added to attention scores; None
+            where rows begin in column 0 and each token sees all before it.
+        positions: `(G, L)`; None where the mask is.
+        cache: Keys and values of K columns before; None without any.
+    """
+
+    ids: Tensor
+    mask: Tensor | None = None
+    positions: Tensor | None = None
+    cache: Any = None
+
+    @staticmethod
+    def behind(tokens: Tokens, before: Tensor | None = None, cache: Any = None) -> Inputs:
+        """Rows that may be padded, behind what is in a cache.
+
+        Args:
+            tokens: `(G, L)`.
+            before: `(G, K)` which of the cached columns are no padding; None without any.
+            cache: Their keys and values.
+        """
+        mask = tokens.mask if before is None else torch.cat([before, tokens.mask], dim=1)
+        first = mask.shape[1] - tokens.ids.shape[1]
+        return Inputs(tokens.ids, mask, position_ids(mask)[:, first:], cache)
+
+    def arguments(self, part: Any, fill: bool) -> dict[str, Any]:
+        """Keyword arguments of a model or its base.
+
+        Args:
+            part: Which is called.
+            fill: Return keys and values, those of the cache among them.
+        """
+        if self.mask is None:
+            return {"input_ids": self.ids, **without_cache(part)}
+        mask = self.mask.long() if self.mask.dtype == torch.bool else self.mask
+        return {
+            "input_ids": self.ids,
+            "attention_mask": mask,
+            "position_ids": self.positions,
+            **cache_argument(part, self.cache),
+            "use_cache": fill or self.cache is not None,
+        }
+
+
+def run(model: Any, inputs: Inputs, fill: bool = False) -> Any:
+    """What the decoder below the head of a causal language model returns.
+
+    Args:
+        model: A causal language model of transformers.
+        inputs: Of the pass.
+        fill: Return keys and values, too.
+    """
+    base = model.base_model
+    return base(**inputs.arguments(base, fill))
+
+
+Appending = Literal["masked", "unmasked", "grouped"]
+
+
+class Decoding(ABC):
+    """Rows that grow by one token at each step. Whoever is made has read the prompts.
+
+    Attributes:
+        logits: `(R, V)` of what follows the prompts.
+        drops_rows: Whether `keep` is possible.
+    """
+
+    logits: Tensor
+    drops_rows: bool = True
+
+    @abstractmethod
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append `(R,)` tokens; logits `(R, V)`."""
+
+    @abstractmethod
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these, which are named in ascending order."""
+
+    def finish(self, completions: Tokens) -> None:  # noqa: B027 - most have nothing to do
+        """End; no step can follow.
+
+        Args:
+            completions: `(R, T)` all that was appended, padded on the right, of all rows.
+        """
+
+
+class CachedSteps(Decoding):
+    """Reads prompts into a cache and appends one token a row at each call.
+
+    Args:
+        model: A causal language model of transformers, in eval mode.
+        appending: masked: with the mask of all columns and positions; unmasked: the prompts so,
+            the tokens behind them with positions only; grouped: rows of equal length, without
+            either.
+        inputs: `(B, P)` prompts, padded on the left.
+
+    Attributes:
+        logits: `(B, V)` that predict the token after each prompt.
+    """
+
+    def __init__(self, model: Any, appending: Appending, inputs: Inputs) -> None:
+        assert inputs.mask is not None
+        self.model, self.appending, self.mask = model, appending, inputs.mask
+        if appending == "grouped":
+            arguments = {"input_ids": inputs.ids, "use_cache": True}
+        else:
+            arguments = inputs.arguments(model, fill=True)
+        output = model(**arguments, **_last_logits_only(model))
+        self.cache = cache_of(output)
+        self.logits: Tensor = output.logits[:, -1]
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append `(B,)` tokens; logits `(B, V)`."""
+        column = torch.ones_like(self.mask[:, :1])  # (B, 1)
+        self.mask = torch.cat([self.mask, column], dim=1)  # (B, L + 1)
+        options: dict[str, Any] = {}
+        if self.appending == "masked":
+            options["attention_mask"] = self.mask.long()
+        if self.appending != "grouped":
+            options["position_ids"] = position_ids(self.mask)[:, -1:]
+        output = self.model(
+            input_ids=tokens.unsqueeze(-1),
+            **options,
+            **cache_argument(self.model, self.cache),
+            use_cache=True,
+        )
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def repeat(self, times: int) -> None:
+        """Repeat each row, next to itself."""
+        self.cache.batch_repeat_interleave(times)
+        self.mask = self.mask.repeat_interleave(times, dim=0)  # (B · times, L)
+        self.logits = self.logits.repeat_interleave(times, dim=0)  # (B · times, V)
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep some rows, in the order in which they are named."""
+        self.cache.batch_select_indices(rows)
+        self.mask = self.mask[rows]  # (A, L)
+
+
+@lru_cache(maxsize=256)
+def takes(forward: Callable[..., Any], name: str) -> bool:
+    """Whether a function has an argument of this name."""
+    return name in inspect.signature(forward).parameters
+
+
+def without_cache(part: Any) -> dict[str, Any]:
+    """The arguments that keep a model, or its base, from filling a cache."""
+    return {"use_cache": False} if takes(type(part).forward, "use_cache") else {}
+
+
+def _last_logits_only(model: Any) -> dict[str, Any]:
+    name = "logits_to_keep"
+    return {name: 1} if takes(type(model).forward, name) else {}

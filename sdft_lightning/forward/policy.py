@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import nn
 
-from sdft_lightning.errors import UserError
+from sdft_lightning.errors import UserError, check_choice
 from sdft_lightning.forward.forward_paths import find_paths, name_decoder_
 from sdft_lightning.forward.hidden import check_output_head
 from sdft_lightning.models.lora import (
@@ -31,9 +32,48 @@ from sdft_lightning.models.tokenization import (
 )
 
 WeightsDtype = Literal["float32", "bfloat16"]
+SamplingDtype = Literal["auto", "same", "bfloat16"]
 
 
-class Policy(NamedTuple):
+@dataclass(frozen=True)
+class Policy:
+    """Which model is trained, in which form.
+
+    Args:
+        name: `embedded`, a folder written by save_pretrained, or a Hub id.
+        revision: Branch, tag or commit on the Hub.
+        weights_dtype: Dtype of the trained weights; bfloat16 starves small updates.
+        attn_implementation: Passed to transformers, e.g. sdpa or flash_attention_2.
+        gradient_checkpointing: Recompute activations in the backward pass, to save memory.
+        lora: Train low-rank adapters only (needs the extra `lora`), e.g. --model.policy.lora.r=8.
+        quantization: Keep what is frozen below the adapters in 4 bits, nf4 or fp4; on CUDA devices
+            (needs the extra `qlora`).
+        sampling_dtype: Weights to sample with, in training and in evaluation: same, a bfloat16
+            copy, or auto (the copy where the hardware multiplies bfloat16).
+    """
+
+    name: str = "embedded"
+    revision: str | None = None
+    weights_dtype: WeightsDtype = "float32"
+    attn_implementation: str | None = None
+    gradient_checkpointing: bool = False
+    lora: LoRA | None = None
+    quantization: Quantization | None = None
+    sampling_dtype: SamplingDtype = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse unknown dtypes, and 4-bit weights that would have to be trained themselves."""
+        check_choice("model.policy.weights_dtype", self.weights_dtype, get_args(WeightsDtype))
+        check_choice("model.policy.sampling_dtype", self.sampling_dtype, get_args(SamplingDtype))
+        if self.quantization is not None and self.lora is None:
+            raise UserError(
+                f"model.policy.quantization: got {self.quantization} without model.policy.lora; "
+                "4-bit weights cannot be trained. Set model.policy.lora (e.g. "
+                "--model.policy.lora.r=8), or leave quantization out."
+            )
+
+
+class LoadedPolicy(NamedTuple):
     """A model with what belongs to it.
 
     Attributes:
@@ -47,55 +87,27 @@ class Policy(NamedTuple):
     stop_ids: list[int]
 
 
-def load_policy(
-    model_name: str,
-    revision: str | None = None,
-    weights_dtype: WeightsDtype = "float32",
-    attn_implementation: str | None = None,
-    gradient_checkpointing: bool = False,
-    lora: LoRA | None = None,
-    quantization: Quantization | None = None,
-    seed: int = 42,
-    check: bool = True,
-) -> Policy:
+def load_policy(policy: Policy, seed: int = 42, check: bool = True) -> LoadedPolicy:
     """Load a policy; safetensors only, and never code from the Hub.
 
     Args:
-        model_name: `embedded`, a folder written by `save_pretrained`, or a Hub id.
-        revision: Branch, tag or commit on the Hub.
-        weights_dtype: Dtype of the trained weights. With bfloat16 small updates are rounded
-            away (METHOD §4).
-        attn_implementation: Passed to transformers, e.g. `sdpa` or `flash_attention_2`.
-        gradient_checkpointing: Recompute activations in the backward pass to save memory.
-        lora: Train adapters only, and freeze the model.
-        quantization: Keep the frozen linear layers in 4 bits; with `lora`, on a CUDA device.
+        policy: Which model, in which form.
         seed: Adapters are drawn with it.
         check: Call `check_model` at once; whoever knows the precision of the run does so later.
-
-    Returns:
-        The policy.
 
     Raises:
         UserError: If there is no such model, or it is not one that can be trained here.
     """
-    if quantization is not None and lora is None:
-        raise UserError(
-            f"model.quantization: got {quantization} without model.lora; 4-bit weights cannot be "
-            "trained. Set model.lora (e.g. --model.lora.r=8), or leave quantization out."
-        )
-    options = quantization_options(quantization)
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
-    model = _load_model(model_name, revision, weights_dtype, options)
-    tokenizer = load_tokenizer(model_name, revision)
-    stops = load_stop_ids(model_name, tokenizer, revision)
-    check_vocabulary(model, stops, model_name)
+    model = _load_model(policy)
+    tokenizer = load_tokenizer(policy.name, policy.revision)
+    stops = load_stop_ids(policy.name, tokenizer, policy.revision)
+    check_vocabulary(model, stops, policy.name)
     turn_off_randomness_(model)
     name_decoder_(model)  # before any copy is made
-    if lora is not None:
-        add_adapter_(model, lora, seed)
-    if gradient_checkpointing:
-        if lora is not None:
+    if policy.lora is not None:
+        add_adapter_(model, policy.lora, seed)
+    if policy.gradient_checkpointing:
+        if policy.lora is not None:
             # Else reentrant checkpoints see no input with gradient below the first adapter.
             # transformers 5.23 does it by itself.
             model.enable_input_require_grads()
@@ -105,26 +117,26 @@ def load_policy(
     model.train()
     if check:
         check_model(model)
-    return Policy(model, tokenizer, stops)
+    return LoadedPolicy(model, tokenizer, stops)
 
 
-def _load_model(
-    model_name: str,
-    revision: str | None,
-    weights_dtype: WeightsDtype,
-    options: dict[str, Any],
-) -> Any:
+def _load_model(policy: Policy) -> Any:
     from transformers import AutoModelForCausalLM
 
-    check_attention(options.get("attn_implementation"), "model.attn_implementation")
-    config = load_config(model_name, revision)
-    check_causal(model_name, revision)
-    check_attention(getattr(config, "_attn_implementation", None), f"model_name: {model_name}")
+    options = quantization_options(policy.quantization)
+    if policy.attn_implementation is not None:
+        options["attn_implementation"] = policy.attn_implementation
+    check_attention(policy.attn_implementation, "model.policy.attn_implementation")
+    config = load_config(policy.name, policy.revision)
+    check_causal(policy.name, policy.revision)
+    check_attention(
+        getattr(config, "_attn_implementation", None), f"model.policy.name: {policy.name}"
+    )
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            resolve_model(model_name),
-            revision=revision,
-            dtype=getattr(torch, weights_dtype),
+            resolve_model(policy.name),
+            revision=policy.revision,
+            dtype=getattr(torch, policy.weights_dtype),
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -132,19 +144,19 @@ def _load_model(
             **options,
         )
     except Exception as error:  # transformers fails in many ways on folders that are not whole
-        raise unloadable("model", model_name, error) from error
+        raise unloadable("model", policy.name, error) from error
     model, report = loaded
     if report["mismatched_keys"]:
         name, saved, wanted = sorted(report["mismatched_keys"], key=str)[0]
         raise UserError(
-            f"model_name: {len(report['mismatched_keys'])} tensors in the weights of {model_name} "
-            f"have other sizes than its config.json says, e.g. {name}: {tuple(saved)} instead of "
-            f"{tuple(wanted)}. Use weights and config of the same model."
+            f"model.policy.name: {len(report['mismatched_keys'])} tensors in the weights of "
+            f"{policy.name} have other sizes than its config.json says, e.g. {name}: "
+            f"{tuple(saved)} instead of {tuple(wanted)}. Use weights and config of the same model."
         )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(
-            f"model_name: the weights of {model_name} lack {len(missing)} tensors, e.g. "
+            f"model.policy.name: the weights of {policy.name} lack {len(missing)} tensors, e.g. "
             f"{missing[0]}, which would be drawn at random. Use a complete folder."
         )
     return model
@@ -164,8 +176,8 @@ def check_vocabulary(model: Any, ends: list[int], model_name: str) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     if min(ends) >= rows:
         raise UserError(
-            f"model_name: answers of {model_name} end with token ids {ends}, and the model has "
-            f"only {rows} embeddings. Use the tokenizer that belongs to the model."
+            f"model.policy.name: answers of {model_name} end with token ids {ends}, and the model "
+            f"has only {rows} embeddings. Use the tokenizer that belongs to the model."
         )
 
 

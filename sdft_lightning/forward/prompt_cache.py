@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.forward.forward_paths import paths_of
-from sdft_lightning.forward.kv_cache import cache_argument, cache_of
-from sdft_lightning.forward.prefix import can_share, encode_prefix, split_if_worth
-from sdft_lightning.losses.masking import position_ids
-from sdft_lightning.models.precision import without_slow_autocast
+from sdft_lightning.forward.fused import Decoder, StoredPrompt, states_after, store_prompts
+from sdft_lightning.forward.kv_cache import cache_of, run
+from sdft_lightning.forward.layout import after, behind_prefix, can_share, split_if_worth
+from sdft_lightning.types import Tokens
 
 
-class _Prompt(NamedTuple):
-    """What one prompt leaves behind.
+def check_keeps_prompts(model: Any) -> None:
+    """Refuse a model whose keys and values cannot be computed apart and stored.
 
-    Attributes:
-        states: Keys `(H, L, d)` and values `(H, L, e)` of each layer.
-        last_hidden: `(D,)` the state that predicts the first completion token.
+    Raises:
+        UserError: Names the option.
     """
-
-    states: list[tuple[Tensor, Tensor]]
-    last_hidden: Tensor
+    if not (can_share(model) and paths_of(model).keeps_prompts):
+        raise UserError(
+            "teacher.cache_prompts: the keys and values of this model cannot be kept (sliding "
+            "window, layers with states of another kind, or an attention kernel without "
+            "masks). Set it to false."
+        )
 
 
 class PromptCache:
@@ -35,88 +38,74 @@ class PromptCache:
     """
 
     def __init__(self) -> None:
-        self._prompts: dict[tuple[int, ...], _Prompt] = {}
+        # Fused blocks and the model itself store keys in different orders of axes.
+        self._plain: dict[tuple[int, ...], StoredPrompt] = {}
+        self._fused: dict[tuple[int, ...], StoredPrompt] = {}
 
     @torch.no_grad()
-    def completion_hidden_states(
-        self,
-        model: Any,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        completion_ids: Tensor,
-        completion_mask: Tensor,
-        keep: Tensor,
-    ) -> Tensor:
-        """Hidden states at kept completion tokens, `(N, D)`, without gradient.
+    def states(self, model: Any, prompts: Tokens, completions: Tokens, keep: Tensor) -> Tensor:
+        """Hidden states `(N, D)` at kept completion tokens, by the model itself.
 
-        Raises:
-            UserError: If the model's keys and values cannot be computed apart.
+        Args:
+            model: A causal language model of transformers.
+            prompts: `(R, P)`, padded on the left.
+            completions: `(R, T)`, padded on the right.
+            keep: `(R, T)`.
         """
-        if not (can_share(model) and paths_of(model).keeps_prompts):
-            raise UserError(
-                "teacher.cache_prompts: the keys and values of this model cannot be kept (sliding "
-                "window, layers with states of another kind, or an attention kernel without "
-                "masks). Set it to false."
-            )
-        with without_slow_autocast(model):
-            return self._states(
-                model, prompt_ids, prompt_mask, completion_ids, completion_mask, keep
-            )
+        known = self._known(self._plain, prompts, lambda missing: _read(model, missing))
+        cache, mask = _assemble(known)
+        last = torch.stack([prompt.last for prompt in known]).unsqueeze(1)  # (R, 1, D)
+        return after(last, mask, cache, completions).states(model, keep)
 
-    def _states(
+    @torch.no_grad()
+    def fused_states(
         self,
-        model: Any,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        completion_ids: Tensor,
-        completion_mask: Tensor,
+        decoder: Decoder,
+        prompts: Tokens,
+        completions: Tokens,
         keep: Tensor,
+        dtype: torch.dtype,
     ) -> Tensor:
-        keys = [
-            tuple(ids[mask].tolist()) for ids, mask in zip(prompt_ids, prompt_mask, strict=True)
-        ]
-        missing = [row for row, key in enumerate(keys) if key not in self._prompts]
+        """Hidden states `(N, D)` at kept completion tokens, in fused blocks.
+
+        Arguments as of `completion_states`.
+        """
+        known = self._known(
+            self._fused,
+            prompts,
+            lambda missing: store_prompts(decoder, split_if_worth(missing), dtype),
+        )
+        return states_after(decoder, known, completions, keep, dtype)
+
+    def _known(
+        self,
+        stored: dict[tuple[int, ...], StoredPrompt],
+        prompts: Tokens,
+        read: Callable[[Tokens], list[StoredPrompt]],
+    ) -> list[StoredPrompt]:
+        """What is stored of each prompt; those that are missing are read now."""
+        keys = [tuple(ids) for ids in prompts.lists()]
+        missing = {key: row for row, key in enumerate(keys) if key not in stored}
         if missing:
-            new = [keys[row] for row in missing]
-            self._encode(model, prompt_ids[missing], prompt_mask[missing], new)
-        prompts = [self._prompts[key] for key in keys]
-        first = torch.stack([prompt.last_hidden for prompt in prompts]).unsqueeze(1)  # (B, 1, D)
-        if completion_ids.shape[1] == 1:
-            return first[keep]  # (N, D)
-        cache, mask = _assemble(prompts)
-        mask = torch.cat([mask, completion_mask[:, :-1]], dim=1)  # (B, L + T - 1)
-        output = model.base_model(
-            input_ids=completion_ids[:, :-1],
-            attention_mask=mask.long(),
-            position_ids=position_ids(mask)[:, 1 - completion_ids.shape[1] :],
-            **cache_argument(model.base_model, cache),
-            use_cache=True,
-        )
-        predicting = torch.cat([first, output.last_hidden_state], dim=1)  # (B, T, D)
-        return predicting[keep]  # (N, D)
-
-    def _encode(self, model: Any, ids: Tensor, mask: Tensor, keys: list[tuple[int, ...]]) -> None:
-        split = split_if_worth(ids, mask)
-        shared, cache = split.prefix_ids.numel(), None
-        whole = split.rest_mask  # (B, K + R)
-        if shared:
-            cache = encode_prefix(model, split.prefix_ids, len(keys))
-            whole = torch.cat([whole.new_ones(len(keys), shared), whole], dim=1)
-        output = model.base_model(
-            input_ids=split.rest_ids,
-            attention_mask=whole.long(),
-            position_ids=position_ids(whole)[:, shared:],
-            **cache_argument(model.base_model, cache),
-            use_cache=True,
-        )
-        layers = cache_of(output).layers
-        for row, key in enumerate(keys):
-            kept = whole[row]  # the prefix, a gap of padding, the rest
-            states = [(layer.keys[row][:, kept], layer.values[row][:, kept]) for layer in layers]
-            self._prompts[key] = _Prompt(states, output.last_hidden_state[row, -1].clone())
+            found = read(prompts.rows(list(missing.values())))
+            stored.update(zip(missing, found, strict=True))
+        return [stored[key] for key in keys]
 
 
-def _assemble(prompts: list[_Prompt]) -> tuple[Any, Tensor]:
+def _read(model: Any, prompts: Tokens) -> list[StoredPrompt]:
+    """Keys `(H, L, d)` and values `(H, L, e)` of each prompt, and the last state."""
+    inputs = behind_prefix(model, split_if_worth(prompts))
+    output = run(model, inputs, fill=True)
+    layers = cache_of(output).layers
+    assert inputs.mask is not None
+    found = []
+    for row, seen in enumerate(inputs.mask):  # the prefix, a gap of padding, the rest
+        states = [(layer.keys[row][:, seen], layer.values[row][:, seen]) for layer in layers]
+        found.append(StoredPrompt(states, output.last_hidden_state[row, -1].clone()))
+    return found
+
+
+def _assemble(prompts: list[StoredPrompt]) -> tuple[Any, Tensor]:
     """One cache of all prompts, padded on the left, and its mask `(B, L)`."""
     from transformers import DynamicCache
 

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdft_lightning.losses.divergence import Divergence
-from sdft_lightning.losses.token_losses import cross_entropy
+from sdft_lightning.losses.divergence import Divergence, cross_entropy
 
 # (teacher log-probs (C, V), student log-probs (C, V), token ids (C,), weights (C,) or None, memory
 # to work in (BUFFERS, C, V)) -> statistics (7, C), gradient of the weighted sum in z (C, V) or None

@@ -100,17 +100,17 @@ def quantization_options(quantization: Quantization | None) -> dict[str, Any]:
     """
     if quantization is None:
         return {}
-    check_choice("model.quantization", quantization, get_args(Quantization))
+    check_choice("model.policy.quantization", quantization, get_args(Quantization))
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
-            f"model.quantization: {quantization} needs the package bitsandbytes. Install the "
-            "extra: pip install 'sdft-lightning[qlora]'; or train plain adapters, without "
+            f"model.policy.quantization: {quantization} needs the package bitsandbytes. Install "
+            "the extra: pip install 'sdft-lightning[qlora]'; or train plain adapters, without "
             "quantization."
         )
     if not torch.cuda.is_available():
         raise UserError(
-            f"model.quantization: {quantization} needs a CUDA device, and torch sees none. Leave "
-            "quantization out and train plain adapters (model.lora)."
+            f"model.policy.quantization: {quantization} needs a CUDA device, and torch sees none. "
+            "Leave quantization out and train plain adapters (model.policy.lora)."
         )
     from transformers import BitsAndBytesConfig
 

@@ -76,8 +76,9 @@ def check_no_randomness(model: Any) -> None:
     """
     if any(type(part).__name__ in _SAMPLING_ROUTERS for part in model.modules()):
         raise UserError(
-            f"model_name: {type(model).__name__} draws its experts at random in training, and its "
-            "answers change where that is turned off; it cannot be trained here. Use another model."
+            f"model.policy.name: {type(model).__name__} draws its experts at random in training, "
+            "and its answers change where that is turned off; it cannot be trained here. Use "
+            "another model."
         )
     device = next(model.parameters()).device
     count = min(_TOKENS, model.get_input_embeddings().weight.shape[0])
@@ -149,7 +150,7 @@ def _distance(one: Tensor, other: Tensor) -> float:
 
 def _random(model: Any, one: Tensor, other: Tensor, what: str) -> UserError:
     return UserError(
-        f"model_name: {type(model).__name__} is random in training: {what} differ (by "
+        f"model.policy.name: {type(model).__name__} is random in training: {what} differ (by "
         f"{_distance(one, other):.2g} of the largest logit), though every rate of dropout, layer "
         "drop and noise that its config and modules name is zero. Training it would be wrong; use "
         "another model, and please report this one's name."

@@ -1,7 +1,7 @@
 """Models whose parameters are spread over processes (FSDP2), and Lightning's strategies by name.
 
 A forward pass of a sharded model is a sequence of collectives, so every process must make the same
-passes in the same order. Training does (`prefix.can_share` says no to extra passes); sampling and
+passes in the same order. Training does (`layout.can_share` says no to extra passes); sampling and
 evaluation, where each process goes on for as long as its own rows do, run on a whole local copy.
 
 Importing this file makes "fsdp2" a name that Trainer(strategy=...) takes. All modules for training

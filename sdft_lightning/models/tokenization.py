@@ -56,23 +56,23 @@ def resolve_model(model_name: str) -> str:
         is_folder = path.is_dir()
     except (OSError, RuntimeError) as error:  # a name that is too long, or the home of nobody
         raise UserError(
-            f"model_name: there is no folder {printable(model_name, 80)}. Correct the name."
+            f"model.policy.name: there is no folder {printable(model_name, 80)}. Correct the name."
         ) from error
     if is_folder:
         if not (path / "config.json").is_file():
             for name, what in _OTHER_FOLDERS.items():
                 if (path / name).is_file():
-                    raise UserError(f"model_name: the folder {path} is {what}")
+                    raise UserError(f"model.policy.name: the folder {path} is {what}")
             raise UserError(
-                f"model_name: the folder {path} has no config.json. Name a folder written by "
-                "save_pretrained (for a checkpoint of ours, run `sdft export` first)."
+                f"model.policy.name: the folder {path} has no config.json. Name a folder written "
+                "by save_pretrained (for a checkpoint of ours, run `sdft export` first)."
             )
         return str(path)
     looks_like_hub_id = model_name.count("/") <= 1 and not model_name.startswith((".", "/", "~"))
     if not looks_like_hub_id or path.suffix in {".ckpt", ".safetensors", ".gguf"}:
         raise UserError(
-            f"model_name: there is no folder {model_name}. Allowed are `{EMBEDDED}`, a folder "
-            "written by save_pretrained, or a Hub id like Qwen/Qwen2.5-7B-Instruct."
+            f"model.policy.name: there is no folder {model_name}. Allowed are `{EMBEDDED}`, a "
+            "folder written by save_pretrained, or a Hub id like Qwen/Qwen2.5-7B-Instruct."
         )
     return model_name
 
@@ -89,7 +89,7 @@ def unloadable(what: str, model_name: str, error: BaseException) -> UserError:
     if isinstance(error, KeyError | AttributeError | TypeError | IndexError):
         text = f"{type(error).__name__}: {text}"  # the text alone says nothing
     return UserError(
-        f"model_name: no {what} could be loaded from {model_name}: {text} Allowed are "
+        f"model.policy.name: no {what} could be loaded from {model_name}: {text} Allowed are "
         f"`{EMBEDDED}`, a folder written by save_pretrained with safetensors, or a Hub id that "
         "this machine can reach."
     )
@@ -112,8 +112,9 @@ def check_folder(model_name: str) -> None:
     kind = config.get("model_type")
     if not isinstance(kind, str) or not kind:
         raise UserError(
-            f"model_name: {folder / 'config.json'} names no model_type (got {kind!r}), by which "
-            "transformers knows a model, e.g. llama. Name a folder written by save_pretrained."
+            f"model.policy.name: {folder / 'config.json'} names no model_type (got {kind!r}), by "
+            "which transformers knows a model, e.g. llama. Name a folder written by "
+            "save_pretrained."
         )
     _check_known(config, kind, folder)
     check_attention(config, f"{folder / 'config.json'}")
@@ -155,12 +156,12 @@ def _json_object(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"model_name: {path} is no JSON file ({error}). Copy the folder anew, whole."
+            f"model.policy.name: {path} is no JSON file ({error}). Copy the folder anew, whole."
         ) from error
     if not isinstance(found, dict):
         raise UserError(
-            f"model_name: {path} holds a {type(found).__name__}, allowed is a JSON object. Copy "
-            "the folder anew, whole."
+            f"model.policy.name: {path} holds a {type(found).__name__}, allowed is a JSON object. "
+            "Copy the folder anew, whole."
         )
     return found
 
@@ -172,12 +173,12 @@ def _check_known(config: dict[str, Any], kind: str, folder: Path) -> None:
         return
     if "auto_map" in config:
         raise UserError(
-            f"model_name: {folder} is a model of its own code (auto_map in config.json), which is "
-            "never run here. Use a model that transformers itself knows."
+            f"model.policy.name: {folder} is a model of its own code (auto_map in config.json), "
+            "which is never run here. Use a model that transformers itself knows."
         )
     raise UserError(
-        f"model_name: {folder} has the model_type {kind!r}, which this version of transformers "
-        "does not know. Correct config.json, or install a newer transformers."
+        f"model.policy.name: {folder} has the model_type {kind!r}, which this version of "
+        "transformers does not know. Correct config.json, or install a newer transformers."
     )
 
 
@@ -185,8 +186,8 @@ def _check_stop_ids(found: Any, path: Path) -> None:
     for each in found if isinstance(found, list) else [found]:
         if not isinstance(each, int) or isinstance(each, bool) or each < 0:
             raise UserError(
-                f"model_name: {path}: eos_token_id is {found!r}; allowed are a token id from 0 or "
-                "a list of them. Correct the file."
+                f"model.policy.name: {path}: eos_token_id is {found!r}; allowed are a token id "
+                "from 0 or a list of them. Correct the file."
             )
 
 
@@ -216,17 +217,17 @@ def load_tokenizer(model_name: str, revision: str | None = None) -> Any:
         raise unloadable("tokenizer", model_name, error) from error
     if not callable(tokenizer) or not len(tokenizer):
         raise UserError(
-            f"model_name: the tokenizer of {model_name} has no tokens. Copy tokenizer.json and "
-            "tokenizer_config.json of the model into its folder."
+            f"model.policy.name: the tokenizer of {model_name} has no tokens. Copy tokenizer.json "
+            "and tokenizer_config.json of the model into its folder."
         )
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"model_name: the tokenizer of {model_name} has no end-of-sequence token, with which "
-            "an answer ends. Set eos_token in its tokenizer_config.json."
+            f"model.policy.name: the tokenizer of {model_name} has no end-of-sequence token, with "
+            "which an answer ends. Set eos_token in its tokenizer_config.json."
         )
     if not isinstance(tokenizer.model_max_length, int | float):
         raise UserError(
-            f"model_name: model_max_length of the tokenizer of {model_name} is "
+            f"model.policy.name: model_max_length of the tokenizer of {model_name} is "
             f"{printable(repr(tokenizer.model_max_length), 80)}; allowed is a number. Correct "
             "tokenizer_config.json."
         )
@@ -270,7 +271,7 @@ def stop_ids(tokenizer: Any, *configs: Any) -> list[int]:
         for token in listed if isinstance(listed, list | tuple) else [listed]:
             if token is not None and (type(token) is not int or token < 0):
                 raise UserError(
-                    f"model_name: the model's {type(config).__name__} has the eos_token_id "
+                    f"model.policy.name: the model's {type(config).__name__} has the eos_token_id "
                     f"{listed!r}; allowed are a token id (0 and more) and a list of such. Correct "
                     "its config.json or generation_config.json."
                 )
@@ -302,8 +303,8 @@ def load_stop_ids(model_name: str, tokenizer: Any, revision: str | None = None) 
             " or ".join(str(tokenizer.decode([token])) for token in ids) for ids in (added, stops)
         )
         log.warning(
-            f"model_name: the chat template of {model_name} ends an answer with {ends}, and the "
-            f"model's files name {known} only. Sampling stops at {ends}, too."
+            f"model.policy.name: the chat template of {model_name} ends an answer with {ends}, and "
+            f"the model's files name {known} only. Sampling stops at {ends}, too."
         )
     return sorted({*stops, *added})
 
@@ -339,7 +340,7 @@ def load_config(model_name: str, revision: str | None = None) -> Any:
     config = getattr(config, "text_config", None) or config
     if not hasattr(config, "to_dict"):
         raise UserError(
-            f"model_name: the text_config of {model_name} is {printable(repr(config), 80)}; "
+            f"model.policy.name: the text_config of {model_name} is {printable(repr(config), 80)}; "
             "allowed is a config of its own. Correct config.json."
         )
     for name, most in _SIZES.items():
@@ -348,8 +349,8 @@ def load_config(model_name: str, revision: str | None = None) -> Any:
         size = config_value(config, name)
         if isinstance(size, int) and not 1 <= size <= most:
             raise UserError(
-                f"model_name: {name} of {model_name} is {size}; allowed are 1 to {most}. Correct "
-                "config.json, or copy it anew."
+                f"model.policy.name: {name} of {model_name} is {size}; allowed are 1 to {most}. "
+                "Correct config.json, or copy it anew."
             )
     return config
 
@@ -395,9 +396,9 @@ def check_causal(model_name: str, revision: str | None = None) -> None:
     whole = _whole_config(model_name, revision)
     if type(whole) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
-            f"model_name: {model_name} is of the type {whole.model_type}, which is no causal "
-            "language model (encoders and sequence-to-sequence models are not trained here). Name "
-            "one that writes text, such as Qwen/Qwen2.5-7B-Instruct."
+            f"model.policy.name: {model_name} is of the type {whole.model_type}, which is no "
+            "causal language model (encoders and sequence-to-sequence models are not trained "
+            "here). Name one that writes text, such as Qwen/Qwen2.5-7B-Instruct."
         )
 
 

@@ -2,128 +2,127 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
-from sdft_lightning.errors import UserError, printable, show_messages
-from sdft_lightning.files.checkpoint_io import check_finite_checkpoint, write_whole_checkpoints
-from sdft_lightning.files.whole_windows import WholeWindows, limited_batches
-from sdft_lightning.forward.attention_kernel import autocast_if_needed_, plain_attention
-from sdft_lightning.forward.forward_paths import NotComputed
-from sdft_lightning.forward.hidden import output_head
-from sdft_lightning.forward.policy import WeightsDtype, check_model, load_policy, moved_not_cast
-from sdft_lightning.models.lora import ALL_LINEAR, LoRA, frozen_matrices, keep_adapters_only_
-from sdft_lightning.models.precision import Quantization, takes_float32
+from sdft_lightning.errors import UserError, check_arguments, show_messages
+from sdft_lightning.files.checkpoint_io import write_whole_checkpoints
+from sdft_lightning.files.whole_windows import WholeWindows
+from sdft_lightning.forward.hidden import plain_attention
+from sdft_lightning.forward.policy import Policy, load_policy, moved_not_cast
+from sdft_lightning.models.lora import keep_adapters_only_
 from sdft_lightning.models.sharding import (
-    check_takes_shards,
     data_parallel_mesh,
     is_sharded,
     shard_,
 )
+from sdft_lightning.modules.checkpoints import Checkpoints
 from sdft_lightning.modules.effective_update import EffectiveUpdate
-from sdft_lightning.modules.evaluated import EvaluatedModule
-from sdft_lightning.modules.identity import (
-    IDENTITY_KEY,
-    check_same_groups,
-    check_same_model,
-    check_same_moments,
-    check_same_weights,
-    check_takes,
-    model_identity,
+from sdft_lightning.modules.evaluation import Evaluation, EvaluationBatch, Evaluator
+from sdft_lightning.modules.run_callbacks import LastCheckpoint, ValidateAtEnds
+from sdft_lightning.modules.run_checks import RunChecks
+from sdft_lightning.modules.schedule import RunLength, Schedule, total_steps
+from sdft_lightning.modules.student_checks import (
+    OptimizerFactory,
+    adapter_report,
+    check_can_shard,
+    check_optimizer,
+    check_student,
+    trial_optimizer,
+    warn_of_slow_precision,
 )
-from sdft_lightning.modules.last_checkpoint import LastCheckpoint
-from sdft_lightning.modules.precision import clipping_without_scale, warn_of_slow_precision
-from sdft_lightning.modules.run_checks import check_run
-from sdft_lightning.modules.run_length import RunLength
-from sdft_lightning.modules.schedule import Schedule
-from sdft_lightning.modules.step_values import StepValues
-from sdft_lightning.modules.validate_at_ends import ValidateAtEnds
-from sdft_lightning.rollout.weights import SamplingDtype
+from sdft_lightning.modules.window import (
+    StepValues,
+    Timing,
+    WindowGradients,
+    clipping_without_scale,
+)
+from sdft_lightning.rollout import StudentPasses
 from sdft_lightning.teacher import Teacher
 from sdft_lightning.types import (
     Demonstration,
     OutputHead,
+    PromptBatch,
     RowNeeds,
     TaskData,
     task_data,
 )
 
-OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
-CAPABILITY_KEY = "sdft_lightning_capability"
 
-
-class PolicyModule(EvaluatedModule):
-    """Loads the policy and configures its optimizer; methods add the step.
+class PolicyModule(L.LightningModule):
+    """Loads the policy, trains it, measures it; by itself it has no step, which methods add.
 
     Args:
-        model_name: `embedded`, a folder written by save_pretrained, or a Hub id.
-        revision: Branch, tag or commit on the Hub.
-        weights_dtype: Dtype of the trained weights; bfloat16 starves small updates.
-        attn_implementation: Passed to transformers, e.g. sdpa or flash_attention_2.
-        gradient_checkpointing: Recompute activations in the backward pass, to save memory.
-        lora: Train low-rank adapters only (needs the extra `lora`), e.g. --model.lora.r=8.
-        quantization: Keep what is frozen below the adapters in 4 bits, nf4 or fp4; on CUDA devices
-            (needs the extra `qlora`).
+        policy: Which model is trained, in which form.
         optimizer: Called with the student's trainable parameters only.
         schedule: How the learning rate moves.
-        sampling_dtype: Weights to sample with: same, a bfloat16 copy, or auto (the copy where
-            the hardware multiplies bfloat16).
-        eval_max_new_tokens: Longest completion in validation, test and predict; these are greedy.
-        seed: Seed of the sampled completions; set from seed_everything.
+        evaluation: How answers are measured in validation, test and predict.
+        seed: Seed of all completions that are sampled; set from seed_everything.
+        unknown: None are taken; names of before are answered with those of now.
 
     Attributes:
         row_needs: What the method needs of every training row; the data module asks for it.
         has_preflight: Whether `preflight` can measure the method.
+        has_graded_teacher: Whether there is a teacher whose answers can be graded.
+        student: The model being trained; None until `configure_model`.
+        tokenizer: The student's.
+        stop_ids: Tokens that end a completion.
+        passes: What the student computes on its present weights, and samples with.
         loads_teacher: Whether the models that stand beside the student, if any, are loaded with it.
+        step_values: What steps log of each accumulation window.
+        completion_tokens: Tokens of completions that a micro-batch trains on; set by the step.
     """
 
     row_needs: ClassVar[RowNeeds] = RowNeeds()
     has_preflight: ClassVar[bool] = False
+    has_graded_teacher: ClassVar[bool] = False
+    student: Any
 
     def __init__(
         self,
-        model_name: str = "embedded",
-        revision: str | None = None,
-        weights_dtype: WeightsDtype = "float32",
-        attn_implementation: str | None = None,
-        gradient_checkpointing: bool = False,
-        lora: LoRA | None = None,
-        quantization: Quantization | None = None,
+        policy: Policy = Policy(),  # noqa: B008 - frozen
         optimizer: OptimizerFactory = lambda p: torch.optim.AdamW(p, lr=2e-5, weight_decay=0.0),
         schedule: Schedule = Schedule(),  # noqa: B008 - frozen
-        sampling_dtype: SamplingDtype = "auto",
-        eval_max_new_tokens: int = 1024,
+        evaluation: Evaluation = Evaluation(),  # noqa: B008 - frozen
         seed: int = 42,
+        **unknown: Any,
     ) -> None:
-        super().__init__(eval_max_new_tokens, sampling_dtype)
+        super().__init__()
+        check_arguments(type(self).__name__, unknown)
         show_messages()
-        self.model_name = model_name
-        self.revision = revision
-        self.weights_dtype: WeightsDtype = weights_dtype
-        self.attn_implementation = attn_implementation
-        self.gradient_checkpointing = gradient_checkpointing
-        self.lora = lora
-        self.quantization: Quantization | None = quantization
+        if evaluation.teacher_in_fit and not self.has_graded_teacher:
+            raise UserError(
+                f"model.evaluation.teacher_in_fit: got true, and {type(self).__name__} has no "
+                "teacher that answers questions. Leave it out."
+            )
+        self.policy = policy
         self.optimizer_factory = optimizer
         self.schedule = schedule
+        self.evaluation = evaluation
         self.seed = seed
+        # Before any teacher, so that a checkpoint numbers the optimizer's parameters alike whether
+        # it was written under fsdp2, which counts those of the whole module, or not.
+        self.register_module("student", None)
+        self.tokenizer: Any = None
+        self.stop_ids: list[int] = []
+        self._passes = StudentPasses(policy.sampling_dtype)
         self.loads_teacher = True
-        self._optimizer_states: list[dict[str, Any]] | None = None  # of a checkpoint
-        self._is_checked = False
-        self._checked_ahead: tuple[L.Trainer, str] | None = None
+        self.checks = RunChecks(self)
+        self.checkpoints = Checkpoints(self)
+        self.evaluator = Evaluator(self, evaluation)
+        self.timing = Timing(self)
+        self.gradients = WindowGradients(self)
         self.step_values = StepValues()
-        self._in_window = 0  # micro-batches whose gradients have been added up
-        self._dropped_at = 0  # optimizer step after which gradients were dropped
+        self.completion_tokens = 0
+        self._is_checked = False
 
-    # --- the policy -------------------------------------------------------------------------
+    # --- checks, and which models a command needs -----------------------------------------------
 
     def setup(self, stage: str) -> None:
         """Check the run, and decide which models it needs, before they are loaded.
@@ -132,29 +131,9 @@ class PolicyModule(EvaluatedModule):
             UserError: See `check_run`.
         """
         command, data = str(getattr(stage, "value", stage)), task_data(self.trainer)
-        if self._checked_ahead != (self.trainer, command):
-            check_run(self, data, self.trainer, command)
-        self._checked_ahead = None
+        self.checks.at_setup(self.trainer, command, data)
         write_whole_checkpoints(self.trainer)
         self.plan_models(self.trainer, command, data)
-
-    def check_ahead(self, trainer: L.Trainer, command: str, data: TaskData | None) -> None:
-        """Check a run before the trainer begins it and writes files; `setup` does not repeat it.
-
-        Args:
-            trainer: Who will carry out the command.
-            command: fit, validate, test or predict.
-            data: The data module, set up; None for one that is not asked.
-
-        Raises:
-            UserError: See `check_run`.
-        """
-        check_run(self, data, trainer, command)
-        self._checked_ahead = (trainer, command)
-
-    def forget_check(self) -> None:
-        """Let `setup` check the run again."""
-        self._checked_ahead = None
 
     def plan_models(self, trainer: L.Trainer, command: str, data: TaskData | None) -> None:
         """Decide whether a command needs a teacher; what it does not use is not loaded.
@@ -177,106 +156,6 @@ class PolicyModule(EvaluatedModule):
         """
         return command == "fit"
 
-    def configure_model(self) -> None:
-        """Load the models once, and spread them over processes where the strategy asks for it.
-
-        Raises:
-            UserError: Before anything is loaded, see `check_can_shard`.
-        """
-        if self.device_mesh is not None:
-            self.check_can_shard(self.trainer.state.fn == "fit")
-        if self.student is None:
-            self.load_models()
-        if self.loads_teacher and not all(each.is_loaded for each in self._teachers):
-            self.load_teacher()
-        if self.device_mesh is not None and not is_sharded(self.student):
-            with plain_attention(self.student):  # while each process has a whole model on the CPU
-                self.check_models()
-            self.shard_models(data_parallel_mesh(self.device_mesh))
-
-    def check_can_shard(self, trains: bool) -> None:
-        """Refuse what cannot be spread over processes (FSDP2).
-
-        Args:
-            trains: Whether it will be trained.
-
-        Raises:
-            UserError: With adapters, whose teacher shares the frozen weights, or an optimizer that
-                cannot train what is spread.
-        """
-        if trains:
-            check_takes_shards(self.trial_optimizer())
-        if self.lora is not None:
-            raise UserError(
-                "model.lora: adapters under fsdp2 are not supported, since student and teacher "
-                "share the frozen weights. Use --trainer.strategy=ddp, or train without adapters."
-            )
-
-    def shard_models(self, mesh: Any) -> None:
-        """Spread the student and its teacher over processes (FSDP2).
-
-        Args:
-            mesh: One-dimensional device mesh.
-
-        Raises:
-            UserError: See `check_can_shard`.
-        """
-        self.check_can_shard(trains=False)
-        self.sampling_weights.prepare(self.student)
-        shard_(self.student, mesh)
-        for teacher in self._teachers:
-            teacher.shard_(mesh)
-
-    @property
-    def _teachers(self) -> list[Teacher]:
-        return [module for module in self.children() if isinstance(module, Teacher)]
-
-    def load_models(self) -> None:
-        """Load the policy."""
-        policy = load_policy(
-            self.model_name,
-            self.revision,
-            self.weights_dtype,
-            self.attn_implementation,
-            self.gradient_checkpointing,
-            self.lora,
-            self.quantization,
-            self.seed,
-            check=False,  # see `check_models`
-        )
-        self.student, self.tokenizer, self.stop_ids = policy
-        if self.lora is not None:
-            keep_adapters_only_(self, self.student)
-
-    def load_teacher(self) -> None:
-        """Make the teacher from the student, before any training, in methods that have one."""
-
-    def check_models(self) -> None:
-        """Compute a few tokens, once, on the device and in the precision of the run.
-
-        Raises:
-            UserError: See `check_model`.
-        """
-        if self._is_checked:
-            return
-        with self.trainer.precision_plugin.forward_context():
-            try:
-                check_model(self.student)
-            except Exception as error:  # attention kernels refuse in their own words
-                told = isinstance(error, UserError) and not isinstance(error, NotComputed)
-                if told or takes_float32(self.student):
-                    raise
-                raise UserError(
-                    f"model.attn_implementation: {self.student.config._attn_implementation} cannot "
-                    f"compute with trainer.precision {self.trainer.precision} on {self.device}: "
-                    f"{error}. Use --trainer.precision=bf16-mixed (flash attention takes half "
-                    "precision on a GPU only), or --model.attn_implementation=sdpa."
-                ) from error
-            for teacher in self._teachers:
-                if teacher.is_loaded and teacher.network is not self.student:
-                    autocast_if_needed_(teacher.network)
-        self._is_checked = True
-
     def check_before_fit(self, rows: Sequence[Demonstration]) -> None:
         """Refuse what cannot be trained, before a model is loaded or a file written.
 
@@ -286,22 +165,11 @@ class PolicyModule(EvaluatedModule):
         Raises:
             UserError: If the optimizer refuses its options, or takes no gradients of ours.
         """
-        try:
-            optimizer = self.trial_optimizer()
-        except ValueError as error:
-            raise UserError(
-                f"model.optimizer: it refuses its options: {printable(str(error))}. Correct "
-                "--model.optimizer."
-            ) from error
-        if isinstance(optimizer, torch.optim.SparseAdam):
-            raise UserError(
-                "model.optimizer: SparseAdam takes sparse gradients only, which no language model "
-                "has here. Use --model.optimizer=torch.optim.AdamW."
-            )
+        check_optimizer(self.optimizer_factory)
 
     def trial_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer over a parameter of no meaning; of a matrix, which all optimizers take."""
-        return self.optimizer_factory([nn.Parameter(torch.zeros(1, 1))])
+        """The optimizer over a parameter of no meaning."""
+        return trial_optimizer(self.optimizer_factory)
 
     @property
     def step_names(self) -> list[str]:
@@ -321,81 +189,94 @@ class PolicyModule(EvaluatedModule):
         """Longest completion that is sampled in training; 0 where none is."""
         return 0
 
+    # --- the models -----------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Load the models once, and spread them over processes where the strategy asks for it.
+
+        Raises:
+            UserError: Before anything is loaded, see `check_can_shard`.
+        """
+        if self.device_mesh is not None:
+            self.check_can_shard(self.trainer.state.fn == "fit")
+        if self.student is None:
+            self.load_models()
+        if self.loads_teacher and not all(each.is_loaded for each in self.teachers.values()):
+            self.load_teacher()
+        if self.device_mesh is not None and not is_sharded(self.student):
+            with plain_attention(self.student):  # while each process has a whole model on the CPU
+                self.check_models()
+            self.shard_models(data_parallel_mesh(self.device_mesh))
+
+    def check_can_shard(self, trains: bool) -> None:
+        """Refuse what cannot be spread over processes (FSDP2).
+
+        Args:
+            trains: Whether it will be trained.
+
+        Raises:
+            UserError: With adapters, whose teacher shares the frozen weights, or an optimizer that
+                cannot train what is spread.
+        """
+        check_can_shard(self.policy, self.trial_optimizer() if trains else None)
+
+    def shard_models(self, mesh: Any) -> None:
+        """Spread the student and its teacher over processes (FSDP2).
+
+        Args:
+            mesh: One-dimensional device mesh.
+
+        Raises:
+            UserError: See `check_can_shard`.
+        """
+        self.check_can_shard(trains=False)
+        self._passes.prepare(self.student)
+        shard_(self.student, mesh)
+        for teacher in self.teachers.values():
+            teacher.shard_(mesh)
+
+    @property
+    def teachers(self) -> dict[str, Teacher]:
+        """The models that stand beside the student, by name, loaded or not."""
+        return {name: each for name, each in self.named_children() if isinstance(each, Teacher)}
+
+    def load_models(self) -> None:
+        """Load the policy."""
+        loaded = load_policy(self.policy, self.seed, check=False)  # see `check_models`
+        self.student, self.tokenizer, self.stop_ids = loaded
+        if self.policy.lora is not None:
+            keep_adapters_only_(self, self.student)
+
+    def load_teacher(self) -> None:
+        """Make the teacher from the student, before any training, in methods that have one."""
+
+    def check_models(self) -> None:
+        """Compute a few tokens, once, on the device and in the precision of the run."""
+        if not self._is_checked:
+            check_student(self)
+        self._is_checked = True
+
+    @property
+    def passes(self) -> StudentPasses:
+        """The student's passes on its present weights."""
+        step = 0 if self._trainer is None else self._trainer.global_step
+        return self._passes.at(self.student, step)
+
+    def gather_student(self) -> Any:
+        """The student as a model that this process can call alone, not to be trained.
+
+        Under fsdp2 this is the copy to sample with. Where the weights have moved since it was
+        last brought up to date, this takes all processes at once.
+        """
+        return self.passes.whole()
+
+    def gather(self) -> None:
+        """Bring the whole copies up to date on all processes at once, before they go their ways."""
+        self.gather_student()
+
     def gather_head(self) -> OutputHead:
         """The student's output head; under fsdp2 this takes all processes at once."""
-        return output_head(self.student)
-
-    def on_fit_start(self) -> None:
-        """Put the student into train mode: `from_pretrained` and Lightning leave it in eval."""
-        self.check_models()
-        self.student.train()
-        self.forget_copies()
-        weights = next(self.student.parameters()).dtype
-        warn_of_slow_precision(str(self.trainer.precision), self.device, weights)
-        if self.lora is not None:
-            trained = self.student.num_parameters(only_trainable=True)
-            total = self.student.num_parameters()
-            self.print(
-                f"LoRA: {trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
-            )
-            frozen = frozen_matrices(self.student)
-            if frozen and self.lora.target_modules == ALL_LINEAR:
-                kinds = ", ".join(f"{kind} ({len(names)})" for kind, names in frozen.items())
-                self.print(f"LoRA: all-linear leaves these matrices frozen: {kinds}")
-
-    def on_validation_start(self) -> None:
-        """Check the student before its first answers, where no fit has."""
-        self.check_models()
-
-    def on_test_start(self) -> None:
-        """Check the student before its first answers."""
-        self.check_models()
-
-    def on_predict_start(self) -> None:
-        """Check the student before its first answers."""
-        self.check_models()
-
-    def on_train_start(self) -> None:
-        """Of a run that was resumed inside of a window, the first gradients are kept, too.
-
-        What is logged of that window's step, and the mean of its gradients, is of the micro-batches
-        that were left: those before are in no checkpoint.
-        """
-        super().on_train_start()
-        self._dropped_at = self.trainer.global_step
-        self._in_window = 0
-        self.step_values.reset()
-
-    def on_before_backward(self, loss: Tensor) -> None:
-        """Log what the window of an optimizer step shows, before any callback asks for it."""
-        if self.window_ends:
-            for name, value in self.step_values.take().items():
-                self.log(f"train/{name}", value, prog_bar=name in ("loss", "kl"))
-        super().on_before_backward(loss)
-
-    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Add the gradients of a micro-batch, so that a window's are the mean over its own.
-
-        Lightning divides each loss by `accumulate_grad_batches`, also where an epoch's last window
-        has fewer. The loss that is logged stays as it is.
-        """
-        super().backward(loss, *args, **kwargs)
-        self._in_window += 1
-        if not self.window_ends:
-            return
-        full, found, self._in_window = self.trainer.accumulate_grad_batches, self._in_window, 0
-        if found != full:
-            for parameter in self.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(full / found)
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Drop gradients after a step, when callbacks have seen them: the next needs the memory."""
-        super().on_train_batch_end(outputs, batch, batch_idx)
-        if self.trainer.global_step != self._dropped_at:
-            self._dropped_at = self.trainer.global_step
-            for parameter in self.student.parameters():
-                parameter.grad = None
+        return self.passes.head()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PolicyModule:
         """Cast the student's weights only, see `moved_not_cast`; teachers see to themselves."""
@@ -405,25 +286,23 @@ class PolicyModule(EvaluatedModule):
 
     def forget_copies(self) -> None:
         """Drop what was copied from weights that may have changed from outside."""
-        self.sampling_weights.forget()
+        self._passes.forget()
+
+    # --- callbacks and optimizer ----------------------------------------------------------------
 
     def configure_callbacks(self) -> list[L.Callback]:
         """What every run has: benchmarks at both ends, its last step saved, whole windows."""
-        return [
-            ValidateAtEnds(),
-            EffectiveUpdate(),
-            LastCheckpoint(),
-            RunLength(),
-            WholeWindows(),
-        ]
+        return [ValidateAtEnds(), EffectiveUpdate(), LastCheckpoint(), RunLength(), WholeWindows()]
+
+    def total_steps(self) -> int | None:
+        """Optimizer steps of the whole run; None where neither steps nor epochs end it."""
+        return total_steps(self.trainer)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the student's trainable parameters, and its schedule."""
         trainable = [p for p in self.student.parameters() if p.requires_grad]
         optimizer = self.optimizer_factory(trainable)
-        check_same_groups(self._optimizer_states, optimizer)
-        check_same_moments(self._optimizer_states, optimizer)
-        self._optimizer_states = None
+        self.checkpoints.check_optimizer(optimizer)
         if getattr(optimizer, "seed", self.seed) is None:
             optimizer.seed = self.seed  # type: ignore[attr-defined] # one that draws numbers
         scheduler = self.schedule.build(optimizer, self.total_steps())
@@ -432,24 +311,54 @@ class PolicyModule(EvaluatedModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
-    def total_steps(self) -> int | None:
-        """Optimizer steps of the whole run; None where neither steps nor epochs end it."""
-        trainer = self.trainer
-        data = task_data(trainer)
-        batches = None if data is None else data.batches_per_epoch
-        if batches is None:
-            estimate = trainer.estimated_stepping_batches
-            return int(estimate) if math.isfinite(estimate) else None
-        # Not estimated_stepping_batches: it starts the loaders, which then forget their place
-        # when a run is resumed (Lightning #20550).
-        batches = limited_batches(trainer, batches)
-        per_epoch = max(1, -(-batches // trainer.accumulate_grad_batches))
-        epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else None
-        limits = [max(1, trainer.max_steps)] if trainer.max_steps != -1 else []
-        limits += [per_epoch * epochs] if epochs is not None else []
-        return min(limits) if limits else None
+    # --- training: what surrounds a method's step ------------------------------------------------
 
-    # --- checkpoints ------------------------------------------------------------------------
+    def on_fit_start(self) -> None:
+        """Put the student into train mode: `from_pretrained` and Lightning leave it in eval."""
+        self.check_models()
+        self.student.train()
+        self.forget_copies()
+        weights = next(self.student.parameters()).dtype
+        warn_of_slow_precision(str(self.trainer.precision), self.device, weights)
+        if self.policy.lora is not None:
+            for line in adapter_report(self.student, self.policy.lora):
+                self.print(line)
+
+    @property
+    def window_ends(self) -> bool:
+        """Whether the optimizer steps with the micro-batch under way."""
+        return not self.trainer.fit_loop._should_accumulate()
+
+    def on_train_start(self) -> None:
+        """Begin the log and the gradients of the first window.
+
+        Of a run that was resumed inside of a window, what is logged of that window's step, and the
+        mean of its gradients, is of the micro-batches that were left: those before are in no
+        checkpoint.
+        """
+        self.timing.restart()
+        self.gradients.restart()
+        self.step_values.reset()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Start the clock of the micro-batch."""
+        self.timing.start("step")
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Log what the window of an optimizer step shows, before any callback asks for it."""
+        if self.window_ends:
+            for name, value in self.step_values.take().items():
+                self.log(f"train/{name}", value, prog_bar=name in ("loss", "kl"))
+        self.timing.start("backward")
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Add the gradients of a micro-batch, so that a window's are the mean over its own."""
+        super().backward(loss, *args, **kwargs)
+        self.gradients.added()
+
+    def on_after_backward(self) -> None:
+        """Stop the clock of the backward pass."""
+        self.timing.stop("backward")
 
     def configure_gradient_clipping(
         self,
@@ -465,61 +374,76 @@ class PolicyModule(EvaluatedModule):
         with clipping_without_scale(self.trainer.precision_plugin):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the seconds of an optimizer step, and drop its gradients."""
+        self.timing.end_micro_batch(self.completion_tokens)
+        if self.window_ends:
+            self.timing.log()
+        self.gradients.drop_after_step()
+
+    # --- evaluation -----------------------------------------------------------------------------
+
+    def on_validation_start(self) -> None:
+        """Check the student before its first answers, where no fit has."""
+        self.check_models()
+
+    on_test_start = on_predict_start = on_validation_start
+
+    def on_validation_epoch_start(self) -> None:
+        """Bring whole copies up to date, and decide whether the benchmarks are due."""
+        self.gather()
+        self.evaluator.begin()
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def on_predict_epoch_start(self) -> None:
+        """Bring whole copies up to date."""
+        self.gather()
+
+    def validation_step(
+        self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Any]:
+        """Grade the answers to questions, and respond to the requests of benchmarks."""
+        if isinstance(batch, PromptBatch):
+            return self.grade(batch)
+        self.evaluator.respond(batch)
+        return {}
+
+    def test_step(
+        self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Any]:
+        """Grade the answers to questions, and respond to the requests of benchmarks."""
+        return self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def predict_step(
+        self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> list[dict[str, Any]]:
+        """Answer the questions of a batch greedily."""
+        return self.evaluator.predictions(batch)
+
+    def grade(self, batch: PromptBatch) -> dict[str, Any]:
+        """Answer the questions of a batch greedily and grade the answers."""
+        graded = self.evaluator.graded(
+            self.student, batch.prompt_ids, batch.prompt_mask, batch, "accuracy"
+        )
+        return {"graded": graded}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the accuracy of each task, and the benchmarks."""
+        self.evaluator.log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the accuracy of each task, and the benchmarks."""
+        self.evaluator.log_scores("test")
+
+    # --- checkpoints ----------------------------------------------------------------------------
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write down which model this is, and what it could do before training.
-
-        Raises:
-            UserError: If a weight is no number: no such checkpoint is written.
-        """
-        check_finite_checkpoint(self, checkpoint)
-        checkpoint[CAPABILITY_KEY] = self.capability.state()
-        identity = model_identity(self.student, self.model_name, type(self))
-        checkpoint[IDENTITY_KEY] = {
-            **identity,
-            "teacher": self._teacher_name,
-            "optimizer": type(self.trial_optimizer()).__name__,
-        }
-
-    @property
-    def _teacher_name(self) -> str | None:
-        return next((type(each).__name__ for each in self._teachers), None)
-
-    def check_checkpoint(self, checkpoint: dict[str, Any], trains: bool) -> None:
-        """Refuse, before a model is loaded, a checkpoint that cannot be used here.
-
-        Args:
-            checkpoint: Its content.
-            trains: Whether training is to go on from it.
-
-        Raises:
-            UserError: See `check_takes`.
-        """
-        teacher = self._teacher_name if self.loads_teacher else None
-        optimizer = type(self.trial_optimizer()).__name__ if trains else None
-        check_takes(checkpoint, type(self).__name__, teacher, optimizer)
+        """Write down which model this is, and what it could do before training."""
+        self.checkpoints.save(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another model, and leave out what this command does not use.
-
-        Raises:
-            UserError: If it is one.
-        """
-        weights = checkpoint.get("state_dict")  # None where the strategy has read them
+        """Refuse the checkpoint of another model, and leave out what this command does not use."""
         in_fit = self._trainer is not None and self._trainer.state.fn == "fit"
-        trains = in_fit and weights is not None
-        self.check_checkpoint(checkpoint, trains)
-        check_same_model(
-            checkpoint.get(IDENTITY_KEY), model_identity(self.student, self.model_name, type(self))
-        )
-        unused = tuple(
-            f"{name}."
-            for name, module in self.named_children()
-            if isinstance(module, Teacher) and not module.is_loaded
-        )
-        if weights is not None:
-            kept = {name: value for name, value in weights.items() if not name.startswith(unused)}
-            check_same_weights(kept, self.state_dict())
-            checkpoint["state_dict"] = kept
-        self._optimizer_states = checkpoint.get("optimizer_states") if trains else None
-        self.capability.load(checkpoint.get(CAPABILITY_KEY))
+        self.checkpoints.load(checkpoint, in_fit)
         self.forget_copies()

@@ -10,7 +10,7 @@ from sdft_lightning.errors import UserError, printable
 from sdft_lightning.forward.scoring import score_continuations
 from sdft_lightning.models.tokenization import stop_ids
 from sdft_lightning.rollout import Sampling, StopTexts, generate_rollout
-from sdft_lightning.rollout.uniforms import row_uniforms
+from sdft_lightning.rollout.sampling import row_uniforms
 from sdft_lightning.types import (
     ContinuationScore,
     GenerationBatch,
@@ -184,8 +184,7 @@ def answer_requests(
         uniforms = row_uniforms(_ANSWER_SEED, 0, rows, 1, settings.max_new_tokens)  # (B, T)
     rollout = generate_rollout(
         model,
-        batch.prompt_ids,
-        batch.prompt_mask,
+        batch.prompts,
         sampling,
         uniforms,
         stop_ids,

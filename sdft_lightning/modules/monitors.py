@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.files.whole_windows import WindowCheckpoint, validates_in_fit
-from sdft_lightning.modules.judging import usage_names
+from sdft_lightning.modules.evaluation import usage_names
 from sdft_lightning.types import TaskData
 
 log = logging.getLogger(__name__)

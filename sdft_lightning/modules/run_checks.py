@@ -2,12 +2,101 @@
 
 from __future__ import annotations
 
+import os
+from argparse import Namespace
+from collections.abc import Mapping
 from typing import Any
 
+from lightning.pytorch.callbacks import Timer
+
+from sdft_lightning.errors import UserError, check_at_least
 from sdft_lightning.files.whole_windows import check_whole_windows
+from sdft_lightning.models.sharding import check_strategy, strategy_options
 from sdft_lightning.modules.monitors import check_monitors
-from sdft_lightning.modules.trainer_options import check_trainer
 from sdft_lightning.types import TaskData
+
+# Callbacks of Lightning that cannot work here, and what to do instead.
+_CALLBACKS = {
+    "LearningRateFinder": "the rate is --model.optimizer.init_args.lr; try a few in short runs",
+    "BatchSizeFinder": "set --data.batch_size; `preflight` measures the memory of a step",
+    "Timer": "set --trainer.max_time=DD:HH:MM:SS, which waits for the end of an optimizer step",
+    "GradientAccumulationScheduler": "set --trainer.accumulate_grad_batches: prompts are sampled "
+    "for whole windows of one size",
+    "StochasticWeightAveraging": "the teacher is the average (--model.teacher=EMATeacher)",
+    "WeightAveraging": "the teacher is the average (--model.teacher=EMATeacher)",
+    "EMAWeightAveraging": "the teacher is the average (--model.teacher=EMATeacher)",
+    "ModelPruning": "prune the exported model",
+    "BackboneFinetuning": "train adapters (--model.policy.lora.r=8), which leaves the model's own "
+    "weights alone",
+}
+# One of these is set where a process is one of several machines'.
+_CLUSTER = (
+    "MASTER_ADDR",
+    "NODE_RANK",
+    "GROUP_RANK",
+    "SLURM_NTASKS",
+    "JSM_NAMESPACE_SIZE",
+    "LSB_DJOB_HOSTFILE",
+    "OMPI_COMM_WORLD_SIZE",
+    "XRT_TPU_CONFIG",
+    "KUBERNETES_PORT",
+)
+_BATCHES = {
+    "fit": "limit_train_batches",
+    "validate": "limit_val_batches",
+    "test": "limit_test_batches",
+    "predict": "limit_predict_batches",
+}
+# What a trainer keeps as it was given; an interval in hours it keeps elsewhere.
+_READ_AS_GIVEN = (
+    "gradient_clip_val",
+    "accumulate_grad_batches",
+    "overfit_batches",
+    "check_val_every_n_epoch",
+    "log_every_n_steps",
+    "val_check_interval",
+)
+_MOST = 2**53  # beyond it neither numpy nor a float counts
+
+
+class RunChecks:
+    """Checks a run once: ahead where the command line asks, else when its module is set up.
+
+    Args:
+        module: The `PolicyModule`.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        self._ahead: tuple[Any, str] | None = None
+
+    def ahead(self, trainer: Any, command: str, data: TaskData | None) -> None:
+        """Check a run before the trainer begins it and writes files; `setup` does not repeat it.
+
+        Args:
+            trainer: Who will carry out the command.
+            command: fit, validate, test or predict.
+            data: The data module, set up; None for one that is not asked.
+
+        Raises:
+            UserError: See `check_run`.
+        """
+        check_run(self._module, data, trainer, command)
+        self._ahead = (trainer, command)
+
+    def at_setup(self, trainer: Any, command: str, data: TaskData | None) -> None:
+        """Check a run as it is set up, unless that was done ahead; arguments as of `ahead`.
+
+        Raises:
+            UserError: See `check_run`.
+        """
+        if self._ahead != (trainer, command):
+            check_run(self._module, data, trainer, command)
+        self._ahead = None
+
+    def forget(self) -> None:
+        """Let `at_setup` check the run again."""
+        self._ahead = None
 
 
 def check_run(module: Any, data: TaskData | None, trainer: Any, command: str) -> None:
@@ -24,7 +113,7 @@ def check_run(module: Any, data: TaskData | None, trainer: Any, command: str) ->
     """
     check_trainer(trainer, command)
     if data is not None:
-        data.check_model_takes(module.new_tokens, module.eval_max_new_tokens)
+        data.check_model_takes(module.new_tokens, module.evaluation.max_new_tokens)
     if command != "fit":
         return
     module.check_before_fit([] if data is None else data.training_rows())
@@ -33,3 +122,130 @@ def check_run(module: Any, data: TaskData | None, trainer: Any, command: str) ->
     check_monitors(module, trainer, data)
     ends = trainer.max_steps != -1 or trainer.max_epochs not in (None, -1)
     module.schedule.check_end(ends)
+
+
+def check_values(options: object, name: str = "") -> None:
+    """Refuse whole numbers that only Python itself can count to, and texts with NUL characters.
+
+    Args:
+        options: Nested options of a command, as mappings, namespaces and lists.
+        name: What they are an option of.
+
+    Raises:
+        UserError: Names the option.
+    """
+    if isinstance(options, Mapping | Namespace):
+        for key, value in (options if isinstance(options, Mapping) else vars(options)).items():
+            check_values(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(options, list | tuple):
+        for place, value in enumerate(options):
+            check_values(value, f"{name}[{place}]")
+    elif isinstance(options, int) and abs(options) > _MOST:
+        raise UserError(
+            f"{name}: got {str(options)[:40]}, allowed are whole numbers up to {_MOST}. Give a "
+            "smaller one."
+        )
+    elif isinstance(options, str) and "\0" in options:
+        raise UserError(f"{name}: a NUL character stands in {options[:80]!r}. Take it out.")
+
+
+def check_trainer_options(options: Mapping[str, Any], command: str = "fit") -> None:
+    """Refuse what would end in another library's traceback, or in a run that is none.
+
+    Args:
+        options: `trainer` of the config.
+        command: What is to be done.
+
+    Raises:
+        UserError: Names the option.
+    """
+    check_strategy(options.get("strategy"))
+    _check_callbacks(options.get("callbacks"))
+    _check_numbers(options, command)
+    _check_nodes(options.get("num_nodes") or 1)
+    if options.get("default_root_dir") is not None:
+        raise UserError(
+            f"trainer.default_root_dir: got {options['default_root_dir']}; a run writes into its "
+            "own folder. Use --run.root and --run.name."
+        )
+    clip = options.get("gradient_clip_val") or 0.0
+    if clip < 0:  # torch would turn every gradient around
+        raise UserError(
+            f"trainer.gradient_clip_val: got {clip}, allowed are 0 (no clipping) and more."
+        )
+    window = options.get("accumulate_grad_batches")
+    if window is not None:
+        check_at_least("trainer.accumulate_grad_batches", window, 1)
+    overfit = options.get("overfit_batches") or 0
+    if overfit:  # Lightning puts samplers of its own into the loaders, which hold whole batches
+        raise UserError(
+            f"trainer.overfit_batches: got {overfit}, allowed is 0: training batches come in an "
+            "order that a resumed run continues. To train on few rows set "
+            "--trainer.limit_train_batches, or give data.train and data.validation a small file."
+        )
+
+
+def check_trainer(trainer: Any, command: str) -> None:
+    """Refuse what `check_trainer_options` does, of a trainer that is there.
+
+    Except `num_nodes`: by the time a module is asked, Lightning has waited for the other machines.
+
+    Args:
+        trainer: Lightning's Trainer.
+        command: What it is to do.
+
+    Raises:
+        UserError: Names the option.
+    """
+    names = [*_READ_AS_GIVEN, *_BATCHES.values()]
+    options = {name: getattr(trainer, name, None) for name in names}
+    options["strategy"] = strategy_options(trainer.strategy)
+    # A Timer is what Lightning makes of max_time.
+    kinds = [type(each) for each in trainer.callbacks if not isinstance(each, Timer)]
+    options["callbacks"] = [
+        {"class_path": f"{kind.__module__}.{kind.__qualname__}"} for kind in kinds
+    ]
+    check_trainer_options(options, command)
+
+
+def _check_callbacks(callbacks: Any) -> None:
+    for each in callbacks if isinstance(callbacks, list) else [callbacks]:
+        path = str(each.get("class_path") or "") if hasattr(each, "get") else ""
+        name = path.rpartition(".")[2]
+        if path.startswith("lightning.") and name in _CALLBACKS:
+            raise UserError(
+                f"trainer.callbacks: {name} does not work here; {_CALLBACKS[name]}. Leave it out."
+            )
+
+
+def _check_numbers(options: Mapping[str, Any], command: str) -> None:
+    for name, least in (
+        ("check_val_every_n_epoch", 1),
+        ("log_every_n_steps", 0),
+        ("num_sanity_val_steps", -1),
+    ):
+        value = options.get(name)
+        if value is not None:
+            check_at_least(f"trainer.{name}", value, least)
+    interval = options.get("val_check_interval")
+    if interval is not None and not isinstance(interval, str) and interval == 0:
+        raise UserError(
+            "trainer.val_check_interval: got 0, allowed are a number of micro-batches from 1, or a "
+            "part of an epoch. For no validation set --trainer.limit_val_batches=0."
+        )
+    limit = _BATCHES.get(command, "")
+    if options.get(limit) == 0:
+        raise UserError(
+            f"trainer.{limit}: got 0, so `{command}` would have nothing to do. Give a number of "
+            "batches from 1, or a part above 0."
+        )
+
+
+def _check_nodes(nodes: int) -> None:
+    """Refuse to wait for other machines that nobody has started."""
+    if nodes > 1 and not any(name in os.environ for name in _CLUSTER):
+        raise UserError(
+            f"trainer.num_nodes: got {nodes}, and this process was started for one machine: it "
+            "would wait for the others. Start it on each with torchrun or srun, or with "
+            "MASTER_ADDR and NODE_RANK set."
+        )

@@ -1,4 +1,4 @@
-"""Learning-rate schedule: the optimizer's rate, warmed up and then lowered."""
+"""How long a run is, and how its learning rate moves: warmed up and then lowered."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Optimizer
 
 from sdft_lightning.errors import UserError, check_choice
+from sdft_lightning.files.whole_windows import limited_batches
+from sdft_lightning.types import task_data
 
 log = logging.getLogger(__name__)
 
 ScheduleName = Literal["cosine", "linear", "constant"]
+
+# The paper's shortest runs have some hundred optimizer steps.
+_FEW_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -100,3 +107,55 @@ class Schedule:
             num_warmup_steps=warmup,
             num_training_steps=total_steps,
         )
+
+
+def total_steps(trainer: L.Trainer) -> int | None:
+    """Optimizer steps of a whole run; None where neither steps nor epochs end it.
+
+    Args:
+        trainer: Of a fit.
+    """
+    data = task_data(trainer)
+    batches = None if data is None else data.batches_per_epoch
+    if batches is None:
+        estimate = trainer.estimated_stepping_batches
+        return int(estimate) if math.isfinite(estimate) else None
+    # Not estimated_stepping_batches: it starts the loaders, which then forget their place
+    # when a run is resumed (Lightning #20550).
+    batches = limited_batches(trainer, batches)
+    per_epoch = max(1, -(-batches // trainer.accumulate_grad_batches))
+    epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else None
+    limits = [max(1, trainer.max_steps)] if trainer.max_steps != -1 else []
+    limits += [per_epoch * epochs] if epochs is not None else []
+    return min(limits) if limits else None
+
+
+class RunLength(L.Callback):
+    """Tells rows, micro-batches and optimizer steps of a fit, and warns where the steps are few."""
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Tell it before the first step, where the rows are those of our data module."""
+        data = task_data(trainer)
+        total = total_steps(trainer)
+        batches = None if data is None else data.batches_per_epoch
+        if total is None or data is None or batches is None:
+            return
+        rows = len(data.training_rows())
+        window = trainer.accumulate_grad_batches
+        prompts = data.batch_size * window * trainer.world_size
+        log.info(
+            f"fit: {_counted(rows, 'row')}, {_counted(batches, 'batch', 'es')} of "
+            f"{data.batch_size} an epoch on each device; {prompts} prompts are one optimizer step: "
+            f"{_counted(total, 'optimizer step')} in all"
+        )
+        if total < _FEW_STEPS and trainer.max_steps == -1:
+            log.warning(
+                f"data.train: the whole run is {_counted(total, 'optimizer step')}, which teaches "
+                "hardly anything. Give more rows or more epochs (--trainer.max_epochs), or take "
+                "fewer prompts for a step (--data.batch_size, --trainer.accumulate_grad_batches)."
+            )
+
+
+def _counted(count: int, name: str, plural: str = "s") -> str:
+    return f"{count} {name}{'' if count == 1 else plural}"

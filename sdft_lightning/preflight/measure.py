@@ -185,7 +185,7 @@ def _demonstrations_right(
         return None
     texts = [demonstration_text(row) for row in rows]
     if not data.grade_thoughts:
-        texts = [module.reader.answer(text) for text in texts]
+        texts = [module.evaluator.reader.answer(text) for text in texts]
     return gold_self_test(data.grader, [row.reference for row in rows], texts).passed / len(rows)
 
 
@@ -200,14 +200,14 @@ def _role(
     scores: list[float] = []
     truncated = artifacts = copied = count = 0
     for batch in batches:
-        ids, mask = batch.prompt_ids, batch.prompt_mask
-        if as_teacher:
-            ids, mask = batch.teacher_prompt_ids, batch.teacher_prompt_mask
-        rollout = module.greedy_completions(model, ids.to(module.device), mask.to(module.device))
+        ids, mask = batch.teacher_prompts if as_teacher else batch.prompts
+        rollout = module.evaluator.greedy_completions(
+            model, ids.to(module.device), mask.to(module.device)
+        )
         truncated += int(rollout.truncated.sum())
-        texts = module.decode(rollout)
+        texts = module.evaluator.decode(rollout)
         if grade is not None:
-            scores += grade(module.answers(texts, ids, mask), batch.rows)
+            scores += grade(module.evaluator.answers(texts, ids, mask), batch.rows)
         for row, text in zip(batch.rows, texts, strict=True):
             shown = demonstration_text(row)
             count += 1

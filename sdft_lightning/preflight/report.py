@@ -224,7 +224,7 @@ def _warnings(report: Report, limits: Limits) -> list[str]:
     if not math.isfinite(report.kl):
         found.append(
             f"KL(teacher || student) is {report.kl}, and the loss would be: set "
-            "trainer.precision=32-true and model.weights_dtype=float32, and see whether the "
+            "trainer.precision=32-true and model.policy.weights_dtype=float32, and see whether the "
             "model's weights are finite"
         )
     right = report.demonstrations_right
@@ -249,7 +249,7 @@ def _warnings(report: Report, limits: Limits) -> list[str]:
     if report.teacher.truncated > limits.truncated:
         found.append(
             f"{report.teacher.truncated:.0%} of the teacher's answers are cut off before they end: "
-            "raise model.eval_max_new_tokens and model.sampling.max_new_tokens"
+            "raise model.evaluation.max_new_tokens and model.sampling.max_new_tokens"
         )
     if report.left_out:
         found.append(f"{report.left_out} training rows are skipped or truncated as too long")

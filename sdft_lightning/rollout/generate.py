@@ -2,29 +2,85 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.forward.forward_paths import paths_of
-from sdft_lightning.forward.fused import Decoder, DecodingSteps, ReadPrompts, read_prompts
-from sdft_lightning.models.precision import product_dtype
+from sdft_lightning.forward.fused import ReadPrompts
+from sdft_lightning.forward.kv_cache import Decoding
+from sdft_lightning.rollout.decode import prefill
 from sdft_lightning.rollout.decode_mode import decode_mode
-from sdft_lightning.rollout.plain_steps import plain_steps, split_prompts_of
-from sdft_lightning.rollout.sampling import Sampling, choose_tokens
-from sdft_lightning.rollout.stop_texts import StopTexts
-from sdft_lightning.types import Rollout
+from sdft_lightning.rollout.sampling import Sampling, StopTexts, choose_tokens
+from sdft_lightning.types import Rollout, Tokens
 
 # Finished rows are dropped from the batch when at least this fraction of it is finished.
 _COMPACT_AT = 0.25
 
 
+class RolloutRequest(NamedTuple):
+    """What is to be sampled.
+
+    Attributes:
+        prompts: `(B, P)`, padded on the left.
+        row_ids: B ids; random numbers belong to them.
+        sampling: Temperature, truncation, length, completions per prompt (n).
+        seed: Seed of the run.
+        step: Optimizer step; the weights are those of this step.
+        stop_ids: Ids of which any ends a completion; it is part of the completion.
+        pad_id: Id that fills the rest of a row.
+    """
+
+    prompts: Tokens
+    row_ids: list[str]
+    sampling: Sampling
+    seed: int
+    step: int
+    stop_ids: list[int]
+    pad_id: int
+
+
+def join_requests(requests: Sequence[RolloutRequest]) -> RolloutRequest:
+    """One request for the rows of several, whose prompts are padded further on the left.
+
+    Args:
+        requests: Alike but for their rows.
+    """
+    prompts = [request.prompts for request in requests]
+    longest = max(part.ids.shape[1] for part in prompts)
+    joined = Tokens(
+        torch.cat([pad(part.ids, (longest - part.ids.shape[1], 0)) for part in prompts]),
+        torch.cat([pad(part.mask, (longest - part.mask.shape[1], 0)) for part in prompts]),
+    )  # (ΣB, P)
+    row_ids = [row_id for request in requests for row_id in request.row_ids]
+    return requests[0]._replace(prompts=joined, row_ids=row_ids)
+
+
+def split_rollout(rollout: Rollout, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+    """The rollout of each of several joined requests, as long as its longest completion."""
+    rows = [len(each.row_ids) * each.sampling.completions_per_prompt for each in requests]
+    parts = []
+    for piece in zip(*(tensor.split(rows) for tensor in rollout), strict=True):
+        part = Rollout(*piece)
+        length = int(part.completion_mask.sum(dim=1).max())
+        parts.append(
+            Rollout(
+                part.completion_ids[:, :length],
+                part.completion_mask[:, :length],
+                part.sampled_log_probs[:, :length],
+                part.truncated,
+            )
+        )
+    return parts
+
+
 def greedy_rollout(
     model: Any,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
+    prompts: Tokens,
     max_new_tokens: int,
     stop_ids: list[int],
     pad_id: int,
@@ -32,16 +88,13 @@ def greedy_rollout(
 ) -> Rollout:
     """The likeliest completion of each prompt, token by token; see `generate_rollout`."""
     sampling = Sampling(max_new_tokens=max_new_tokens)
-    return generate_rollout(
-        model, prompt_ids, prompt_mask, sampling, None, stop_ids, pad_id, stop_texts
-    )
+    return generate_rollout(model, prompts, sampling, None, stop_ids, pad_id, stop_texts)
 
 
 @torch.no_grad()
 def generate_rollout(
     model: Any,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
+    prompts: Tokens,
     sampling: Sampling,
     uniforms: Tensor | None,
     stop_ids: list[int],
@@ -56,10 +109,9 @@ def generate_rollout(
 
     Args:
         model: A causal language model of transformers.
-        prompt_ids: `(B, P)`, padded on the left.
-        prompt_mask: `(B, P)` boolean.
+        prompts: `(B, P)`, padded on the left.
         sampling: Temperature, truncation, length, completions per prompt (n).
-        uniforms: `(B · n, max_new_tokens)` in [0, 1), see `uniforms.row_uniforms`; None samples
+        uniforms: `(B · n, max_new_tokens)` in [0, 1), see `sampling.row_uniforms`; None samples
             greedily.
         stop_ids: Ids of which any ends a completion; it is part of the completion.
         pad_id: Id that fills the rest of a row.
@@ -75,9 +127,9 @@ def generate_rollout(
     """
     paths_of(model)  # found out before anything of the model is changed for decoding
     samples = sampling.completions_per_prompt
-    rows = prompt_ids.shape[0] * samples
+    rows = prompts.ids.shape[0] * samples
     shape = (rows, sampling.max_new_tokens)
-    device = prompt_ids.device
+    device = prompts.ids.device
     ids = torch.full(shape, pad_id, dtype=torch.long, device=device)  # (R, T)
     mask = torch.zeros(shape, dtype=torch.bool, device=device)  # (R, T)
     log_probs = torch.zeros(shape, dtype=torch.float32, device=device)  # (R, T)
@@ -85,8 +137,9 @@ def generate_rollout(
     alive = torch.arange(rows, device=device)  # rows that are still sampled
     length = 0
     with decode_mode(model, rows, sampling.max_new_tokens) as fused:
-        decoder = _Decoder(model, prompt_ids, prompt_mask, sampling, fused, read)
-        logits = decoder.prefill()  # (R, V)
+        prompts = Tokens(prompts.ids, prompts.mask.bool())
+        decoding = prefill(model, prompts, samples, sampling.max_new_tokens, fused, read)
+        logits, going_on = decoding.logits, _Rows(decoding)  # (R, V)
         for step in range(sampling.max_new_tokens):
             numbers = None if uniforms is None else uniforms[alive.cpu(), step]
             tokens, chosen = choose_tokens(logits, sampling, numbers)  # (A,)
@@ -98,8 +151,8 @@ def generate_rollout(
             alive, tokens = alive[going], tokens[going]
             if alive.numel() == 0 or length == sampling.max_new_tokens:
                 break
-            logits = decoder.step(tokens, going)  # (A, V)
-        decoder.finish(ids[:, :length], mask[:, :length])
+            logits = going_on.step(tokens, going)  # (A, V)
+        decoding.finish(Tokens(ids[:, :length], mask[:, :length]))
     _check_finite(log_probs)
     truncated = torch.zeros(rows, dtype=torch.bool, device=device)  # (R,)
     truncated[alive] = True
@@ -118,59 +171,19 @@ def _check_finite(log_probs: Tensor) -> None:
         )
 
 
-class _Decoder:
-    """Keys and values of the rows that go on, and the next logits of each.
+class _Rows:
+    """The rows that go on, among those that are still computed.
 
     Finished rows stay in the batch until enough of them can be dropped at once, or to the end where
     the model's cache cannot drop any.
 
     Args:
-        model: A causal language model of transformers.
-        prompt_ids: `(B, P)`.
-        prompt_mask: `(B, P)`.
-        sampling: Completions per prompt (n), and their length.
-        fused: The model's parts, where its steps are fused.
-        read: The prompts, where fused parts have read them.
+        decoding: Appends tokens to R rows.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        sampling: Sampling,
-        fused: Decoder | None,
-        read: list[ReadPrompts] | None,
-    ) -> None:
-        self.model = model
-        self.prompt_ids = prompt_ids
-        self.sampling = sampling
-        self.fused = fused
-        self.read = read
-        self.steps: Any = None
-        self.drops_rows = fused is not None or paths_of(model).drops_rows
-        self.mask = prompt_mask.bool()  # (B, P)
-        rows = prompt_ids.shape[0] * sampling.completions_per_prompt
-        self.going = torch.ones(rows, dtype=torch.bool)  # (A,)
-
-    def prefill(self) -> Tensor:
-        """Read the prompts once for all samples of each; logits `(B · n, V)`."""
-        samples = self.sampling.completions_per_prompt
-        if self.fused is not None:
-            return self._fused_prefill(self.fused, samples)
-        self.steps = plain_steps(self.model, self.prompt_ids, self.mask, samples)
-        logits: Tensor = self.steps.logits
-        return logits
-
-    def _fused_prefill(self, fused: Decoder, samples: int) -> Tensor:
-        head = self.model.get_output_embeddings()
-        read, self.read = self.read, None  # so that nothing is held longer than it is needed
-        if read is None:
-            split = split_prompts_of(self.model, self.prompt_ids, self.mask)
-            read = [read_prompts(fused, split, product_dtype(head.weight.dtype))]
-        steps = DecodingSteps(fused, head, read, samples, self.sampling.max_new_tokens)
-        self.steps = steps
-        return steps.logits
+    def __init__(self, decoding: Decoding) -> None:
+        self.decoding = decoding
+        self.going = torch.ones(len(decoding.logits), dtype=torch.bool)  # (A,)
 
     def step(self, tokens: Tensor, going: Tensor) -> Tensor:
         """Append one token to each row that goes on.
@@ -184,18 +197,13 @@ class _Decoder:
         """
         slots = self.going.to(going.device).nonzero().squeeze(-1)[going]  # (A,) places in the batch
         size = self.going.numel()
-        if self.drops_rows and slots.numel() <= (1 - _COMPACT_AT) * size:
-            self.steps.select(slots)
+        if self.decoding.drops_rows and slots.numel() <= (1 - _COMPACT_AT) * size:
+            self.decoding.keep(slots)
             size = slots.numel()
             slots = torch.arange(size, device=slots.device)
         self.going = torch.zeros(size, dtype=torch.bool, device=slots.device)
         self.going[slots] = True
         inputs = torch.zeros(size, dtype=torch.long, device=slots.device)  # (S,)
         inputs[slots] = tokens
-        logits: Tensor = self.steps(inputs)  # (S, V)
+        logits = self.decoding.step(inputs)  # (S, V)
         return logits if slots.numel() == size else logits[slots]  # (A, V)
-
-    def finish(self, completion_ids: Tensor, completion_mask: Tensor) -> None:
-        """Leave with the prompts what steps have found, where it is wanted."""
-        if isinstance(self.steps, DecodingSteps):
-            self.steps.finish(completion_ids, completion_mask)

@@ -1,10 +1,17 @@
-"""From logits to tokens: temperature, truncation, and inverse CDF with a given uniform number."""
+"""From logits to tokens: temperature, truncation, the inverse CDF, random numbers, stop texts.
+
+Random numbers belong to a row, not to the batch or process in which it is sampled.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -148,3 +155,104 @@ def choose_tokens(
     else:
         tokens = inverse_cdf(truncate_probs(probs, sampling), uniforms)  # (B,)
     return tokens, probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).log()
+
+
+def row_key(row_id: str) -> int:
+    """A 63-bit number for a row's id, the same on every machine and Python.
+
+    Args:
+        row_id: The id of the row.
+
+    Returns:
+        Non-negative integer.
+    """
+    digest = hashlib.blake2b(row_id.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def row_uniforms(seed: int, step: int, row_ids: Sequence[str], samples: int, length: int) -> Tensor:
+    """One uniform number in [0, 1) for each (row, sample, position), drawn from (seed, step, row).
+
+    Counter-based (numpy's Philox), so the numbers of a row depend on nothing but its key: not on
+    the batch it stands in, the rank, or what was drawn before.
+
+    Args:
+        seed: Seed of the run.
+        step: Optimizer step.
+        row_ids: B ids.
+        samples: Completions of each row.
+        length: Longest completion, T.
+
+    Returns:
+        `(B · samples, T)` float64 on the CPU.
+    """
+    numbers = [
+        np.random.Generator(
+            np.random.Philox(np.random.SeedSequence([seed, step, row_key(row_id), sample]))
+        ).random(length)
+        for row_id in row_ids
+        for sample in range(samples)
+    ]
+    return torch.from_numpy(np.stack(numbers))  # (B · samples, T)
+
+
+def row_seeds(seed: int, step: int, row_ids: Sequence[str], samples: int) -> list[int]:
+    """One 63-bit seed for each (row, sample), for samplers that take a seed and not the numbers.
+
+    Args:
+        seed: Seed of the run.
+        step: Optimizer step.
+        row_ids: B ids.
+        samples: Completions of each row.
+
+    Returns:
+        B · samples seeds.
+    """
+    return [
+        int(
+            np.random.SeedSequence([seed, step, row_key(row_id), sample]).generate_state(
+                1, np.uint64
+            )[0]
+        )
+        >> 1
+        for row_id in row_ids
+        for sample in range(samples)
+    ]
+
+
+class StopTexts:
+    """Looks for any of several texts at the end of growing completions.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+        texts: The texts; empty ones are left out.
+    """
+
+    def __init__(self, tokenizer: Any, texts: Sequence[str]) -> None:
+        self.tokenizer = tokenizer
+        self.texts = [text for text in texts if text]
+        # Every token holds a byte at least; one more, as the text may begin inside a token.
+        self._lookback = 1 + max((len(text.encode()) for text in self.texts), default=0)
+
+    def found(self, completion_ids: Tensor) -> Tensor:
+        """Which completions end with, or have just passed, one of the texts.
+
+        Args:
+            completion_ids: `(A, T)`, without padding.
+
+        Returns:
+            `(A,)` boolean.
+        """
+        if not self.texts:
+            return torch.zeros(
+                completion_ids.shape[0], dtype=torch.bool, device=completion_ids.device
+            )
+        ends = self.tokenizer.batch_decode(completion_ids[:, -self._lookback :])
+        hits = [any(text in end for text in self.texts) for end in ends]
+        return torch.tensor(hits, device=completion_ids.device)
+
+    def cut(self, completion: str) -> str:
+        """A completion up to the first of the texts."""
+        for text in self.texts:
+            completion = completion.split(text)[0]
+        return completion

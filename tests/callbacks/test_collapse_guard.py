@@ -243,7 +243,7 @@ def test_teacher_that_no_longer_beats_its_student_stops_after_two_validations(
 ) -> None:
     # A random model answers nothing: teacher and student have 0 of 12.
     module = fit_module(
-        model={"teacher_accuracy_in_fit": True},
+        model={"evaluation": {"teacher_in_fit": True}},
         data={"validation": str(train_file), "grader": "exact"},
         callbacks=[CollapseGuard()],
         max_steps=12,

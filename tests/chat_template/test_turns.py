@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.forward.policy import load_policy
+from sdft_lightning.forward.policy import Policy, load_policy
 from sdft_lightning.models import tokenization
 from sdft_lightning.models.chat_template import conversation_ids, turn_end_ids, turn_texts
 from sdft_lightning.models.tokenization import load_stop_ids, load_tokenizer, stop_ids
+from sdft_lightning.types import Tokens
 
 END_OF_TEXT, IM_END = 0, 2
 
@@ -48,7 +49,7 @@ def test_token_that_ends_a_turn_in_the_template_alone_stops_sampling_and_is_told
     assert tokenizer.eos_token_id == END_OF_TEXT
     with caplog.at_level(logging.WARNING):
         assert load_stop_ids(folder, tokenizer) == [END_OF_TEXT, IM_END]
-        assert load_policy(folder).stop_ids == [END_OF_TEXT, IM_END]
+        assert load_policy(Policy(folder)).stop_ids == [END_OF_TEXT, IM_END]
     told = [record.message for record in caplog.records if "ends an answer" in record.message]
     assert len(told) == 1
     assert (
@@ -68,7 +69,7 @@ def test_config_alone_counts_for_data_and_policy(
     config["eos_token_id"] = [7, IM_END]
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert load_stop_ids(str(folder), load_tokenizer(str(folder))) == [IM_END, 7]
-    assert load_policy(str(folder)).stop_ids == [IM_END, 7]
+    assert load_policy(Policy(str(folder))).stop_ids == [IM_END, 7]
 
 
 @pytest.mark.parametrize("value", ["</s>", 1.5, -1, [2, "x"], True, [[2]]])
@@ -153,14 +154,14 @@ def test_embedded_model_with_another_end_in_its_files_answers_once_and_is_graded
     tokenizer.eos_token = "<|endoftext|>"
     tokenizer.save_pretrained(folder)
 
-    policy = load_policy(str(folder))
+    policy = load_policy(Policy(str(folder)))
     assert policy.stop_ids == [0, 2]
     asked = render(policy.tokenizer, [{"role": "user", "content": "What is 1 + 1?"}], {})
     ids = torch.tensor([policy.tokenizer(asked, add_special_tokens=False).input_ids])
     model = policy.model.eval()
-    wrong = greedy_rollout(model, ids, torch.ones_like(ids).bool(), 80, [0], 0)
+    wrong = greedy_rollout(model, Tokens(ids, torch.ones_like(ids).bool()), 80, [0], 0)
     assert 2 in wrong.completion_ids[0, :-1].tolist()  # it runs on into a turn that it invents
-    right = greedy_rollout(model, ids, torch.ones_like(ids).bool(), 80, policy.stop_ids, 0)
+    right = greedy_rollout(model, Tokens(ids, torch.ones_like(ids).bool()), 80, policy.stop_ids, 0)
     said = AnswerReader(policy.tokenizer, policy.stop_ids).text(
         right.completion_ids[0][right.completion_mask[0]].tolist()
     )

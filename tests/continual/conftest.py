@@ -34,7 +34,11 @@ def plan_options(
         ]
         files[name] = str(write_rows(rows, f"{name}.jsonl"))
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}}
-    model = {"model_name": str(model_folder), "eval_max_new_tokens": 8, "optimizer": optimizer}
+    model = {
+        "policy": {"name": str(model_folder)},
+        "evaluation": {"max_new_tokens": 8},
+        "optimizer": optimizer,
+    }
     sampling = {"max_new_tokens": 8}
     return {
         "name": "plan",
@@ -109,7 +113,7 @@ class FakeRuns:
         new = folder / f"test-{number}"
         new.mkdir(parents=True)
         # A score that tells the model by its folder's name.
-        score = len(str(options["model"]["init_args"]["model_name"])) / 1000
+        score = len(str(options["model"]["init_args"]["policy"]["name"])) / 1000
         metrics, items = {}, []
         for name in options["data"]["held_out"]:
             metrics[f"test/task/{name}/accuracy"] = score

@@ -71,7 +71,7 @@ def test_each_stage_starts_from_the_model_that_the_one_before_handed_on(
     names = {
         f"{Path(o['run']['root']).relative_to(tmp_path / 'runs/plan')}/{o['run']['name']}": o[
             "model"
-        ]["init_args"]["model_name"]
+        ]["init_args"]["policy"]["name"]
         for o in fits
     }
     for chain in ("sdft/seed1", "sft/seed1", "sdft/seed2", "sft/seed2"):

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from sdft_lightning.continual.main import overview
+from sdft_lightning.continual.overview import Machine, RoughTime, SetSize, overview
 from sdft_lightning.continual.plan import Shard, chains_of
 from sdft_lightning.continual.plan_file import build_plan
-from sdft_lightning.continual.rough_time import Machine, RoughTime, SetSize
 
 Options = dict[str, Any]
 
@@ -134,7 +133,7 @@ def test_rough_time_counts_the_weights_and_measures_the_machine(
 
 
 def test_rough_time_is_none_where_the_model_is_not_here(plan_options: Options) -> None:
-    plan_options["model"]["init_args"]["model_name"] = "./absent/model"
+    plan_options["model"]["init_args"]["policy"]["name"] = "./absent/model"
     assert RoughTime(build_plan(plan_options)).seconds(None) is None
 
 

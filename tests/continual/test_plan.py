@@ -99,8 +99,8 @@ def test_stage_starts_from_the_model_before_it_and_measures_kl_from_the_original
         (second, "exported", "exported", None),  # a revision of the base is none of the export
     ):
         options = fit_options(plan, unit, given)
-        assert options["model"]["init_args"]["model_name"] == name
-        assert options["model"]["init_args"]["revision"] == revision
+        assert options["model"]["init_args"]["policy"]["name"] == name
+        assert options["model"]["init_args"]["policy"]["revision"] == revision
         (drift,) = (c for c in options["trainer"]["callbacks"] if "Drift" in c["class_path"])
         assert drift["init_args"]["model_name"] == str(model_folder)
         assert drift["init_args"]["revision"] == "r1"
@@ -119,7 +119,7 @@ def test_evaluation_asks_every_stage_and_held_out_set_whatever_the_method(
     assert "lengths" not in options["data"]["held_out"]["museum"]
     assert options["data"]["benchmarks"] == {"tasks": ["hellaswag"], "limit": 3}
     assert "optimizer" not in options["model"]["init_args"]
-    assert options["model"]["init_args"]["eval_max_new_tokens"] == 8
+    assert options["model"]["init_args"]["evaluation"] == {"max_new_tokens": 8}
 
 
 def test_matched_budgets_reach_every_method_alike(plan_options: Options) -> None:
@@ -196,7 +196,8 @@ def test_plan_that_cannot_be_right_is_refused_by_the_name_of_the_option(
         ("budget", {"tokens": 9}, ["methods.sdft, stages.ferry", "budget.tokens", "constant"]),
         (
             "methods.sft.model.init_args",
-            {"lora": {"r": 4}, "quantization": "nf4"},  # its adapters have no model to be added to
+            # Its adapters have no model to be added to.
+            {"policy": {"lora": {"r": 4}, "quantization": "nf4"}},
             ["methods.sft, stages.ferry", "quantization", "nf4", "whole model"],
         ),
     ],

@@ -57,7 +57,7 @@ def test_models_with_a_table_of_positions_are_told_from_the_others(
     assert not has_rotary_positions(str(tmp_path / "gpt2"))
 
 
-@pytest.mark.parametrize("option", ["sampling.max_new_tokens", "eval_max_new_tokens"])
+@pytest.mark.parametrize("option", ["sampling.max_new_tokens", "evaluation.max_new_tokens"])
 def test_run_with_long_samples_is_told_and_goes_on(
     run_cli: Callable[..., None],
     fit_args: list[str],

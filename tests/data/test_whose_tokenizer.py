@@ -13,7 +13,9 @@ import pytest
 from sdft_lightning.data import Columns, DemonstrationDataModule
 from sdft_lightning.data.prompts import PromptStyle
 from sdft_lightning.errors import UserError
+from sdft_lightning.forward.policy import Policy
 from sdft_lightning.modules import SDFTModule, SFTModule
+from sdft_lightning.modules.evaluation import Evaluation
 from sdft_lightning.rollout import Sampling
 
 FitModule = Callable[..., Any]
@@ -54,7 +56,9 @@ def trainer(tmp_path: Path, *callbacks: L.Callback) -> L.Trainer:
 
 
 def sdft(folder: Path) -> SDFTModule:
-    return SDFTModule(str(folder), sampling=Sampling(max_new_tokens=4), eval_max_new_tokens=4)
+    return SDFTModule(
+        policy=Policy(str(folder)), sampling=Sampling(max_new_tokens=4), evaluation=Evaluation(4)
+    )
 
 
 def rows(train_file: Path, **options: Any) -> DemonstrationDataModule:
@@ -87,16 +91,18 @@ def test_data_module_of_a_second_fit_reads_what_another_method_needs(
 
     path = write_rows([{"context": f"Text {i}."} for i in range(4)])
     data = rows(path, columns=Columns(context="context"))
-    trainer(tmp_path).fit(CPTModule(str(model_folder)), data)
+    trainer(tmp_path).fit(CPTModule(policy=Policy(str(model_folder))), data)
     with pytest.raises(UserError, match=r"data\.columns\.prompt"):
-        trainer(tmp_path).fit(SFTModule(str(model_folder)), data)
+        trainer(tmp_path).fit(SFTModule(policy=Policy(str(model_folder))), data)
 
 
 def test_data_module_of_another_model_is_refused_and_both_are_named(
     fit_module: FitModule, model_folder: Path, other_folder: Path
 ) -> None:
     with pytest.raises(UserError) as refused:
-        fit_module(model={"model_name": str(other_folder)}, data={"model_name": str(model_folder)})
+        fit_module(
+            model={"policy": {"name": str(other_folder)}}, data={"model_name": str(model_folder)}
+        )
     assert f"data module has {model_folder}" in str(refused.value)
     assert f"module that is trained has {other_folder}" in str(refused.value)
 

@@ -15,10 +15,12 @@ from sdft_lightning.forward.fused import (
     decoder_of,
     read_prompts,
 )
-from sdft_lightning.forward.fused.weights import Product
+from sdft_lightning.forward.fused.structure import Product
 from sdft_lightning.forward.hidden import completion_hidden_states
-from sdft_lightning.forward.prefix import SplitPrompts, split_prompts
-from sdft_lightning.rollout.weights import SamplingWeights
+from sdft_lightning.forward.layout import SplitPrompts, split_prompts
+from sdft_lightning.forward.prompt_cache import PromptCache
+from sdft_lightning.rollout.student import StudentPasses
+from sdft_lightning.types import Tokens
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 Make = Callable[..., Any]
@@ -29,7 +31,9 @@ def read(model: Any, given: Batch, prefix: bool, keep: bool = True) -> ReadPromp
     ids, mask = given[:2]
     decoder = decoder_of(model)
     assert decoder is not None
-    split = split_prompts(ids, mask) if prefix else SplitPrompts(ids[0, :0], ids, mask)
+    split = (
+        split_prompts(Tokens(ids, mask)) if prefix else SplitPrompts(ids[0, :0], Tokens(ids, mask))
+    )
     return read_prompts(decoder, split, torch.float32, keep=keep)
 
 
@@ -72,9 +76,13 @@ def test_states_and_gradients_are_the_models(
     rows = repeated(given, samples)
     keep = rows[3].clone()
     keep[1, 0] = False
-    plain = completion_hidden_states(model, *rows, keep, pack=False, fuse=False)
+    plain = completion_hidden_states(
+        model, Tokens(*rows[:2]), Tokens(*rows[2:]), keep, pack=False, fuse=False
+    )
     expected = gradients(model, plain)
-    again = completion_hidden_states(model, *rows, keep, read=read(model, given, prefix))
+    again = completion_hidden_states(
+        model, Tokens(*rows[:2]), Tokens(*rows[2:]), keep, read=[read(model, given, prefix)]
+    )
     assert_same(gradients(model, again), expected, 1e-4)
 
 
@@ -96,7 +104,9 @@ def test_what_was_read_is_not_computed_again(
     heads, width, active = 64, 32, 96
     assert set(tokens) == {(heads, count), (width, count), (active, count), (active, 5), (width, 5)}
     tokens.clear()
-    completion_hidden_states(model, *given, given[3], read=prompts)
+    completion_hidden_states(
+        model, Tokens(*given[:2]), Tokens(*given[2:]), given[3], read=[prompts]
+    )
     fresh, wanted = int((given[3].sum(dim=1) - 1).sum()), int(given[3].sum())
     first, last = {(heads, fresh), (width, fresh), (active, fresh)}, {(active, wanted)}
     assert set(tokens) == first | last | {(width, wanted)}
@@ -107,14 +117,14 @@ def test_what_is_kept_is_given_away_layer_by_layer(build: Make, batch: Make) -> 
     prompts = read(model, batch(), prefix=True)
     full = prompts.nbytes
     sizes = []
-    assert prompts.is_kept
+    assert prompts.is_stored
     for place in range(3):
         prompts.layer(place)
         sizes.append(prompts.nbytes)
     assert full > sizes[0] > sizes[1] > sizes[2] == 0
     with pytest.raises(KeyError):
         prompts.layer(0)
-    assert not prompts.is_kept
+    assert not prompts.is_stored
     assert read(model, batch(), prefix=True, keep=False).nbytes == 0
 
 
@@ -124,8 +134,12 @@ def test_other_prompts_than_were_read_are_computed_anew(build: Make, batch: Make
     other[:, -1] += 1
     prompts = read(model, (ids, mask, completion_ids, completion_mask), prefix=True)
     given = (other, mask, completion_ids, completion_mask)
-    found = completion_hidden_states(model, *given, completion_mask, read=prompts)
-    plain = completion_hidden_states(model, *given, completion_mask, fuse=False)
+    found = completion_hidden_states(
+        model, Tokens(*given[:2]), Tokens(*given[2:]), completion_mask, read=[prompts]
+    )
+    plain = completion_hidden_states(
+        model, Tokens(*given[:2]), Tokens(*given[2:]), completion_mask, fuse=False
+    )
     torch.testing.assert_close(found, plain, atol=1e-4, rtol=1e-4)
     assert prompts.nbytes, "used up"
 
@@ -134,17 +148,18 @@ def test_in_bfloat16_they_are_those_of_a_pass_over_everything(
     build: Make, batch: Make, either_processor: bool
 ) -> None:
     model, given = build("llama"), batch()
-    copied = SamplingWeights("bfloat16").model(model, 0)
+    copied = StudentPasses("bfloat16").at(model, 0).sampler()
     decoder, rounded = decoder_of(model), decoder_of(copied) if either_processor else None
     assert decoder is not None
-    split, keep = split_prompts(*given[:2]), given[3]
+    split, keep = split_prompts(Tokens(*given[:2])), given[3]
     found = []
     for shares in (False, True):
-        arguments = (decoder, split, given[2], given[3], keep, torch.bfloat16, rounded)
+        completions = Tokens(*given[2:])
+        arguments = (decoder, split, completions, keep, torch.bfloat16, rounded)
         prompts = read_prompts(decoder, split, torch.bfloat16, rounded, keep=True)
         assert prompts.last.dtype == torch.float32
         with torch.autocast("cpu", torch.bfloat16):
-            states = completion_states(*arguments, prompts if shares else None)
+            states = completion_states(*arguments, [prompts] if shares else [])
         found.append(gradients(model, states))
     assert_same(found[1], found[0], 2e-2)
 
@@ -155,16 +170,18 @@ def test_what_is_kept_in_another_dtype_is_not_used(
     model, given = build("llama"), batch()
     prompts = read(model, given, prefix=True)
     with torch.autocast("cpu", torch.bfloat16):
-        found = completion_hidden_states(model, *given, given[3], read=prompts)
-        plain = completion_hidden_states(model, *given, given[3])
+        found = completion_hidden_states(
+            model, Tokens(*given[:2]), Tokens(*given[2:]), given[3], read=[prompts]
+        )
+        plain = completion_hidden_states(model, Tokens(*given[:2]), Tokens(*given[2:]), given[3])
     assert torch.equal(found, plain)
-    assert prompts.is_kept
+    assert prompts.is_stored
 
 
 def test_both_halves_are_kept_in_bfloat16(build: Make, batch: Make, either_processor: bool) -> None:
     decoder, given = decoder_of(build("llama")), batch()
     assert decoder is not None
-    prompts = read_prompts(decoder, split_prompts(*given[:2]), torch.bfloat16, keep=True)
+    prompts = read_prompts(decoder, split_prompts(Tokens(*given[:2])), torch.bfloat16, keep=True)
     attention, mlp = prompts.layer(0)
     assert mlp is not None
     kept = [attention.out, *attention.products, *mlp.products]
@@ -185,3 +202,56 @@ def test_keys_and_states_are_the_models(build: Make, batch: Make) -> None:
     torch.testing.assert_close(prompts.last[0], own.last_hidden_state[0, -1], atol=1e-4, rtol=1e-4)
     prompts.forget_keys()
     assert prompts.keys == prompts.values == []
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_prompts_of_a_frozen_model_are_stored_and_only_completions_are_computed(
+    build: Make, batch: Make, kind: str, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, given = build(kind).eval(), batch()
+    prompts = Tokens(*given[:2])
+    completions = Tokens(*repeated(given, samples)[2:])
+    keep = completions.mask.clone()
+    keep[1, 0] = False
+    plain = completion_hidden_states(model, prompts, completions, keep, fuse=False)
+    tokens: list[int] = []
+    multiply = Product.__call__
+
+    def spy(self: Product, inputs: Tensor) -> Tensor:
+        tokens.append(len(inputs))
+        return multiply(self, inputs)
+
+    monkeypatch.setattr(Product, "__call__", spy)
+    cache = PromptCache()
+    for again in (False, True):
+        tokens.clear()
+        found = completion_hidden_states(model, prompts, completions, keep, cache=cache)
+        assert not found.requires_grad
+        torch.testing.assert_close(found, plain.detach(), atol=1e-4, rtol=1e-4)
+        fresh = int((completions.mask.sum(dim=1) - 1).sum())
+        wanted = int(keep[:, 1:].sum())  # the first is predicted by the prompt
+        layers = len(model.model.layers)
+        of_completions = [fresh, fresh, fresh, fresh] * (layers - 1) + [fresh, fresh] + [wanted] * 2
+        assert tokens[-4 * layers :] == of_completions
+        assert (len(tokens) == 4 * layers) is again
+    # In another order and number, each row is still its own.
+    rows = [4, 1]
+    place = [row * samples + sample for row in rows for sample in range(samples)]
+    some = completion_hidden_states(
+        model, prompts.rows(rows), completions.rows(place), keep[place], cache=cache
+    )
+    starts = [0, *keep.sum(dim=1).cumsum(dim=0).tolist()]
+    expected = torch.cat([plain[starts[row] : starts[row + 1]] for row in place])
+    torch.testing.assert_close(some, expected.detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_stored_prompt_is_enough_for_a_completion_of_one_token(build: Make, batch: Make) -> None:
+    model, given = build("llama").eval(), batch()
+    prompts, completions = Tokens(*given[:2]), Tokens(given[2][:, :1], given[3][:, :1])
+    keep = completions.mask
+    plain = completion_hidden_states(model, prompts, completions, keep, fuse=False)
+    for fuse in (True, False):
+        found = completion_hidden_states(
+            model, prompts, completions, keep, fuse=fuse, cache=PromptCache()
+        )
+        torch.testing.assert_close(found, plain.detach(), atol=1e-4, rtol=1e-4)

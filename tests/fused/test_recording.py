@@ -10,14 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdft_lightning.forward.fused import ReadPrompts, decoder_of, read_prompts, recording
-from sdft_lightning.forward.fused.weights import Product
+from sdft_lightning.forward.fused import ReadPrompts, decoder_of, read_prompts, reuse
+from sdft_lightning.forward.fused.structure import Product
 from sdft_lightning.forward.hidden import completion_hidden_states
-from sdft_lightning.forward.prefix import split_if_worth
-from sdft_lightning.rollout import Sampling, SamplingWeights, generate_rollout
-from sdft_lightning.rollout.shared_prompts import SharedPrompts
-from sdft_lightning.rollout.uniforms import row_uniforms
-from sdft_lightning.types import Rollout
+from sdft_lightning.forward.layout import split_if_worth
+from sdft_lightning.rollout import RolloutRequest, Sampling, StudentPasses, generate_rollout
+from sdft_lightning.rollout.sampling import row_uniforms
+from sdft_lightning.types import Rollout, Tokens
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 Make = Callable[..., Any]
@@ -37,13 +36,13 @@ def sampled(
     assert decoder is not None
     parts = zip(ids.split(pieces), mask.split(pieces), strict=True)
     read = [
-        read_prompts(decoder, split_if_worth(*part), torch.float32, keep=place < keep)
+        read_prompts(decoder, split_if_worth(Tokens(*part)), torch.float32, keep=place < keep)
         for place, part in enumerate(parts)
     ]
     sampling = Sampling(max_new_tokens=NEW_TOKENS, completions_per_prompt=samples)
     numbers = row_uniforms(3, 0, list("abcde"), samples, NEW_TOKENS)
     stops = list(range(10, 16))
-    rollout = generate_rollout(model, ids, mask, sampling, numbers, stops, 0, read=read)
+    rollout = generate_rollout(model, Tokens(ids, mask), sampling, numbers, stops, 0, read=read)
     lengths = rollout.completion_mask.sum(dim=1)
     assert len(lengths.unique()) > 2, "of one length they would show little"
     return rollout, read
@@ -56,7 +55,7 @@ def states_and_gradients(
     ids, mask = rollout.completion_ids[rows], rollout.completion_mask[rows]
     width = int(mask.sum(dim=1).max())
     ids, mask = ids[:, :width], mask[:, :width]
-    states = completion_hidden_states(model, *prompts, ids, mask, mask, **options)
+    states = completion_hidden_states(model, Tokens(*prompts), Tokens(ids, mask), mask, **options)
     draw = torch.Generator().manual_seed(2)
     model.zero_grad()
     (states * torch.randn(states.shape, generator=draw)).sum().backward()
@@ -98,7 +97,7 @@ def test_states_and_gradients_are_the_models_and_nothing_is_computed_twice(
         rows = slice(start, start + samples * len(part.rows.owner))
         plain = states_and_gradients(model, given, rollout, samples, rows, fuse=False)
         counted.clear()
-        found = states_and_gradients(model, given, rollout, samples, rows, read=part)
+        found = states_and_gradients(model, given, rollout, samples, rows, read=[part])
         assert_same(found, plain)
         # The last layer's MLP is made of the wanted tokens in any case.
         assert counted == [int(rollout.completion_mask[rows].sum())] * 2
@@ -110,7 +109,7 @@ def test_states_and_gradients_are_the_models_and_nothing_is_computed_twice(
 def test_later_micro_batches_are_recorded_while_they_fit(
     build: Make, batch: Make, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
-    monkeypatch.setattr(recording, "_MOST_BYTES", most)
+    monkeypatch.setattr(reuse, "_MOST_BYTES", most)
     model, given = build("llama"), batch()
     rollout, read = sampled(model, given, 2, [2, 2, 1], keep=2)
     assert [part.completions is not None for part in read] == [True, most > 0, False]
@@ -118,9 +117,9 @@ def test_later_micro_batches_are_recorded_while_they_fit(
     for part in read[:2]:
         rows = slice(start, start + 4)
         plain = states_and_gradients(model, given, rollout, 2, rows, fuse=False)
-        assert_same(states_and_gradients(model, given, rollout, 2, rows, read=part), plain)
+        assert_same(states_and_gradients(model, given, rollout, 2, rows, read=[part]), plain)
         start += 4
-    assert not read[2].is_kept
+    assert not read[2].is_stored
 
 
 @pytest.mark.parametrize("change", ["token", "longer", "exchanged", "prompts"])
@@ -143,12 +142,12 @@ def test_what_was_changed_afterwards_is_computed_anew(
     rollout = rollout._replace(completion_ids=ids, completion_mask=mask)
     rows = slice(0, 5)
     plain = states_and_gradients(model, given, rollout, 1, rows, fuse=False)
-    assert_same(states_and_gradients(model, given, rollout, 1, rows, read=part), plain)
+    assert_same(states_and_gradients(model, given, rollout, 1, rows, read=[part]), plain)
 
 
 def test_prompts_that_are_not_kept_are_not_recorded(build: Make, batch: Make) -> None:
     _, (part,) = sampled(build("llama"), batch(), 1, [5], keep=0)
-    assert not part.is_kept
+    assert not part.is_stored
     assert part.completions is None
 
 
@@ -160,12 +159,13 @@ def test_in_bfloat16_gradients_are_as_near_to_float32_as_those_of_a_pass_of_its_
         pytest.skip("such a model is not fused where bfloat16 is multiplied")
     model, (ids, mask, _, _) = build(kind).to(weights), batch()
     # Where products are float32, there is nothing to be gained from a copy.
-    copied = SamplingWeights("bfloat16").model(model, 0) if either_processor else model
+    copied = StudentPasses("bfloat16").at(model, 0).sampler() if either_processor else model
     sampling = Sampling(max_new_tokens=NEW_TOKENS)
     numbers = row_uniforms(3, 0, list("abcde"), 1, NEW_TOKENS)
     with torch.autocast("cpu", torch.bfloat16):
-        read = SharedPrompts().read(model, copied, [("a", (ids, mask))], 1, NEW_TOKENS)
-        rollout = generate_rollout(copied, ids, mask, sampling, numbers, [10], 0, read=read)
+        request = RolloutRequest(Tokens(ids, mask), list("abcde"), sampling, 3, 0, [10], 0)
+        read = StudentPasses().at(model, 0)._read(copied, [request])
+        rollout = generate_rollout(copied, Tokens(ids, mask), sampling, numbers, [10], 0, read=read)
     assert read is not None
     assert read[0].completions is not None, "nothing was recorded"
     halves = read[0]._layers[1]
@@ -174,7 +174,7 @@ def test_in_bfloat16_gradients_are_as_near_to_float32_as_those_of_a_pass_of_its_
     rows = slice(0, 5)
     exact = states_and_gradients(copy.deepcopy(model).float(), given, rollout, 1, rows, fuse=False)
     errors = []
-    for options in ({"read": read[0]}, {}):
+    for options in ({"read": read}, {}):
         with torch.autocast("cpu", torch.bfloat16):
             found = states_and_gradients(model, given, rollout, 1, rows, rounded=copied, **options)
         errors.append(distance(found, exact))

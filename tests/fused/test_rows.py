@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from sdft_lightning.forward.fused import groups
-from sdft_lightning.forward.fused.groups import groups_of
-from sdft_lightning.forward.fused.rows import prompt_rows, with_completions
-from sdft_lightning.forward.prefix import SplitPrompts, split_prompts
+from sdft_lightning.forward.fused import rows as rows_file
+from sdft_lightning.forward.fused.rows import groups_of, prompt_rows, with_completions
+from sdft_lightning.forward.layout import SplitPrompts, split_prompts
+from sdft_lightning.types import Tokens
 
 Make = Callable[..., Any]
 
@@ -41,14 +41,14 @@ def test_rows_share_a_group_while_little_of_their_contexts_is_padding() -> None:
 
 
 def test_scores_of_a_group_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(groups, "_MOST_SCORES", 3 * 4 * 10 * 16)
+    monkeypatch.setattr(rows_file, "_MOST_SCORES", 3 * 4 * 10 * 16)
     found = groups_of([10] * 8, [range(6)] * 8, 6, 0, heads=4)
     assert [group.rows for group in found] == [3, 3, 2]
 
 
 def test_prompts_stand_one_behind_the_other_each_once(batch: Make) -> None:
     ids, mask, _, _ = batch()
-    rows = prompt_rows(split_prompts(ids, mask), heads=4)
+    rows = prompt_rows(split_prompts(Tokens(ids, mask)), heads=4)
     assert rows.shared == 12
     assert [len(each) for each in rows.tokens] == [3, 5, 7, 8, 8]
     for row, prompt in enumerate(rows.owner):
@@ -60,18 +60,18 @@ def test_prompts_stand_one_behind_the_other_each_once(batch: Make) -> None:
     assert torch.equal(kept[:, 2:], mask)
     assert not kept[:, :2].any()
     assert torch.equal(rows.ids[order][kept], ids[mask])
-    again = prompt_rows(split_prompts(ids.repeat(3, 1), mask.repeat(3, 1)), heads=4)
+    again = prompt_rows(split_prompts(Tokens(ids.repeat(3, 1), mask.repeat(3, 1))), heads=4)
     assert torch.equal(again.ids, rows.ids)
     assert again.owner == rows.owner * 3
 
 
 def test_completions_stand_behind_all_prompts(batch: Make) -> None:
     ids, mask, completion_ids, _ = batch()
-    prompts = prompt_rows(SplitPrompts(ids[0, :0], ids, mask), heads=4)
+    prompts = prompt_rows(SplitPrompts(ids[0, :0], Tokens(ids, mask)), heads=4)
     doubled = completion_ids.repeat_interleave(2, dim=0)
     lengths = torch.tensor([9, 9, 1, 4, 4, 1, 7, 7, 9, 2])
     kept = torch.arange(9) < lengths.unsqueeze(1)
-    rows = with_completions(prompts, doubled, kept, heads=4)
+    rows = with_completions(prompts, Tokens(doubled, kept), heads=4)
     assert rows.prompts == int(mask.sum()) == prompts.ids.numel()
     assert rows.ids.numel() == rows.prompts + int((lengths - 1).sum())
     for row in range(10):

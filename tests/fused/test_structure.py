@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sdft_lightning.forward.fused import decoder_of, join_
-from sdft_lightning.forward.fused.weights import joined
+from sdft_lightning.forward.fused.structure import joined
 
 Make = Callable[..., Any]
 SMALL = {

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.forward import hidden as hidden_file
-from sdft_lightning.forward.fused import completion_states, decoder_of, groups
+from sdft_lightning.forward.fused import completion_states, decoder_of
+from sdft_lightning.forward.fused import rows as rows_file
 from sdft_lightning.forward.fused.attention import Buffers
 from sdft_lightning.forward.hidden import completion_hidden_states
-from sdft_lightning.forward.prefix import split_prompts
+from sdft_lightning.forward.layout import split_prompts
 from sdft_lightning.models import precision
-from sdft_lightning.rollout.weights import SamplingWeights
+from sdft_lightning.rollout.student import StudentPasses
+from sdft_lightning.types import Tokens
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 Make = Callable[..., Any]
@@ -41,16 +43,22 @@ def fused(model: Any, given: Batch, dtype: torch.dtype = torch.float32) -> Found
     ids, mask, completion_ids, completion_mask = given
     decoder = decoder_of(model)
     assert decoder is not None
-    split = split_prompts(ids, mask)
+    split = split_prompts(Tokens(ids, mask))
     keep = wanted(given)
-    states = completion_states(decoder, split, completion_ids, completion_mask, keep, dtype)
+    states = completion_states(decoder, split, Tokens(completion_ids, completion_mask), keep, dtype)
     return gradients(model, states)
 
 
 def plain(model: Any, given: Batch) -> Found:
     keep = wanted(given)
     states = completion_hidden_states(
-        model, *given, keep, share_prefix=False, pack=False, fuse=False
+        model,
+        Tokens(*given[:2]),
+        Tokens(*given[2:]),
+        keep,
+        share_prefix=False,
+        pack=False,
+        fuse=False,
     )
     return gradients(model, states)
 
@@ -71,7 +79,7 @@ def test_states_and_gradients_are_the_models(
     build: Make, batch: Make, kind: str, prefix: int
 ) -> None:
     model, given = build(kind), batch(prefix)
-    assert split_prompts(*given[:2]).prefix_ids.numel() == prefix
+    assert split_prompts(Tokens(*given[:2])).prefix_ids.numel() == prefix
     assert_same(fused(model, given), plain(model, given))
 
 
@@ -81,8 +89,8 @@ def test_groups_and_blocks_of_any_size_change_nothing(
 ) -> None:
     model, given = build("llama"), batch()
     expected = plain(model, given)
-    monkeypatch.setattr(groups, "_MOST_SCORES", scores)
-    monkeypatch.setattr(groups, "_FEW_QUERIES", queries)
+    monkeypatch.setattr(rows_file, "_MOST_SCORES", scores)
+    monkeypatch.setattr(rows_file, "_FEW_QUERIES", queries)
     assert_same(fused(model, given), expected)
 
 
@@ -93,9 +101,9 @@ def test_without_a_wanted_token_there_are_no_states_and_gradients_are_zero(
     nothing = torch.zeros_like(completion_mask)
     decoder = decoder_of(model)
     assert decoder is not None
-    split = split_prompts(ids, mask)
+    split = split_prompts(Tokens(ids, mask))
     states = completion_states(
-        decoder, split, completion_ids, completion_mask, nothing, torch.float32
+        decoder, split, Tokens(completion_ids, completion_mask), nothing, torch.float32
     )
     assert states.shape == (0, 32)
     _, found = gradients(model, states)
@@ -125,7 +133,9 @@ def test_in_bfloat16_they_are_as_near_to_float32_as_autocast(
     model, given = build(kind), batch()
     exact = plain(model, given)
     with torch.autocast("cpu", torch.bfloat16):
-        states = completion_hidden_states(model, *given, wanted(given), fuse=False)
+        states = completion_hidden_states(
+            model, Tokens(*given[:2]), Tokens(*given[2:]), wanted(given), fuse=False
+        )
     autocast = gradients(model, states)
     ours = fused(model, given, torch.bfloat16)
     assert ours[0].dtype == torch.float32
@@ -196,12 +206,14 @@ def test_they_are_used_for_float32_weights_also_under_bfloat16_autocast(
     calls = []
 
     def spy(*arguments: Any) -> Tensor:
-        calls.append(arguments[5])
+        calls.append(arguments[4])
         return completion_states(*arguments)
 
     monkeypatch.setattr(hidden_file, "completion_states", spy)
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
-        completion_hidden_states(model, *given, wanted(given), fuse=fuse)
+        completion_hidden_states(
+            model, Tokens(*given[:2]), Tokens(*given[2:]), wanted(given), fuse=fuse
+        )
     assert calls == ([] if used is None else [used])
 
 
@@ -210,9 +222,11 @@ def test_without_gradients_nothing_is_kept_and_so_nothing_rounded(
 ) -> None:
     model, given = build("llama"), batch()
     with torch.no_grad():
-        exact = completion_hidden_states(model, *given, given[3])
+        exact = completion_hidden_states(model, Tokens(*given[:2]), Tokens(*given[2:]), given[3])
         with torch.autocast("cpu", torch.bfloat16):
-            found = completion_hidden_states(model, *given, given[3])
+            found = completion_hidden_states(
+                model, Tokens(*given[:2]), Tokens(*given[2:]), given[3]
+            )
     assert torch.equal(found, exact) is not either_processor
 
 
@@ -227,7 +241,9 @@ def test_bfloat16_weights_are_multiplied_in_float32_and_never_copied_whole(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        states = completion_hidden_states(model, *given, wanted(given))
+        states = completion_hidden_states(
+            model, Tokens(*given[:2]), Tokens(*given[2:]), wanted(given)
+        )
         ours = gradients(model, states)
     assert states.dtype == torch.float32
     assert {each.dtype for each in ours[1].values()} == {torch.bfloat16}
@@ -250,11 +266,13 @@ def test_a_rounded_copy_spares_the_cast_and_changes_nothing(
     build: Make, batch: Make, bfloat16_products: None
 ) -> None:
     model, given = build("llama"), batch()
-    copied = SamplingWeights("bfloat16").model(model, 0)
+    copied = StudentPasses("bfloat16").at(model, 0).sampler()
     found = []
     for rounded in (None, copied):
         with torch.autocast("cpu", torch.bfloat16):
-            states = completion_hidden_states(model, *given, wanted(given), rounded=rounded)
+            states = completion_hidden_states(
+                model, Tokens(*given[:2]), Tokens(*given[2:]), wanted(given), rounded=rounded
+            )
         found.append(gradients(model, states))
     assert torch.equal(found[0][0], found[1][0])
     for name, gradient in found[0][1].items():
@@ -262,7 +280,9 @@ def test_a_rounded_copy_spares_the_cast_and_changes_nothing(
     with torch.no_grad():
         copied.model.layers[0].mlp.down_proj.weight.zero_()  # it is really the copy that is used
     with torch.autocast("cpu", torch.bfloat16):
-        states = completion_hidden_states(model, *given, wanted(given), rounded=copied)
+        states = completion_hidden_states(
+            model, Tokens(*given[:2]), Tokens(*given[2:]), wanted(given), rounded=copied
+        )
     assert not torch.equal(states, found[0][0])
 
 

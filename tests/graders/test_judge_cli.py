@@ -14,8 +14,8 @@ def validate(run_cli: Callable[..., None], model_folder: Path, rows: Path, *more
     run_cli(
         "validate",
         "--model=SFTModule",
-        f"--model.model_name={model_folder}",
-        "--model.eval_max_new_tokens=4",
+        f"--model.policy.name={model_folder}",
+        "--model.evaluation.max_new_tokens=4",
         f"--data.validation={rows}",
         "--data.grader=medical",
         "--data.columns.reference=reference",

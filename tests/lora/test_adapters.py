@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.forward.policy import load_policy
+from sdft_lightning.forward.policy import Policy, load_policy
 from sdft_lightning.models.lora import LoRA, adapter_parameters, add_adapter_, is_adapted
 from sdft_lightning.models.lora.adapters import fingerprint
 
@@ -28,7 +28,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def test_only_a_and_b_of_every_linear_layer_but_the_head_are_trained(model_folder: Path) -> None:
-    policy = load_policy(str(model_folder), lora=LoRA(r=4))
+    policy = load_policy(Policy(str(model_folder), lora=LoRA(r=4)))
     trained = {name for name, p in policy.model.named_parameters() if p.requires_grad}
     assert trained == set(adapter_parameters(policy.model))
     assert all(".lora_A." in name or ".lora_B." in name for name in trained)
@@ -143,7 +143,7 @@ except UserError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "model.lora" in done.stdout
+    assert "model.policy.lora" in done.stdout
     assert "sdft-lightning[lora]" in done.stdout
 
 

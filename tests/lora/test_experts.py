@@ -14,7 +14,7 @@ from torch import nn
 
 from sdft_lightning.callbacks.export import export_model
 from sdft_lightning.errors import UserError
-from sdft_lightning.forward.policy import load_policy
+from sdft_lightning.forward.policy import Policy, load_policy
 from sdft_lightning.models.lora import (
     LoRA,
     adapter_layers,
@@ -134,8 +134,7 @@ def test_a_fit_with_validation_and_export_ends_with_the_weights_that_were_traine
     tokenizer.save_pretrained(folder)
     module = fit_module(
         model={
-            "model_name": str(folder),
-            "lora": LoRA(r=2),
+            "policy": {"name": str(folder), "lora": LoRA(r=2)},
             "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=0.05),
         },
         data={"model_name": str(folder), "validation": str(train_file), "grader": "contains"},
@@ -149,7 +148,7 @@ def test_a_fit_with_validation_and_export_ends_with_the_weights_that_were_traine
     assert metrics["train/teacher_distance"] > 0
     assert "val/task/task/accuracy" in metrics
     export_model(module, tmp_path / "out")
-    exported = load_policy(str(tmp_path / "out")).model
+    exported = load_policy(Policy(str(tmp_path / "out"))).model
     torch.testing.assert_close(
         logits(exported), logits(module.student.eval()), rtol=1e-3, atol=1e-4
     )

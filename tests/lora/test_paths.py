@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sdft_lightning.forward.hidden import apply_head, completion_hidden_states, output_head
-from sdft_lightning.forward.policy import load_policy
+from sdft_lightning.forward.policy import Policy, load_policy
 from sdft_lightning.forward.prompt_cache import PromptCache
 from sdft_lightning.forward.scoring import score_continuations
 from sdft_lightning.losses.bounded import bounded_divergence
@@ -26,8 +26,8 @@ from sdft_lightning.models.lora import (
     base_copy,
     sharing_copy,
 )
-from sdft_lightning.rollout import SamplingWeights, greedy_rollout
-from sdft_lightning.types import ScoringBatch
+from sdft_lightning.rollout import StudentPasses, greedy_rollout
+from sdft_lightning.types import ScoringBatch, Tokens
 
 Make = Callable[..., Any]
 SHARED = list(range(20, 32))
@@ -61,7 +61,9 @@ def test_hidden_states_and_head_give_the_adapted_models_own_logits(
     make_adapted: Make, batch: tuple[Tensor, ...], tied: bool, share: bool
 ) -> None:
     model = make_adapted(tie_word_embeddings=tied)
-    hidden = completion_hidden_states(model, *batch, share_prefix=share)
+    hidden = completion_hidden_states(
+        model, Tokens(*batch[:2]), Tokens(*batch[2:4]), batch[4], share_prefix=share
+    )
     ours = apply_head(output_head(model), hidden).detach()
     torch.testing.assert_close(ours, plain_logits(model, batch).detach(), rtol=1e-4, atol=1e-4)
     base = plain_logits(base_copy(model), batch)
@@ -100,7 +102,9 @@ def test_gradients_of_the_bounded_loss_reach_the_adapters_alone_and_equal_the_pl
     keep = batch[4]
     weights = sequence_weights(keep)[keep]
     with torch.no_grad():
-        teacher_hidden = completion_hidden_states(teacher, *batch)
+        teacher_hidden = completion_hidden_states(
+            teacher, Tokens(*batch[:2]), Tokens(*batch[2:4]), batch[4]
+        )
         teacher_logits = plain_logits(teacher, batch)
     results = []
     for bounded in (True, False):
@@ -109,7 +113,7 @@ def test_gradients_of_the_bounded_loss_reach_the_adapters_alone_and_equal_the_pl
             loss, _ = bounded_divergence(
                 teacher_hidden,
                 output_head(teacher),
-                completion_hidden_states(model, *batch),
+                completion_hidden_states(model, Tokens(*batch[:2]), Tokens(*batch[2:4]), batch[4]),
                 output_head(model),
                 batch[2][keep],
                 weights,
@@ -133,12 +137,14 @@ def test_gradient_checkpointing_leaves_loss_and_gradients_of_adapters_as_they_ar
     results = []
     for checkpointing in (False, True):
         model = load_policy(
-            str(model_folder), gradient_checkpointing=checkpointing, lora=LoRA(r=4)
+            Policy(str(model_folder), gradient_checkpointing=checkpointing, lora=LoRA(r=4))
         ).model
         assert any(getattr(p, "gradient_checkpointing", False) for p in model.modules()) == (
             checkpointing
         )
-        completion_hidden_states(model, *batch).sum().backward()
+        completion_hidden_states(
+            model, Tokens(*batch[:2]), Tokens(*batch[2:4]), batch[4]
+        ).sum().backward()
         results.append({n: p.grad for n, p in adapter_parameters(model).items()})
     # B is zero at the start, so that A has no gradient yet.
     assert all(float(g.abs().max()) > 0 for n, g in results[0].items() if ".lora_B." in n)
@@ -149,12 +155,16 @@ def test_gradient_checkpointing_leaves_loss_and_gradients_of_adapters_as_they_ar
 def test_reentrant_checkpointing_reaches_the_adapters_too(
     model_folder: Path, batch: tuple[Tensor, ...]
 ) -> None:
-    model = load_policy(str(model_folder), gradient_checkpointing=True, lora=LoRA(r=4)).model
+    model = load_policy(
+        Policy(str(model_folder), gradient_checkpointing=True, lora=LoRA(r=4))
+    ).model
     layers = [part for part in model.modules() if hasattr(part, "_gradient_checkpointing_func")]
     assert layers
     for layer in layers:
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=True)
-    completion_hidden_states(model, *batch).sum().backward()
+    completion_hidden_states(
+        model, Tokens(*batch[:2]), Tokens(*batch[2:4]), batch[4]
+    ).sum().backward()
     first = model.model.layers[0].self_attn.q_proj.lora_B["default"].weight
     assert float(first.grad.abs().max()) > 0
 
@@ -162,8 +172,12 @@ def test_reentrant_checkpointing_reaches_the_adapters_too(
 def test_cached_prompts_of_an_adapted_model(make_adapted: Make, batch: tuple[Tensor, ...]) -> None:
     model, cache = make_adapted(), PromptCache()
     for _ in range(2):
-        cached = cache.completion_hidden_states(model, *batch)
-        plain = completion_hidden_states(model, *batch, share_prefix=False)
+        cached = completion_hidden_states(
+            model, Tokens(*batch[:2]), Tokens(*batch[2:4]), batch[4], cache=cache
+        )
+        plain = completion_hidden_states(
+            model, Tokens(*batch[:2]), Tokens(*batch[2:4]), batch[4], share_prefix=False
+        )
         torch.testing.assert_close(cached, plain.detach(), rtol=1e-4, atol=1e-5)
 
 
@@ -188,7 +202,7 @@ def test_a_rollout_of_an_adapted_model_is_that_of_its_merged_weights(
 
     model = make_adapted()
     found, merged, base = (
-        greedy_rollout(each, batch[0], batch[1], 12, [2], 2).completion_ids
+        greedy_rollout(each, Tokens(batch[0], batch[1]), 12, [2], 2).completion_ids
         for each in (model, merged_copy(model), base_copy(model))
     )
     assert torch.equal(found, merged)
@@ -196,13 +210,13 @@ def test_a_rollout_of_an_adapted_model_is_that_of_its_merged_weights(
 
 
 def test_sampling_weights_follow_the_adapters(make_adapted: Make) -> None:
-    model, weights = make_adapted(moved=False), SamplingWeights("bfloat16")
+    model, weights = make_adapted(moved=False), StudentPasses("bfloat16")
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
-        before = weights.model(model, 0)(input_ids=ids).logits
+        before = weights.at(model, 0).sampler()(input_ids=ids).logits
         for parameter in adapter_parameters(model).values():
             parameter.add_(0.1)
-        after = weights.model(model, 1)(input_ids=ids).logits
+        after = weights.at(model, 1).sampler()(input_ids=ids).logits
         expected = model(input_ids=ids).logits
     assert float((after - before).abs().max()) > 0.5
     torch.testing.assert_close(after.float(), expected, rtol=0.1, atol=0.3)
@@ -211,4 +225,4 @@ def test_sampling_weights_follow_the_adapters(make_adapted: Make) -> None:
 def test_a_quantized_model_is_sampled_from_as_it_is(make_adapted: Make) -> None:
     model = make_adapted()
     model.is_quantized = True
-    assert SamplingWeights("bfloat16").model(model, 0) is model
+    assert StudentPasses("bfloat16").at(model, 0).sampler() is model

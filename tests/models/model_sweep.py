@@ -16,18 +16,18 @@ from torch import Tensor
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.forward import scoring
-from sdft_lightning.forward.cached_steps import without_cache
 from sdft_lightning.forward.forward_paths import paths_of
 from sdft_lightning.forward.fused import decoder_of
 from sdft_lightning.forward.hidden import apply_head, completion_hidden_states, output_head
-from sdft_lightning.forward.policy import load_policy
-from sdft_lightning.forward.prefix import can_share, takes_own_mask
+from sdft_lightning.forward.kv_cache import without_cache
+from sdft_lightning.forward.layout import can_share, takes_own_mask
+from sdft_lightning.forward.policy import Policy, load_policy
 from sdft_lightning.forward.prompt_cache import PromptCache
 from sdft_lightning.models.lora import LoRA, adapter_parameters, merged_copy
 from sdft_lightning.models.precision import eval_mode
 from sdft_lightning.rollout import Sampling, generate_rollout, greedy_rollout
-from sdft_lightning.rollout.uniforms import row_uniforms
-from sdft_lightning.types import ScoringBatch
+from sdft_lightning.rollout.sampling import row_uniforms
+from sdft_lightning.types import ScoringBatch, Tokens
 
 # Greatest error as a part of what tells positions apart; a wrong path is off by a tenth and more.
 TOLERANCE = 2e-2
@@ -155,7 +155,13 @@ def check_training(model: Any, batch: Batch) -> None:
                               (True, False, False), (False, False, False)):  # fmt: skip
         what = f"training, share_prefix={share}, pack={pack}, fuse={fuse}"
         states = completion_hidden_states(
-            model, *batch.arguments, share_prefix=share, pack=pack, fuse=fuse
+            model,
+            Tokens(*batch.arguments[:2]),
+            Tokens(*batch.arguments[2:4]),
+            batch.arguments[4],
+            share_prefix=share,
+            pack=pack,
+            fuse=fuse,
         )
         check_close(what, states, plain)
         check_gradients(what, gradients(model, states), expected)
@@ -168,13 +174,25 @@ def check_kept_prompts(model: Any, batch: Batch) -> bool:
         cache = PromptCache()
         try:
             for what in ("new prompts", "kept prompts"):
-                check_close(what, cache.completion_hidden_states(model, *batch.arguments), plain)
+                check_close(
+                    what,
+                    completion_hidden_states(
+                        model,
+                        Tokens(*batch.arguments[:2]),
+                        Tokens(*batch.arguments[2:4]),
+                        batch.arguments[4],
+                        cache=cache,
+                    ),
+                    plain,
+                )
         except UserError as error:
             if "teacher.cache_prompts" not in str(error):
                 raise
             return False
         some = [part[1:] for part in batch.arguments]
-        states = cache.completion_hidden_states(model, *some)
+        states = completion_hidden_states(
+            model, Tokens(*some[:2]), Tokens(*some[2:4]), some[4], cache=cache
+        )
         check_close("kept prompts in another batch", states, plain[6:])
     return True
 
@@ -185,8 +203,8 @@ def check_rollouts(model: Any, prompts: list[Tensor]) -> None:
     names = [str(row) for row in range(len(prompts))]
     uniforms = row_uniforms(1, 0, names, 2, STEPS)
     sampling = Sampling(max_new_tokens=STEPS, completions_per_prompt=2)
-    greedy = greedy_rollout(model, ids, mask, STEPS, STOPS, PAD)
-    sampled = generate_rollout(model, ids, mask, sampling, uniforms, STOPS, PAD)
+    greedy = greedy_rollout(model, Tokens(ids, mask), STEPS, STOPS, PAD)
+    sampled = generate_rollout(model, Tokens(ids, mask), sampling, uniforms, STOPS, PAD)
     assert sampled.completion_mask.sum(dim=1).unique().numel() > 1  # rows end at different steps
     for what, rollout, copies in (("greedy", greedy, 1), ("sampled", sampled, 2)):
         for row, (tokens, kept) in enumerate(
@@ -228,7 +246,7 @@ def check_scoring(model: Any, batch: Batch) -> None:
 def check_adapters(folder: Path, batch: Batch) -> str:
     """The same with adapters that have moved; why there can be none, or nothing."""
     try:
-        model = load_policy(str(folder), lora=LoRA(r=2)).model
+        model = load_policy(Policy(str(folder), lora=LoRA(r=2))).model
     except UserError as error:
         return str(error)
     generator = torch.Generator().manual_seed(1)
@@ -240,7 +258,9 @@ def check_adapters(folder: Path, batch: Batch) -> str:
         check_close("merged adapters", merged, plain)
     model.train()
     expected = gradients(model, plain_states(model, batch.prompts, batch.completions))
-    states = completion_hidden_states(model, *batch.arguments)
+    states = completion_hidden_states(
+        model, Tokens(*batch.arguments[:2]), Tokens(*batch.arguments[2:4]), batch.arguments[4]
+    )
     check_close("training with adapters", states, plain)
     check_gradients("training with adapters", gradients(model, states), expected)
     check_rollouts(model, batch.prompts)
@@ -271,7 +291,7 @@ def sweep(name: str, tokenizer: Any, folder: Path) -> Verdict:
         tokenizer.save_pretrained(folder)
         verdict = Verdict(name, type(built).__name__)
         try:
-            model = load_policy(str(folder)).model
+            model = load_policy(Policy(str(folder))).model
         except UserError as error:
             verdict.refusal = str(error).replace(str(folder), "…")
             return verdict

@@ -51,7 +51,7 @@ def row(verdict: Verdict) -> str:
 
 def _plain(sentence: str) -> str:
     """A sentence without what differs from one machine or process to the next."""
-    sentence = sentence.split(" [PEFT")[0].removesuffix(":").removeprefix("model_name: ")
+    sentence = sentence.split(" [PEFT")[0].removesuffix(":").removeprefix("model.policy.name: ")
     sentence = re.sub(r" \(relative difference [^)]*\)", "", sentence)
     return " ".join(sentence.replace("|", "/").split())
 

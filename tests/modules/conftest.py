@@ -97,11 +97,12 @@ def command(process_folder: Path, model_folder: Path) -> Callable[..., Run]:
         arguments = [
             command,
             "--model=SDFTModule",
-            f"--model.model_name={model_folder}",
+            f"--model.policy.name={model_folder}",
             "--data.train=train.jsonl",
             f"--data.batch_size={4 // devices}",
             "--data.prompts.style=turns",
-            "--model.sampling_dtype=same",  # a bfloat16 copy's completions differ with the batch
+            # A bfloat16 copy's completions differ with the batch.
+            "--model.policy.sampling_dtype=same",
             "--trainer.accelerator=cpu",
             f"--trainer.devices={devices}",
             f"--run.name={name}",

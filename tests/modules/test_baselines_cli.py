@@ -54,8 +54,8 @@ def fit_of(
         found = [
             "fit",
             f"--config={FRAGMENTS / fragment}.yaml",
-            f"--model.model_name={model_folder}",
-            "--model.eval_max_new_tokens=4",
+            f"--model.policy.name={model_folder}",
+            "--model.evaluation.max_new_tokens=4",
             f"--data.train={train_file}",
             "--data.columns={reference: reference, context: context, id: id}",
             "--data.prompts.style=turns",
@@ -69,7 +69,7 @@ def fit_of(
         if METHODS[fragment][1] is SAMPLED:
             found.append("--model.sampling.max_new_tokens=8")
         if fragment == "reinvoke":
-            found.append(f"--model.original_model_name={make_model_folder('original', seed=1)}")
+            found.append(f"--model.original.name={make_model_folder('original', seed=1)}")
         return [*found, *extra]
 
     return args
@@ -116,7 +116,7 @@ def test_sft_then_export_then_reinvoke_leads_back_to_the_original(
     write_rows: Callable[..., Path],
 ) -> None:
     sft = [arg for arg in fit_of("dft") if "dft" not in arg]
-    sft += [f"--config={FRAGMENTS / 'sft.yaml'}", f"--model.model_name={model_folder}"]
+    sft += [f"--config={FRAGMENTS / 'sft.yaml'}", f"--model.policy.name={model_folder}"]
     fast = ["--model.optimizer=AdamW", "--model.optimizer.lr=0.01"]
     run_cli(*sft, *fast, "--trainer.max_steps=10", "--run.name=sft")
     command = [arg for arg in sft if not arg.startswith("--trainer.max_steps")]
@@ -127,8 +127,8 @@ def test_sft_then_export_then_reinvoke_leads_back_to_the_original(
     run_cli(
         "fit",
         f"--config={FRAGMENTS / 'reinvoke.yaml'}",
-        f"--model.model_name={tuned}",
-        f"--model.original_model_name={model_folder}",
+        f"--model.policy.name={tuned}",
+        f"--model.original.name={model_folder}",
         "--model.sampling.max_new_tokens=8",
         *fast,
         f"--data.train={prompts}",

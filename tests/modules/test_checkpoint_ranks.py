@@ -23,7 +23,7 @@ def ranked(fit_args: list[str], train_file: Path) -> Callable[..., list[str]]:
             *fit_args,
             f"--run.name={name}",
             "--model.optimizer.lr=0.05",
-            "--model.eval_max_new_tokens=6",
+            "--model.evaluation.max_new_tokens=6",
             f"--data.held_out={json.dumps(held_out)}",
             "--trainer.callbacks+=DriftMonitor",
             "--trainer.callbacks.held_out=[gen]",

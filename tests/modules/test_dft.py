@@ -56,7 +56,7 @@ def test_loss_and_gradient_of_a_step_equal_the_formula_in_float64(
     recorder = Recorder()
     fit_module(
         DFTModule,
-        model={"model_name": str(folder)},
+        model={"policy": {"name": str(folder)}},
         data={"batch_size": 4},
         callbacks=[recorder],
     )

@@ -95,8 +95,7 @@ def test_starved_bfloat16_student_is_told_and_its_float32_teacher_follows_it(
         model={
             "optimizer": adamw(1e-5),
             "teacher": EMATeacher(0.1),
-            "weights_dtype": "bfloat16",
-            "sampling_dtype": "same",
+            "policy": {"weights_dtype": "bfloat16", "sampling_dtype": "same"},
         },
         callbacks=[logged],
         max_steps=4,
@@ -119,8 +118,7 @@ def test_low_memory_student_makes_its_movement_and_its_teacher_stays_float32(
         model={
             "optimizer": lambda parameters: LowMemoryAdamW(parameters, lr=1e-3),
             "teacher": EMATeacher(0.1),
-            "weights_dtype": "bfloat16",
-            "sampling_dtype": "same",
+            "policy": {"weights_dtype": "bfloat16", "sampling_dtype": "same"},
         },
         callbacks=[logged],
         max_steps=6,

@@ -12,16 +12,18 @@ import pytest
 import torch
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.forward.policy import Policy
+from sdft_lightning.models.lora import LoRA
 from sdft_lightning.modules import SDFTModule
 from sdft_lightning.rollout import (
     Engine,
     RolloutRequest,
     Sampling,
-    SamplingWeights,
+    StudentPasses,
     TransformersEngine,
     VLLMEngine,
 )
-from sdft_lightning.rollout.mismatch import MismatchCorrection, SamplerAlarm
+from sdft_lightning.rollout.mismatch import Mismatch
 from sdft_lightning.types import Rollout
 
 
@@ -35,12 +37,12 @@ class OtherEngine(Engine):
         self.steps: list[int] = []
         self.forgotten = self.closed = 0
 
-    def generate(self, student: Any, weights: SamplingWeights, request: RolloutRequest) -> Rollout:
+    def generate(self, student: StudentPasses, request: RolloutRequest) -> Rollout:
         self.steps.append(request.step)
-        rollout = TransformersEngine().generate(self.model(student), weights, request)
+        rollout = TransformersEngine().generate(self.passes(student), request)
         return rollout._replace(sampled_log_probs=rollout.sampled_log_probs - self.shift)
 
-    def model(self, student: Any) -> Any:
+    def passes(self, student: StudentPasses) -> StudentPasses:
         return student
 
     def forget(self) -> None:
@@ -53,9 +55,9 @@ class OtherEngine(Engine):
 class StaleEngine(OtherEngine):
     """Samples for ever with the weights that it saw first."""
 
-    def model(self, student: Any) -> Any:
+    def passes(self, student: StudentPasses) -> StudentPasses:
         if not hasattr(self, "first"):
-            self.first = copy.deepcopy(student)
+            self.first = StudentPasses("same").at(copy.deepcopy(student.model), 0)
         return self.first
 
 
@@ -85,7 +87,7 @@ def test_engine_with_the_same_weights_has_ratio_one_and_the_uncorrected_loss(
     kind: Any, fit_module: Any
 ) -> None:
     (plain,) = fit(fit_module)
-    (found,) = fit(fit_module, engine=OtherEngine(), mismatch_correction=MismatchCorrection(kind))
+    (found,) = fit(fit_module, engine=OtherEngine(), mismatch=Mismatch(kind))
     assert "train/sampler/ratio" not in plain
     assert found["train/sampler/ratio"] == pytest.approx(1, abs=1e-5)
     assert found["train/sampler/log_prob_difference"] < 1e-5
@@ -106,8 +108,8 @@ def test_loss_is_weighed_by_the_capped_ratio(
     kind: Any, shift: float, factor: float, fit_module: Any
 ) -> None:
     (plain,) = fit(fit_module)
-    correction = MismatchCorrection(kind, cap=2.0)
-    (found,) = fit(fit_module, engine=OtherEngine(shift), mismatch_correction=correction)
+    correction = Mismatch(kind, cap=2.0)
+    (found,) = fit(fit_module, engine=OtherEngine(shift), mismatch=correction)
     assert found["train/loss"] == pytest.approx(factor * plain["train/loss"], rel=1e-4)
     assert found["train/sampler/log_prob_difference"] == pytest.approx(abs(shift), rel=1e-4)
     # What is logged about the divergence itself is not weighed.
@@ -118,7 +120,7 @@ def test_stale_weights_are_seen_by_the_alarm(
     fit_module: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     fresh = fit(fit_module, 3, lr=0.5, engine=OtherEngine())
-    assert "model.sampler_alarm" not in caplog.text
+    assert "model.mismatch" not in caplog.text
     stale = fit(fit_module, 3, lr=0.5, engine=StaleEngine())
     name = "train/sampler/log_prob_difference"
     assert max(values[name] for values in fresh) < 1e-4
@@ -129,7 +131,7 @@ def test_stale_weights_are_seen_by_the_alarm(
 
 def test_stop_above_ends_the_run(fit_module: Any) -> None:
     with pytest.raises(UserError, match=r"stop_above is 0\.2"):
-        fit(fit_module, 2, engine=OtherEngine(0.3), sampler_alarm=SamplerAlarm(stop_above=0.2))
+        fit(fit_module, 2, engine=OtherEngine(0.3), mismatch=Mismatch(stop_above=0.2))
 
 
 def test_engine_is_asked_once_an_optimizer_step_told_of_foreign_weights_and_closed(
@@ -147,14 +149,12 @@ def test_engine_is_asked_once_an_optimizer_step_told_of_foreign_weights_and_clos
 
 
 def test_correction_applies_to_the_trainers_own_bfloat16_copy(fit_module: Any) -> None:
-    correction = MismatchCorrection("token")
-    (found,) = fit(fit_module, sampling_dtype="bfloat16", mismatch_correction=correction)
+    correction = Mismatch("token")
+    (found,) = fit(fit_module, policy={"sampling_dtype": "bfloat16"}, mismatch=correction)
     assert 1e-4 < found["train/sampler/log_prob_difference"] < 0.1
 
 
-@pytest.mark.parametrize(
-    "options", [{"engine": OtherEngine()}, {"mismatch_correction": MismatchCorrection("token")}]
-)
+@pytest.mark.parametrize("options", [{"engine": OtherEngine()}, {"mismatch": Mismatch("token")}])
 def test_teacher_does_not_sample_with_another_engine(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="generate_from_teacher"):
         SDFTModule(generate_from_teacher=True, **options)
@@ -164,7 +164,7 @@ def test_teacher_does_not_sample_with_another_engine(options: dict[str, Any]) ->
     ("options", "text"),
     [
         ({"sampling": Sampling(top_k=5, top_p=0.9)}, "top_k and top_p"),
-        ({"quantization": "nf4"}, "4-bit"),
+        ({"policy": Policy(lora=LoRA(), quantization="nf4")}, "4-bit"),
         ({}, r"pip install 'sdft-lightning\[vllm\]'"),
     ],
 )
@@ -185,13 +185,13 @@ def test_engine_is_chosen_in_the_config(
         run_cli(
             "fit",
             "--model=SDFTModule",
-            f"--model.model_name={model_folder}",
+            f"--model.policy.name={model_folder}",
             f"--data.train={train_file}",
             "--data.prompts.style=turns",
             "--model.engine=VLLMServerEngine",
             "--model.engine.base_url=http://127.0.0.1:9",  # nobody listens there
             "--model.engine.patience_seconds=0",
-            "--model.mismatch_correction.kind=sequence",
+            "--model.mismatch.correction=sequence",
             "--model.sampling.max_new_tokens=4",
             "--trainer.accelerator=cpu",
             "--trainer.max_steps=1",

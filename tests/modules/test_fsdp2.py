@@ -68,7 +68,7 @@ def test_export_of_a_run_with_fsdp2_loads_with_the_trained_weights(
 
     run = fit("two", 2, strategy="fsdp2")
     path = run.folder / "checkpoints" / "last.ckpt"
-    given = [f"--model.model_name={model_folder}", f"--ckpt_path={path}", "--output_dir=out"]
+    given = [f"--model.policy.name={model_folder}", f"--ckpt_path={path}", "--output_dir=out"]
     run_cli("export", "--model=SDFTModule", *given)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     trained = run.weights()
@@ -98,8 +98,8 @@ def evaluated(fit: Any, folder: Path, devices: int, optimized: bool = False) -> 
         devices,
         "--trainer.max_steps=2",
         "--model.optimizer.lr=1e-2",
-        "--model.teacher_accuracy_in_fit=true",
-        "--model.eval_max_new_tokens=8",
+        "--model.evaluation.teacher_in_fit=true",
+        "--model.evaluation.max_new_tokens=8",
         "--data.name=five",
         "--data.validation=five.jsonl",
         "--data.grader=contains",

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.modules.given_completions import (
+from sdft_lightning.modules.completions import (
     CompletionTokens,
+    KeptCompletion,
     check_completions,
     read_completions,
 )
-from sdft_lightning.modules.kept_completions import KeptCompletion
 from sdft_lightning.types import Demonstration
 
 STOP = 2

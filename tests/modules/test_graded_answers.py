@@ -14,7 +14,8 @@ import torch
 from sdft_lightning.callbacks import CompletionLog
 from sdft_lightning.data import Columns, DemonstrationDataModule
 from sdft_lightning.data.prompts import PromptStyle
-from sdft_lightning.modules import SDFTModule, evaluated
+from sdft_lightning.forward.policy import Policy
+from sdft_lightning.modules import SDFTModule, evaluation
 from sdft_lightning.types import Rollout
 
 IM_END = 2
@@ -33,7 +34,7 @@ def says(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> Callable[[str], Non
             mask = torch.ones_like(completion).bool()
             return Rollout(completion, mask, torch.zeros(mask.shape), torch.zeros(rows).bool())
 
-        monkeypatch.setattr(evaluated, "greedy_rollout", rollout)
+        monkeypatch.setattr(evaluation, "greedy_rollout", rollout)
 
     return say
 
@@ -47,7 +48,7 @@ def run(
     def build(**data: Any) -> tuple[L.Trainer, Any, Any]:
         rows = [{"prompt": "Q?", "demonstration": "It is 2.", "reference": "It is 2."}] * 2
         path = str(write_rows(rows))
-        module = SDFTModule(model_name=str(model_folder), sampling_dtype="same")
+        module = SDFTModule(policy=Policy(str(model_folder), sampling_dtype="same"))
         options: dict[str, Any] = {
             "grader": "exact",
             "columns": Columns(reference="reference"),

@@ -60,7 +60,11 @@ def test_a_kernel_of_half_precision_passes_the_check_and_a_step(
         return torch.optim.SGD(parameters, lr=1.0)
 
     module = fit_module(
-        model={"attn_implementation": kernel, "optimizer": optimizer, "teacher": teacher()},
+        model={
+            "policy": {"attn_implementation": kernel},
+            "optimizer": optimizer,
+            "teacher": teacher(),
+        },
         precision=precision,
     )
     assert module.student.config._attn_implementation == kernel
@@ -73,7 +77,7 @@ def test_drift_is_measured_with_a_kernel_of_half_precision(
     precision: str, lora: LoRA | None, fit_module: Callable[..., Any], train_file: Any
 ) -> None:
     module = fit_module(
-        model={"attn_implementation": NAME, "lora": lora},
+        model={"policy": {"attn_implementation": NAME, "lora": lora}},
         data={
             "held_out": {"general": HeldOut(str(train_file), "contains")},
             "validation": str(train_file),
@@ -88,7 +92,7 @@ def test_drift_is_measured_with_a_kernel_of_half_precision(
 
 def test_in_float32_it_is_refused_in_a_sentence(fit_module: Callable[..., Any]) -> None:
     with pytest.raises(UserError, match=r"attn_implementation: half_only cannot.*32-true.*bf16-mi"):
-        fit_module(model={"attn_implementation": NAME})
+        fit_module(model={"policy": {"attn_implementation": NAME}})
 
 
 def test_the_check_runs_once_and_before_the_first_step(
@@ -99,7 +103,7 @@ def test_the_check_runs_once_and_before_the_first_step(
     def check(model: Any) -> None:
         seen.append((torch.is_autocast_enabled("cpu"), model.training))
 
-    monkeypatch.setattr("sdft_lightning.modules.base.check_model", check)
+    monkeypatch.setattr("sdft_lightning.modules.student_checks.check_model", check)
     monkeypatch.setattr(SDFTModule, "on_train_start", lambda self: seen.append("train"))
     fit_module(precision="bf16-mixed", num_sanity_val_steps=1)
     assert [each if each == "train" else each[0] for each in seen] == [True, "train"]

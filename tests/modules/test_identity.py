@@ -9,7 +9,7 @@ import pytest
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.modules import SDFTModule
-from sdft_lightning.modules.identity import check_same_model, model_identity
+from sdft_lightning.modules.checkpoints import check_same_model, model_identity
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sdft_lightning.modules.kept_completions import KeptCompletion, KeptCompletions
+from sdft_lightning.modules.completions import KeptCompletion, KeptCompletions
 from sdft_lightning.types import Rollout
 
 CPU = torch.device("cpu")

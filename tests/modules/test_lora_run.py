@@ -14,6 +14,7 @@ from torch import Tensor
 from sdft_lightning.callbacks import DriftMonitor
 from sdft_lightning.data.sets import HeldOut
 from sdft_lightning.errors import UserError
+from sdft_lightning.forward.policy import Policy
 from sdft_lightning.models import embedded
 from sdft_lightning.models.lora import LoRA, adapter_parameters
 from sdft_lightning.modules import (
@@ -57,7 +58,7 @@ def test_average_equals_the_formula_and_the_base_stays_bit_for_bit(
 ) -> None:
     watch = Watch()
     module = fit_module(
-        model={"lora": ADAPTER, "teacher": EMATeacher(0.3), "optimizer": adamw(0.01)},
+        model={"policy": {"lora": ADAPTER}, "teacher": EMATeacher(0.3), "optimizer": adamw(0.01)},
         max_steps=5,
         accumulate_grad_batches=2,
         callbacks=[watch],
@@ -81,11 +82,11 @@ def test_average_equals_the_formula_and_the_base_stays_bit_for_bit(
 
 
 def method_options(method: Any, teacher: Any, original: Path) -> dict[str, Any]:
-    options: dict[str, Any] = {"lora": ADAPTER, "optimizer": adamw(0.01)}
+    options: dict[str, Any] = {"policy": {"lora": ADAPTER}, "optimizer": adamw(0.01)}
     if teacher is not None:
         options["teacher"] = teacher()
     if method is ReinvokeModule:
-        options["original_model_name"] = str(original)
+        options["original"] = {"name": str(original)}
     return options
 
 
@@ -123,7 +124,7 @@ def test_checkpoint_holds_adapters_and_optimizer_only_and_restores_them(
     assert checkpoint["state_dict"].keys() == expected
     assert len(checkpoint["optimizer_states"][0]["state"]) == len(names)
 
-    fresh = method(model_name=str(model_folder), **method_options(method, teacher, original))
+    fresh = method(policy=Policy(str(model_folder)), **method_options(method, teacher, original))
     fresh.configure_model()
     fresh.on_load_checkpoint(checkpoint)
     fresh.load_state_dict(checkpoint["state_dict"])
@@ -138,7 +139,9 @@ def test_checkpoint_holds_adapters_and_optimizer_only_and_restores_them(
 
 
 def test_the_penalty_holds_to_the_base_without_a_copy_of_it(fit_module: FitModule) -> None:
-    module = fit_module(SFTKLModule, model={"lora": ADAPTER, "optimizer": adamw(0.01)}, max_steps=3)
+    module = fit_module(
+        SFTKLModule, model={"policy": {"lora": ADAPTER}, "optimizer": adamw(0.01)}, max_steps=3
+    )
     of_student = {p.untyped_storage().data_ptr() for p in module.student.parameters()}
     assert all(p.untyped_storage().data_ptr() in of_student for p in module.base.parameters())
     assert float(module.trainer.callback_metrics["train/kl"]) > 1e-6
@@ -146,7 +149,7 @@ def test_the_penalty_holds_to_the_base_without_a_copy_of_it(fit_module: FitModul
 
 
 def loaded(folder: Path, checkpoint: dict[str, Any], **options: Any) -> Any:
-    module = SDFTModule(str(folder), **options)
+    module = SDFTModule(policy=Policy(str(folder)), **options)
     module.configure_model()
     module.on_load_checkpoint(checkpoint)
     return module
@@ -158,7 +161,7 @@ def test_checkpoints_of_other_adapters_bases_and_of_whole_models_are_refused(
     make_model_folder: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
-    fit_module(model={"lora": ADAPTER}).trainer.save_checkpoint(tmp_path / "lora.ckpt")
+    fit_module(model={"policy": {"lora": ADAPTER}}).trainer.save_checkpoint(tmp_path / "lora.ckpt")
     fit_module().trainer.save_checkpoint(tmp_path / "whole.ckpt")
     lora, whole = (
         torch.load(tmp_path / name, weights_only=True) for name in ("lora.ckpt", "whole.ckpt")
@@ -167,13 +170,28 @@ def test_checkpoints_of_other_adapters_bases_and_of_whole_models_are_refused(
     loaded(model_folder, lora, lora=ADAPTER, weights_dtype="bfloat16")  # the same base, rounded
     other = make_model_folder(seed=1)  # the same shapes
     for folder, checkpoint, options, named in (
-        (model_folder, lora, {"lora": LoRA(r=8)}, r"another adapter.*'r': 4.*'r': 8"),
-        (model_folder, lora, {"lora": LoRA(r=4, alpha=8)}, r"another adapter.*'alpha': 16"),
-        (model_folder, lora, {"lora": LoRA(r=4, target_modules=["q_proj"])}, "another adapter"),
-        (model_folder, lora, {"lora": LoRA(r=4, rslora=True)}, "another adapter"),
-        (other, lora, {"lora": ADAPTER}, "another base model"),
+        (model_folder, lora, {"policy": {"lora": LoRA(r=8)}}, r"another adapter.*'r': 4.*'r': 8"),
+        (
+            model_folder,
+            lora,
+            {"policy": {"lora": LoRA(r=4, alpha=8)}},
+            r"another adapter.*'alpha': 16",
+        ),
+        (
+            model_folder,
+            lora,
+            {"policy": {"lora": LoRA(r=4, target_modules=["q_proj"])}},
+            "another adapter",
+        ),
+        (model_folder, lora, {"policy": {"lora": LoRA(r=4, rslora=True)}}, "another adapter"),
+        (other, lora, {"policy": {"lora": ADAPTER}}, "another base model"),
         (model_folder, lora, {}, r"another adapter.*this run has .* with None"),
-        (model_folder, whole, {"lora": ADAPTER}, r"another adapter.* with None, this run"),
+        (
+            model_folder,
+            whole,
+            {"policy": {"lora": ADAPTER}},
+            r"another adapter.* with None, this run",
+        ),
     ):
         with pytest.raises(UserError, match=rf"ckpt_path: .*{named}"):
             loaded(folder, checkpoint, **options)
@@ -183,7 +201,7 @@ def test_checkpoints_of_other_adapters_bases_and_of_whole_models_are_refused(
 def test_a_checkpoint_that_lacks_an_adapter_is_an_error_and_not_taken_as_zero(
     part: str, fit_module: FitModule, tmp_path: Path
 ) -> None:
-    module = fit_module(model={"lora": ADAPTER})
+    module = fit_module(model={"policy": {"lora": ADAPTER}})
     state = dict(module.state_dict())
     lost = next(name for name in state if name.startswith(part))
     del state[lost]
@@ -197,9 +215,8 @@ def test_gradient_checkpointing_trains_the_same_adapters(fit_module: FitModule) 
         module = fit_module(
             SFTModule,
             model={
-                "lora": ADAPTER,
+                "policy": {"lora": ADAPTER, "gradient_checkpointing": checkpointing},
                 "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
-                "gradient_checkpointing": checkpointing,
             },
             max_steps=3,
         )
@@ -231,7 +248,7 @@ def test_drift_is_measured_from_the_model_with_its_adapters_off_and_loads_no_sec
     monkeypatch.setattr(drift, "load_policy", refuse)
     drifts = Drifts()
     module = fit_module(
-        model={"lora": ADAPTER, "optimizer": adamw(0.05)},
+        model={"policy": {"lora": ADAPTER}, "optimizer": adamw(0.05)},
         data={
             "validation": str(train_file),
             "held_out": {"others": HeldOut(str(train_file), "contains")},
@@ -256,7 +273,10 @@ def test_checkpoint_of_the_embedded_model_with_adapters_is_below_60_megabytes(
     fit_module: FitModule, tmp_path: Path
 ) -> None:
     module = fit_module(
-        model={"model_name": "embedded", "lora": LoRA(), "sampling": Sampling(max_new_tokens=4)},
+        model={
+            "policy": {"name": "embedded", "lora": LoRA()},
+            "sampling": Sampling(max_new_tokens=4),
+        },
         data={"model_name": "embedded"},
     )
     module.trainer.save_checkpoint(tmp_path / "a.ckpt")

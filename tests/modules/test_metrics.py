@@ -16,7 +16,7 @@ import torch
 
 from sdft_lightning.graders import wilson_interval
 from sdft_lightning.graders.metrics import NamedMetrics, TaskAccuracy, WeightedMean
-from sdft_lightning.modules.step_values import StepValues
+from sdft_lightning.modules.window import StepValues
 
 CPU = torch.device("cpu")
 
@@ -25,7 +25,7 @@ import json, sys
 import torch
 from torch import distributed
 from sdft_lightning.graders.metrics import NamedMetrics, TaskAccuracy, WeightedMean
-from sdft_lightning.modules.step_values import StepValues
+from sdft_lightning.modules.window import StepValues
 
 rank, folder, scores, values = int(sys.argv[1]), sys.argv[2], *map(json.loads, sys.argv[3:])
 distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)

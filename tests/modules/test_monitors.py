@@ -27,9 +27,9 @@ from sdft_lightning.modules import (
     SFTModule,
 )
 from sdft_lightning.modules.monitors import training_names, validation_names
-from sdft_lightning.modules.validate_at_ends import ValidateAtEnds
+from sdft_lightning.modules.run_callbacks import ValidateAtEnds
 from sdft_lightning.rollout import Sampling
-from sdft_lightning.rollout.mismatch import MismatchCorrection
+from sdft_lightning.rollout.mismatch import Mismatch
 from sdft_lightning.teacher import FrozenTeacher
 
 FitModule = Callable[..., Any]
@@ -80,10 +80,10 @@ def rich_data(train_file: Path, tmp_path: Path) -> dict[str, Any]:
 
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sdft": (SDFTModule, {}),
-    "sdft_teacher_graded": (SDFTModule, {"teacher_accuracy_in_fit": True}),
+    "sdft_teacher_graded": (SDFTModule, {"evaluation": {"teacher_in_fit": True}}),
     "sdft_frozen": (SDFTModule, {"teacher": FrozenTeacher()}),
-    "sdft_corrected": (SDFTModule, {"mismatch_correction": MismatchCorrection("token")}),
-    "offline": (OfflineDistillationModule, {"teacher_accuracy_in_fit": True}),
+    "sdft_corrected": (SDFTModule, {"mismatch": Mismatch("token")}),
+    "offline": (OfflineDistillationModule, {"evaluation": {"teacher_in_fit": True}}),
     "reinvoke": (ReinvokeModule, {"sampling": Sampling(max_new_tokens=8)}),
     "sft": (SFTModule, {}),
     "sft_kl": (SFTKLModule, {}),
@@ -98,7 +98,7 @@ def test_names_are_those_that_a_fit_logs(
 ) -> None:
     method, options = METHODS[name]
     if method is ReinvokeModule:
-        options = {**options, "original_model_name": str(model_folder)}
+        options = {**options, "original": {"name": str(model_folder)}}
     seen = Logged()
     fit_module(
         method,

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.forward.policy import Policy
 from sdft_lightning.modules import OfflineDistillationModule, SDFTModule
-from sdft_lightning.modules.offline import COMPLETIONS_KEY
-from sdft_lightning.rollout import Sampling, shared_prompts
+from sdft_lightning.modules.sdft_variants import COMPLETIONS_KEY
+from sdft_lightning.rollout import Sampling, student
 from sdft_lightning.teacher import FrozenTeacher
-from sdft_lightning.types import PromptBatch, Rollout
+from sdft_lightning.types import PromptBatch, Rollout, Tokens
 
 FitModule = Callable[..., Any]
 
@@ -58,16 +59,16 @@ def fast(parameters: Any) -> torch.optim.Optimizer:
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of each call that samples."""
-    import sdft_lightning.rollout.engine as module_of_engine
+    import sdft_lightning.rollout.student as file_of_passes
 
     sizes: list[int] = []
-    generate = module_of_engine.generate_rollout
+    generate = file_of_passes.generate_rollout
 
-    def counted(model: Any, prompt_ids: Tensor, *args: Any, **more: Any) -> Rollout:
-        sizes.append(prompt_ids.shape[0])
-        return generate(model, prompt_ids, *args, **more)
+    def counted(model: Any, prompts: Tokens, *args: Any, **more: Any) -> Rollout:
+        sizes.append(len(prompts.ids))
+        return generate(model, prompts, *args, **more)
 
-    monkeypatch.setattr(module_of_engine, "generate_rollout", counted)
+    monkeypatch.setattr(file_of_passes, "generate_rollout", counted)
     return sizes
 
 
@@ -143,7 +144,7 @@ def test_with_the_students_own_samples_loss_and_gradient_are_those_of_sdft_with_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Else SDFT would take its forward pass from the rollout, rounded in another order.
-    monkeypatch.setattr(shared_prompts, "_pair", lambda *_: None)
+    monkeypatch.setattr(student, "_pair", lambda *_: None)
     options = {"sampling": Sampling(8, completions_per_prompt=samples), "optimizer": fast}
     sdft, offline = Recorder(), Recorder()
     steps = {"max_steps": 3, "data": {"batch_size": 4}}  # an epoch: each row once
@@ -179,7 +180,9 @@ def test_checkpoint_keeps_what_the_teacher_wrote_and_a_resumed_run_writes_nothin
     assert saved[COMPLETIONS_KEY]["row_ids"] == sorted(first.by_row())
     assert sum(written) == 12
 
-    resumed = OfflineDistillationModule(module.model_name, seed=99, sampling=Sampling(8))
+    resumed = OfflineDistillationModule(
+        policy=Policy(module.policy.name), seed=99, sampling=Sampling(8)
+    )
     resumed.configure_model()
     resumed.on_load_checkpoint(saved)
     batch = module.trainer.datamodule.batch_of(module.trainer.datamodule.training_rows())

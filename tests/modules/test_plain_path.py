@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from sdft_lightning.forward import hidden
+from sdft_lightning.forward import hidden, layout
 from sdft_lightning.modules import SDFTModule
-from sdft_lightning.rollout import Sampling, decode_mode, shared_prompts
-from sdft_lightning.rollout.uniforms import row_uniforms
+from sdft_lightning.rollout import Sampling, decode_mode, student
+from sdft_lightning.rollout.sampling import row_uniforms
 from sdft_lightning.teacher import EMATeacher, FrozenTeacher
 from sdft_lightning.types import PromptBatch
 
@@ -89,14 +89,14 @@ def test_ten_steps_equal_the_plain_path(
 ) -> None:
     found = []
     if kind == "ema_layers":  # transformers' own, as for models that are not fused
-        for module_of_it in (hidden, shared_prompts, decode_mode):
+        for module_of_it in (hidden, student, decode_mode):
             monkeypatch.setattr(module_of_it, "decoder_of", lambda _: None)
     else:
-        monkeypatch.setattr(hidden, "pack_if_worth", None)  # not reached
+        monkeypatch.setattr(layout, "pack_if_worth", None)  # not reached
     rate, within = 1e-3, {"abs": 1e-3}
     if kind.endswith("16"):  # or rounded prompts or weights would give other tokens
         rate, within = 1e-6, {"rel": 2e-2}  # activations are rounded
-        monkeypatch.setattr(shared_prompts, "_pair", lambda *_: None)
+        monkeypatch.setattr(student, "_pair", lambda *_: None)
     for method in (SDFTModule, PlainSDFT):
         recorder = Recorder()
         teacher = EMATeacher(0.05) if kind.startswith("ema") else FrozenTeacher(cache_prompts=True)
@@ -124,7 +124,7 @@ def test_ten_steps_equal_the_plain_path(
     pairs = zip(our_module.student.parameters(), plain_module.student.parameters(), strict=True)
     for one, other in pairs:
         torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
-    start = AutoModelForCausalLM.from_pretrained(our_module.model_name)
+    start = AutoModelForCausalLM.from_pretrained(our_module.policy.name)
     ours_moved, plain_moved = (
         torch.cat([(one - at).flatten() for one, at in zip(*each, strict=True)])
         for each in (

@@ -12,10 +12,12 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 
 from sdft_lightning.forward.hidden import completion_hidden_states
+from sdft_lightning.forward.policy import Policy
 from sdft_lightning.losses.bounded import bounded_divergence
 from sdft_lightning.losses.divergence import Divergence
 from sdft_lightning.models.lora import LoRA, adapter_parameters
-from sdft_lightning.modules import SDFTModule, precision
+from sdft_lightning.modules import SDFTModule, student_checks, window
+from sdft_lightning.types import Tokens
 
 
 @pytest.mark.parametrize(
@@ -23,7 +25,7 @@ from sdft_lightning.modules import SDFTModule, precision
     [
         ("bf16-mixed", torch.float32, False, "trainer.precision: bf16-mixed"),
         ("bf16-true", torch.bfloat16, False, "trainer.precision: bf16-true"),
-        ("32-true", torch.bfloat16, False, "model.weights_dtype: bfloat16"),
+        ("32-true", torch.bfloat16, False, "model.policy.weights_dtype: bfloat16"),
         ("bf16-mixed", torch.float32, True, None),
         ("bf16-true", torch.bfloat16, True, None),
         ("32-true", torch.float32, False, None),
@@ -37,10 +39,10 @@ def test_only_bfloat16_without_hardware_is_warned_of(
     native: bool,
     named: str | None,
 ) -> None:
-    monkeypatch.setattr(precision, "has_native_bfloat16", lambda device: native)
+    monkeypatch.setattr(student_checks, "has_native_bfloat16", lambda device: native)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        precision.warn_of_slow_precision(name, torch.device("cpu"), weights)
+        student_checks.warn_of_slow_precision(name, torch.device("cpu"), weights)
     assert [str(each.message).partition(" on a")[0] for each in caught] == [named] * bool(named)
 
 
@@ -48,21 +50,21 @@ def test_only_bfloat16_without_hardware_is_warned_of(
 def test_the_warning_says_what_bfloat16_costs_here(
     monkeypatch: pytest.MonkeyPatch, either_processor: bool, weights: torch.dtype
 ) -> None:
-    monkeypatch.setattr(precision, "has_native_bfloat16", lambda device: False)
+    monkeypatch.setattr(student_checks, "has_native_bfloat16", lambda device: False)
     with pytest.warns(UserWarning, match="32-true") as caught:
-        precision.warn_of_slow_precision("bf16-mixed", torch.device("cpu"), weights)
+        student_checks.warn_of_slow_precision("bf16-mixed", torch.device("cpu"), weights)
     (text,) = (str(each.message) for each in caught)
     rounded = weights == torch.bfloat16
     assert ("a step takes longer than in float32" in text) is either_processor
     assert ("products are made in float32" in text) is not either_processor
     assert ("other than Llama" in text) is (rounded and not either_processor)
-    assert ("--model.weights_dtype=float32" in text) is rounded
+    assert ("--model.policy.weights_dtype=float32" in text) is rounded
 
 
 def test_fit_warns_before_its_first_step(
     monkeypatch: pytest.MonkeyPatch, run_cli: Callable[..., None], fit_args: list[str]
 ) -> None:
-    monkeypatch.setattr(precision, "has_native_bfloat16", lambda device: False)
+    monkeypatch.setattr(student_checks, "has_native_bfloat16", lambda device: False)
     with pytest.warns(UserWarning, match="--trainer.precision=32-true"):
         run_cli(*fit_args, "--trainer.precision=bf16-mixed", "--trainer.max_steps=1")
 
@@ -84,7 +86,7 @@ def test_bf16_true_rounds_the_students_weights_and_not_its_rotary_frequencies(
 
 
 def test_after_a_cast_both_roles_see_the_same_far_positions(model_folder: Path) -> None:
-    module = SDFTModule(str(model_folder), weights_dtype="bfloat16")
+    module = SDFTModule(policy=Policy(str(model_folder), weights_dtype="bfloat16"))
     module.configure_model()
     module.to(torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
@@ -93,9 +95,11 @@ def test_after_a_cast_both_roles_see_the_same_far_positions(model_folder: Path) 
     masks = torch.ones_like(ids).bool(), torch.ones_like(answer).bool()
     given = ids, masks[0], answer, masks[1], masks[1]
     with torch.no_grad():
-        student = completion_hidden_states(module.student, *given)  # (N, D)
+        student = completion_hidden_states(
+            module.student, Tokens(*given[:2]), Tokens(*given[2:4]), given[4]
+        )  # (N, D)
     _, tokens = bounded_divergence(
-        module.teacher(*given),
+        module.teacher(Tokens(*given[:2]), Tokens(*given[2:4]), given[4]),
         module.teacher.gather_head(),
         student,
         module.gather_head(),
@@ -109,7 +113,7 @@ def test_after_a_cast_both_roles_see_the_same_far_positions(model_folder: Path) 
 
 
 def test_bf16_true_leaves_adapters_float32(fit_module: Callable[..., Any]) -> None:
-    module = fit_module(model={"lora": LoRA(r=2)}, precision="bf16-true")
+    module = fit_module(model={"policy": {"lora": LoRA(r=2)}}, precision="bf16-true")
     adapters = adapter_parameters(module.student)
     assert {each.dtype for each in adapters.values()} == {torch.float32}
     rest = [p for name, p in module.student.named_parameters() if name not in adapters]
@@ -145,10 +149,10 @@ def test_float16_still_refuses_to_clip_for_an_optimizer_that_divides_by_the_scal
     weight.grad = torch.ones(2)
     fused = torch.optim.AdamW([weight], fused=True)
     scaled = MixedPrecision("16-mixed", "cpu")
-    with precision.clipping_without_scale(scaled), pytest.raises(RuntimeError, match="fused"):
+    with window.clipping_without_scale(scaled), pytest.raises(RuntimeError, match="fused"):
         scaled.clip_gradients(fused, 1.0)
     unscaled = MixedPrecision("bf16-mixed", "cpu")
-    with precision.clipping_without_scale(unscaled):
+    with window.clipping_without_scale(unscaled):
         unscaled.clip_gradients(fused, 1.0)
     assert float(weight.grad.norm()) == pytest.approx(1.0)
     with pytest.raises(RuntimeError, match="fused"):  # outside all is Lightning's again

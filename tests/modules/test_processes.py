@@ -59,7 +59,7 @@ def test_export_of_a_run_on_two_processes_loads_with_the_trained_weights(
 
     run = fit("two", 2)
     path = run.folder / "checkpoints" / "last.ckpt"
-    given = [f"--model.model_name={model_folder}", f"--ckpt_path={path}", "--output_dir=out"]
+    given = [f"--model.policy.name={model_folder}", f"--ckpt_path={path}", "--output_dir=out"]
     run_cli("export", "--model=SDFTModule", *given)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     trained = run.weights()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.forward.policy import Policy
 from sdft_lightning.modules import ReinvokeModule
 from sdft_lightning.types import PromptBatch, Rollout
 
@@ -54,10 +55,13 @@ def test_unchanged_model_has_no_loss_and_no_gradient(
     fit_module: FitModule, prompts: dict[str, Any], model_folder: Path, tuned: str
 ) -> None:
     same, other = Recorder(), Recorder()
-    original = {"original_model_name": str(model_folder)}
+    original = {"original": {"name": str(model_folder)}}
     fit_module(ReinvokeModule, model=original, data=prompts, callbacks=[same])
     fit_module(
-        ReinvokeModule, model={**original, "model_name": tuned}, data=prompts, callbacks=[other]
+        ReinvokeModule,
+        model={**original, "policy": {"name": tuned}},
+        data=prompts,
+        callbacks=[other],
     )
     assert abs(same.loss) < 1e-6
     assert other.loss > 0.1
@@ -72,7 +76,7 @@ def test_loss_and_gradient_equal_forward_kl_from_the_original_on_the_bare_prompt
     # The rows of this file have demonstrations: they must not reach the teacher.
     fit_module(
         ReinvokeModule,
-        model={"original_model_name": str(model_folder), "model_name": tuned},
+        model={"original": {"name": str(model_folder)}, "policy": {"name": tuned}},
         callbacks=[recorder],
     )
     student, original = make_model(seed=1).double(), make_model().double()
@@ -106,8 +110,8 @@ def test_teacher_is_the_original_throughout_and_the_student_comes_nearer(
 ) -> None:
     first, last = Recorder(), Recorder()
     options = {
-        "original_model_name": str(model_folder),
-        "model_name": tuned,
+        "original": {"name": str(model_folder)},
+        "policy": {"name": tuned},
         "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
     }
     fit_module(ReinvokeModule, model=options, data=prompts, callbacks=[first])
@@ -132,9 +136,8 @@ def test_original_is_loaded_in_float32_though_the_student_trains_in_bfloat16(
     module = fit_module(
         ReinvokeModule,
         model={
-            "original_model_name": str(model_folder),
-            "model_name": tuned,
-            "weights_dtype": "bfloat16",
+            "original": {"name": str(model_folder)},
+            "policy": {"name": tuned, "weights_dtype": "bfloat16"},
         },
         data=prompts,
     )
@@ -156,10 +159,10 @@ def test_original_of_another_kind_is_refused_before_anything_is_loaded(
     model_folder: Path,
 ) -> None:
     other = make_model_folder("strange", **changes)
-    module = ReinvokeModule(str(other), model_name=str(model_folder))
+    module = ReinvokeModule(original=Policy(str(other)), policy=Policy(str(model_folder)))
     with pytest.raises(UserError) as error:
         module.check_before_fit([])
-    assert all(word in str(error.value) for word in ["model.original_model_name", *words])
+    assert all(word in str(error.value) for word in ["model.original.name", *words])
     assert "SFT started from" in str(error.value)
     assert module.student is None
 
@@ -171,6 +174,6 @@ def test_original_with_another_tokenizer_is_refused(
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["routing"])
     tokenizer.save_pretrained(folder)
-    module = ReinvokeModule(str(folder), model_name=str(model_folder))
+    module = ReinvokeModule(original=Policy(str(folder)), policy=Policy(str(model_folder)))
     with pytest.raises(UserError, match=r"another vocabulary .*routing"):
         module.check_before_fit([])

@@ -68,19 +68,19 @@ VARIANTS: dict[str, tuple[int, list[str]]] = {
     "dft": (10, ["--model=DFTModule"]),
     "cpt": (10, ["--model=CPTModule", "--data.columns.context=context"]),
     "sft_kl": (10, ["--model=SFTKLModule", "--model.kl_weight=0.5"]),
-    "reinvoke": (10, ["--model=ReinvokeModule", "--model.original_model_name=./original"]),
+    "reinvoke": (10, ["--model=ReinvokeModule", "--model.original.name=./original"]),
     # Killed in the second epoch: the text of the first comes out of the checkpoint.
     "offline": (10, ["--model=OfflineDistillationModule"]),
-    "lora": (10, ["--model.lora.r=4", "--trainer.accumulate_grad_batches=2"]),
+    "lora": (10, ["--model.policy.lora.r=4", "--trainer.accumulate_grad_batches=2"]),
     "lora_frozen_cached": (
         10,
         [
-            "--model.lora.r=4",
+            "--model.policy.lora.r=4",
             "--model.teacher=FrozenTeacher",
             "--model.teacher.cache_prompts=true",
         ],
     ),
-    "low_memory": (10, ["--model.weights_dtype=bfloat16"]),
+    "low_memory": (10, ["--model.policy.weights_dtype=bfloat16"]),
 }
 # Rounds stochastically; named behind the other options, since later ones win.
 LOW_MEMORY = [
@@ -124,9 +124,9 @@ def run_args(model_folder: Path, name: str, extra: list[str]) -> list[str]:
         "fit",
         "--model=SDFTModule",
         *extra,
-        f"--model.model_name={model_folder}",
+        f"--model.policy.name={model_folder}",
         *(["--model.sampling.max_new_tokens=8"] if samples else []),
-        "--model.eval_max_new_tokens=8",
+        "--model.evaluation.max_new_tokens=8",
         "--model.optimizer=AdamW",
         "--model.optimizer.lr=0.01",
         "--model.schedule.warmup_steps=3",
@@ -143,7 +143,7 @@ def run_args(model_folder: Path, name: str, extra: list[str]) -> list[str]:
         "--trainer.callbacks+=CompletionLog",
         "--trainer.callbacks.every_n_steps=1",
         f"--run.name={name}",
-        *(LOW_MEMORY if "--model.weights_dtype=bfloat16" in extra else []),
+        *(LOW_MEMORY if "--model.policy.weights_dtype=bfloat16" in extra else []),
     ]
 
 

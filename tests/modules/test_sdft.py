@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.forward.policy import Policy
 from sdft_lightning.losses.divergence import Divergence
 from sdft_lightning.modules import OfflineDistillationModule, ReinvokeModule, SDFTModule
-from sdft_lightning.modules.on_policy import distinct_bigrams
+from sdft_lightning.modules.window import distinct_bigrams
 from sdft_lightning.rollout import Sampling
-from sdft_lightning.rollout.uniforms import row_uniforms
-from sdft_lightning.types import PromptBatch, Rollout
+from sdft_lightning.rollout.sampling import row_uniforms
+from sdft_lightning.types import PromptBatch, Rollout, Tokens
 
 FitModule = Callable[..., Any]
 
@@ -161,16 +162,16 @@ class OneByOne(SDFTModule):
 def test_accumulation_window_is_sampled_at_once_and_completes_as_one_by_one(
     fit_module: FitModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sdft_lightning.rollout.engine as module_of_engine
+    import sdft_lightning.rollout.student as file_of_passes
 
     sizes: list[int] = []
-    generate = module_of_engine.generate_rollout
+    generate = file_of_passes.generate_rollout
 
-    def counted(model: Any, prompt_ids: Tensor, *args: Any, **more: Any) -> Rollout:
-        sizes.append(prompt_ids.shape[0])
-        return generate(model, prompt_ids, *args, **more)
+    def counted(model: Any, prompts: Tokens, *args: Any, **more: Any) -> Rollout:
+        sizes.append(len(prompts.ids))
+        return generate(model, prompts, *args, **more)
 
-    monkeypatch.setattr(module_of_engine, "generate_rollout", counted)
+    monkeypatch.setattr(file_of_passes, "generate_rollout", counted)
     together, apart = Recorder(), Recorder()
     options = {"accumulate_grad_batches": 3, "max_steps": 3}
     fit_module(callbacks=[together], **options)
@@ -219,8 +220,14 @@ def test_completions_all_shorter_than_the_skip_give_zeros_not_nan_and_are_told_o
 
 def test_skip_that_leaves_no_token_of_any_completion_is_refused() -> None:
     with pytest.raises(UserError, match=r"num_loss_tokens_to_skip: got 8, .* at most 8 tokens"):
-        SDFTModule("embedded", num_loss_tokens_to_skip=8, sampling=Sampling(max_new_tokens=8))
-    SDFTModule("embedded", num_loss_tokens_to_skip=7, sampling=Sampling(max_new_tokens=8))
+        SDFTModule(
+            policy=Policy("embedded"),
+            num_loss_tokens_to_skip=8,
+            sampling=Sampling(max_new_tokens=8),
+        )
+    SDFTModule(
+        policy=Policy("embedded"), num_loss_tokens_to_skip=7, sampling=Sampling(max_new_tokens=8)
+    )
 
 
 def test_distinct_bigrams_counts_pairs_inside_the_mask_only() -> None:
@@ -253,6 +260,8 @@ def test_sampled_token_is_refused_where_the_token_is_not_the_students_own_draw(
 
 def test_sampled_token_takes_any_temperature() -> None:
     SDFTModule(divergence=SAMPLED_TOKEN, sampling=Sampling(temperature=0.7))
-    ReinvokeModule("embedded", divergence=SAMPLED_TOKEN)
+    ReinvokeModule(original=Policy("embedded"), divergence=SAMPLED_TOKEN)
     with pytest.raises(UserError, match=r"model\.sampling\.top_p"):
-        ReinvokeModule("embedded", divergence=SAMPLED_TOKEN, sampling=Sampling(top_p=0.9))
+        ReinvokeModule(
+            original=Policy("embedded"), divergence=SAMPLED_TOKEN, sampling=Sampling(top_p=0.9)
+        )

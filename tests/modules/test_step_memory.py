@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from sdft_lightning.forward import hidden
 from sdft_lightning.forward.fused import completion_states
 from sdft_lightning.forward.fused.structure import Decoder
 from sdft_lightning.modules import SDFTModule, SFTModule
-from sdft_lightning.rollout import Sampling, SamplingWeights, shared_prompts
+from sdft_lightning.rollout import Sampling, StudentPasses, student
 
 FitModule = Callable[..., Any]
 
@@ -66,7 +67,7 @@ def test_student_is_computed_with_the_weights_that_were_rounded_to_sample_with(
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             outputs = super().training_step(batch, batch_idx)
-            copied, head = self.rounded_student, self.gather_head()
+            copied, head = self.passes._rounded(), self.gather_head()
             assert (copied is None) is (dtype == "same")
             assert (head.rounded is None) is (dtype == "same")
             for name, weight in self.student.named_parameters() if copied is not None else ():
@@ -76,7 +77,7 @@ def test_student_is_computed_with_the_weights_that_were_rounded_to_sample_with(
     monkeypatch.setattr(hidden, "completion_states", spy)
     fit_module(
         Compared,
-        model={"sampling_dtype": dtype, "sampling": Sampling(max_new_tokens=4)},
+        model={"policy": {"sampling_dtype": dtype}, "sampling": Sampling(max_new_tokens=4)},
         max_steps=3,
         max_epochs=-1,
         precision="bf16-mixed",
@@ -85,10 +86,14 @@ def test_student_is_computed_with_the_weights_that_were_rounded_to_sample_with(
 
 
 def test_a_copy_of_an_older_step_is_not_taken_for_the_student(model: Any) -> None:
-    weights = SamplingWeights("bfloat16")
-    copied = weights.model(model, 3)
-    assert weights.rounded(model, 3) is copied
-    assert weights.rounded(model, 4) is None
+    passes = StudentPasses("bfloat16")
+    copied = passes.at(model, 3).sampler()
+    assert passes.at(model, 3)._rounded() is copied
+    assert passes.at(model, 4)._rounded() is None
+    assert passes.at(copy.deepcopy(model), 3)._rounded() is None
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2.0)
+    assert passes.at(model, 3)._rounded() is None
 
 
 class Steps(L.Callback):
@@ -120,19 +125,22 @@ def test_prompts_of_a_rollout_serve_the_student_and_change_nothing(
 
     def spy(*arguments: Any) -> Tensor:
         if torch.is_grad_enabled():
-            shared.append(arguments[-1] is not None)
-        return completion_states(*arguments)
+            before = sum(each.is_stored for each in arguments[-1])
+        found = completion_states(*arguments)
+        if torch.is_grad_enabled():
+            shared.append(sum(each.is_stored for each in arguments[-1]) < before)
+        return found
 
     monkeypatch.setattr(hidden, "completion_states", spy)
     found = []
     for shares in (True, False):
         if not shares:
-            monkeypatch.setattr(shared_prompts, "_pair", lambda *_: None)
+            monkeypatch.setattr(student, "_pair", lambda *_: None)
         steps = Steps()
         module = fit_module(
             SDFTModule,
             model={
-                "sampling_dtype": "bfloat16" if rounded == "copy" else "same",
+                "policy": {"sampling_dtype": "bfloat16" if rounded == "copy" else "same"},
                 "sampling": Sampling(max_new_tokens=9, completions_per_prompt=samples),
                 "optimizer": lambda p: torch.optim.AdamW(p, lr=rate),
             },
@@ -143,7 +151,7 @@ def test_prompts_of_a_rollout_serve_the_student_and_change_nothing(
             precision="32-true" if rounded == "no" else "bf16-mixed",
         )
         assert shared == [shares] * 8
-        assert module._shared_prompts._kept == {}
+        assert module.passes._stored == []
         shared.clear()
         found.append(steps)
     if rounded == "no":
@@ -162,7 +170,7 @@ def test_a_float32_student_is_not_computed_with_rounded_weights(
         return completion_states(*arguments)
 
     monkeypatch.setattr(hidden, "completion_states", spy)
-    fit_module(SDFTModule, model={"sampling_dtype": "bfloat16"}, precision="32-true")
+    fit_module(SDFTModule, model={"policy": {"sampling_dtype": "bfloat16"}}, precision="32-true")
     assert rounded == [None, None]
 
 
@@ -171,21 +179,25 @@ def test_nothing_is_kept_where_no_gradient_is_wanted(fit_module: FitModule) -> N
     rows = module.trainer.datamodule
     batch = rows.batch_of(rows.training_rows()[:2])
     with torch.no_grad():
-        assert module.read_prompts([batch], 0) is None
-    assert module.read_prompts([batch], 0) is not None
+        module.sample_rollouts([batch], 0)
+        assert module.passes._stored == []
+    module.sample_rollouts([batch], 0)
+    assert len(module.passes._stored) == 1
     module.teardown("fit")
-    assert module._shared_prompts._kept == {}
+    assert module.passes._stored == []
 
 
 def test_loaded_weights_do_not_meet_prompts_that_others_have_read(fit_module: FitModule) -> None:
     module = fit_module(SDFTModule)
-    module._shared_prompts._kept = {"stale": object()}
+    rows = module.trainer.datamodule
+    module.sample_rollouts([rows.batch_of(rows.training_rows()[:2])], 0)
+    assert len(module.passes._stored) == 1
     module.forget_copies()
-    assert module._shared_prompts._kept == {}
+    assert module.passes._stored == []
 
 
 def test_teachers_completions_share_nothing_with_the_student(
     fit_module: FitModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared_prompts, "_pair", None)  # not reached
+    monkeypatch.setattr(student, "_pair", None)  # not reached
     fit_module(SDFTModule, model={"generate_from_teacher": True})

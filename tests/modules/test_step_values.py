@@ -24,15 +24,15 @@ from sdft_lightning.modules import (
     SFTKLModule,
     SFTModule,
 )
-from sdft_lightning.modules.step_values import StepValues
+from sdft_lightning.modules.window import StepValues
 from sdft_lightning.rollout import (
     Engine,
     RolloutRequest,
     Sampling,
-    SamplingWeights,
+    StudentPasses,
     TransformersEngine,
 )
-from sdft_lightning.rollout.mismatch import SamplerAlarm
+from sdft_lightning.rollout.mismatch import Mismatch
 from sdft_lightning.types import Rollout, TokenStatistics
 
 FitModule = Callable[..., Any]
@@ -145,8 +145,8 @@ class OffUntilTheLast(Engine):
 
     truncates_log_probs = False
 
-    def generate(self, student: Any, weights: SamplingWeights, request: RolloutRequest) -> Rollout:
-        rollout = TransformersEngine().generate(student, weights, request)
+    def generate(self, student: StudentPasses, request: RolloutRequest) -> Rollout:
+        rollout = TransformersEngine().generate(student, request)
         shift = torch.full_like(rollout.sampled_log_probs, 5.0)
         shift[-2:] = 0.0
         return rollout._replace(sampled_log_probs=rollout.sampled_log_probs - shift)
@@ -157,7 +157,7 @@ def test_sampler_that_is_off_in_all_but_the_last_micro_batch_stops_the_run_or_is
     stop: float | None, fit_module: FitModule, caplog: pytest.LogCaptureFixture
 ) -> None:
     logged = Logged()
-    options = {"engine": OffUntilTheLast(), "sampler_alarm": SamplerAlarm(stop_above=stop)}
+    options = {"engine": OffUntilTheLast(), "mismatch": Mismatch(stop_above=stop)}
     options |= {"sampling": Sampling(4)}
     fit = {"model": options, "callbacks": [logged], "accumulate_grad_batches": 4}
     if stop is not None:

@@ -31,7 +31,7 @@ def windows(fit_args: list[str], train_file: Path) -> Callable[..., list[str]]:
             "--trainer.logger=false",
             "--trainer.num_sanity_val_steps=0",
             "--trainer.limit_val_batches=1",
-            "--model.eval_max_new_tokens=2",
+            "--model.evaluation.max_new_tokens=2",
             "--model.schedule.name=constant",
             "--model.optimizer.class_path=torch.optim.SGD",
             "--model.optimizer.init_args.lr=0.5",

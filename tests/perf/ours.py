@@ -18,6 +18,7 @@ from workload import Workload, make_rows, report, write_rows
 from sdft_lightning.data import DemonstrationDataModule
 from sdft_lightning.data.prompts import PromptStyle
 from sdft_lightning.errors import quieten
+from sdft_lightning.forward.policy import Policy
 from sdft_lightning.modules import SDFTModule, SFTModule
 from sdft_lightning.modules.schedule import Schedule
 from sdft_lightning.rollout import Sampling
@@ -40,9 +41,9 @@ class Clock(L.Callback):
         self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add up the micro-batches of a window."""
-        for name, seconds in module.timer.seconds.items():
+        for name, seconds in module.timing.seconds.items():
             self._window[name] += seconds
-        module.timer.seconds.clear()
+        module.timing.seconds.clear()
         self._tokens += module.completion_tokens
         if (batch_idx + 1) % self.accumulate == 0:
             self.ends.append(time.perf_counter())
@@ -57,10 +58,9 @@ class Clock(L.Callback):
 def build(method: str, workload: Workload) -> Any:
     """The module of a method."""
     shared: dict[str, Any] = {
-        "model_name": workload.model,
+        "policy": Policy(workload.model, gradient_checkpointing=workload.checkpointing),
         "optimizer": partial(torch.optim.AdamW, lr=1e-6, weight_decay=0.0, fused=True),
         "schedule": Schedule(name="constant"),
-        "gradient_checkpointing": workload.checkpointing,
     }
     if method == "sft":
         return SFTModule(**shared)

@@ -20,7 +20,7 @@ import torch
 from processes import Side, Spread, alternate, ratios, run, seconds_of
 from workload import Workload, needed_gigabytes, random_model
 
-from sdft_lightning.rollout.weights import has_native_bfloat16
+from sdft_lightning.rollout.student import has_native_bfloat16
 
 Row = tuple[str, str, str, str]
 

@@ -24,11 +24,11 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from workload import Workload, make_rows, peak_gigabytes
 
 import sdft_lightning.rollout.generate as generate_module
-from sdft_lightning.forward.policy import load_policy
+from sdft_lightning.forward.policy import Policy, load_policy
 from sdft_lightning.rollout import Sampling, generate_rollout
-from sdft_lightning.rollout.sampling import choose_tokens
-from sdft_lightning.rollout.uniforms import row_uniforms
-from sdft_lightning.rollout.weights import SamplingWeights
+from sdft_lightning.rollout.sampling import choose_tokens, row_uniforms
+from sdft_lightning.rollout.student import StudentPasses
+from sdft_lightning.types import Tokens
 
 REPEATS = 2
 
@@ -89,12 +89,14 @@ def with_ours(model: Any, ids: Tensor, mask: Tensor, lengths: list[int], stops: 
 
     generate_module.choose_tokens = choose
     sampling = Sampling(max_new_tokens=max(lengths))
-    return generate_rollout(model, ids, mask, sampling, uniforms, stops, stops[0]).completion_ids
+    return generate_rollout(
+        model, Tokens(ids, mask), sampling, uniforms, stops, stops[0]
+    ).completion_ids
 
 
 def main(kind: str, workload: Workload, tail: bool) -> None:
     """Print the median seconds and how many tokens came out."""
-    policy = load_policy(workload.model)
+    policy = load_policy(Policy(workload.model))
     rows = make_rows(workload, workload.micro_batch)
     messages = [[{"role": "user", "content": row["prompt"]}] for row in rows]
     encoded = policy.tokenizer.apply_chat_template(
@@ -110,16 +112,16 @@ def main(kind: str, workload: Workload, tail: bool) -> None:
     sample = with_ours if kind == "ours" else with_generate
     reduced = workload.precision == "bf16"
     dtypes: dict[str, Any] = {"ours": "auto", "generate_copy": "bfloat16"}
-    weights = SamplingWeights(dtypes.get(kind, "same") if reduced else "same")
+    weights = StudentPasses(dtypes.get(kind, "same") if reduced else "same")
     casts = reduced and kind != "generate_copy"
     context = torch.autocast("cpu", torch.bfloat16) if casts else None
     policy.model.eval().requires_grad_(True)
-    weights.model(policy.model, 0)  # as before the first step of a run
+    weights.at(policy.model, 0).sampler()  # as before the first step of a run
     seconds = []
     with torch.no_grad(), context or nullcontext():
         for repeat in range(REPEATS):
             start = time.perf_counter()
-            model = weights.model(policy.model, repeat + 1)
+            model = weights.at(policy.model, repeat + 1).sampler()
             completions = sample(model, ids, mask, lengths, stops)
             seconds.append(time.perf_counter() - start)
     ends = torch.isin(completions, torch.tensor(stops)).int().argmax(dim=1) + 1  # (R,)

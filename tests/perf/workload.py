@@ -14,7 +14,7 @@ import torch
 
 from sdft_lightning.data.sources import read_rows
 from sdft_lightning.models.tokenization import load_tokenizer, resolve_model
-from sdft_lightning.rollout.weights import has_native_bfloat16
+from sdft_lightning.rollout.student import has_native_bfloat16
 
 # What Python, torch and the other libraries hold before any model is there, in bytes.
 LIBRARIES = 5e8

@@ -66,7 +66,7 @@ def test_a_fit_may_follow_in_the_same_run(
         (["--model=SFTModule"], "SFTModule has none"),
         (["--model=OfflineDistillationModule"], "OfflineDistillationModule has none"),
         (
-            ["--model=ReinvokeModule", "--model.original_model_name={model_folder}"],
+            ["--model=ReinvokeModule", "--model.original.name={model_folder}"],
             "ReinvokeModule has none",
         ),
         (["--rows=1"], "preflight.rows: got 1 of 12"),

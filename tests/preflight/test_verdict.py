@@ -79,7 +79,7 @@ def report(
             report(0.0, 0.9, 0.5)._replace(teacher=role(0.9, truncated=0.8)),
             "warn",
             1,
-            "eval_max_new_tokens",
+            "evaluation.max_new_tokens",
         ),
         (report(0.0, 0.9, 0.5)._replace(teacher=role(0.9, copied=0.95)), "go", 0, ""),
         (report(0.0, 0.9, 0.5, demonstrations_right=0.5), "go", 0, ""),

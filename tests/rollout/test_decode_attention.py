@@ -10,10 +10,11 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sdft_lightning.forward.kv_cache import cache_argument, cache_of
-from sdft_lightning.rollout import Sampling, decode_attention, generate_rollout
-from sdft_lightning.rollout.decode_attention import decode_attention as single_queries
-from sdft_lightning.rollout.decode_attention import single_query
-from sdft_lightning.rollout.uniforms import row_uniforms
+from sdft_lightning.rollout import Sampling, decode_mode, generate_rollout
+from sdft_lightning.rollout.decode_mode import decode_attention as single_queries
+from sdft_lightning.rollout.decode_mode import single_query
+from sdft_lightning.rollout.sampling import row_uniforms
+from sdft_lightning.types import Tokens
 
 
 def inputs(keys: int = 7, heads: int = 6, shared: int = 2) -> tuple[torch.Tensor, ...]:
@@ -72,7 +73,7 @@ def test_it_is_used_in_bfloat16_for_new_tokens_only_and_the_kernel_comes_back(
         calls.append((query.shape[2], key.shape[2]))
         return single_query(query, key, *rest)
 
-    monkeypatch.setattr(decode_attention, "single_query", counted)
+    monkeypatch.setattr(decode_mode, "single_query", counted)
     kernel = ALL_ATTENTION_FUNCTIONS["sdpa"]
     model = model.to(getattr(torch, dtype))
     model.set_attn_implementation(attention)
@@ -80,7 +81,7 @@ def test_it_is_used_in_bfloat16_for_new_tokens_only_and_the_kernel_comes_back(
     mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
     sampling = Sampling(max_new_tokens=4)
     numbers = row_uniforms(0, 0, ["a", "b"], 1, 4)
-    rollout = generate_rollout(model, ids, mask, sampling, numbers, [271], 0)
+    rollout = generate_rollout(model, Tokens(ids, mask), sampling, numbers, [271], 0)
     layers = model.config.num_hidden_layers
     new = rollout.completion_ids.shape[1]
     assert calls == [(1, 3 + step) for step in range(1, new) for _ in range(layers) if used]

@@ -7,16 +7,19 @@ from typing import Any
 import pytest
 import torch
 
-from sdft_lightning.rollout import Sampling, SamplingWeights, generate_rollout
+from sdft_lightning.rollout import Sampling, StudentPasses, generate_rollout
 from sdft_lightning.rollout.decode_mode import decode_mode
-from sdft_lightning.rollout.uniforms import row_uniforms
+from sdft_lightning.rollout.sampling import row_uniforms
+from sdft_lightning.types import Tokens
 
 
 def rollout(model: Any) -> Any:
     ids = torch.randint(3, 60, (3, 6), generator=torch.Generator().manual_seed(1))
     sampling = Sampling(max_new_tokens=5)
     uniforms = row_uniforms(0, 0, ["a", "b", "c"], 1, 5)
-    return generate_rollout(model, ids, torch.ones_like(ids).bool(), sampling, uniforms, [2], 0)
+    return generate_rollout(
+        model, Tokens(ids, torch.ones_like(ids).bool()), sampling, uniforms, [2], 0
+    )
 
 
 def test_head_gets_its_inputs_in_one_piece_and_keeps_no_hook(model: Any) -> None:
@@ -47,8 +50,8 @@ def test_head_keeps_no_hook_after_an_error(model: Any) -> None:
 def test_only_weights_that_are_all_bfloat16_are_sampled_from_without_autocast(
     model: Any, either_processor: bool
 ) -> None:
-    copied = SamplingWeights("bfloat16").model(model, 0)
-    mixed = SamplingWeights("bfloat16").model(model, 0)
+    copied = StudentPasses("bfloat16").at(model, 0).sampler()
+    mixed = StudentPasses("bfloat16").at(model, 0).sampler()
     next(iter(mixed.parameters())).data = next(iter(mixed.parameters())).data.float()
     with torch.autocast("cpu", torch.bfloat16):
         # A float32 model leaves it where it would be slow.
@@ -59,7 +62,7 @@ def test_only_weights_that_are_all_bfloat16_are_sampled_from_without_autocast(
 
 
 def test_copy_samples_under_autocast_what_it_samples_without(model: Any) -> None:
-    copied = SamplingWeights("bfloat16").model(model, 0)
+    copied = StudentPasses("bfloat16").at(model, 0).sampler()
     plain = rollout(copied)
     with torch.autocast("cpu", torch.bfloat16):
         inside = rollout(copied)

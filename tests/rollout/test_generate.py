@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.forward import prefix as prefix_room
+from sdft_lightning.forward import layout
 from sdft_lightning.forward.fused import DecodingSteps
 from sdft_lightning.rollout import Sampling, generate, generate_rollout, greedy_rollout
-from sdft_lightning.rollout.uniforms import row_uniforms
-from sdft_lightning.types import Rollout
+from sdft_lightning.rollout.sampling import row_uniforms
+from sdft_lightning.types import Rollout, Tokens
 
 Pad = Callable[..., tuple[Tensor, Tensor]]
 
@@ -39,7 +39,7 @@ def sample(
     names = [ROWS[row] for row in rows]
     samples = sampling.completions_per_prompt
     numbers = row_uniforms(1, 0, names, samples, sampling.max_new_tokens)
-    return completions(generate_rollout(model, ids, mask, sampling, numbers, stops, PAD))
+    return completions(generate_rollout(model, Tokens(ids, mask), sampling, numbers, stops, PAD))
 
 
 def completions(rollout: Rollout) -> list[tuple[list[int], bool]]:
@@ -55,14 +55,14 @@ SAMPLING = Sampling(max_new_tokens=16)
 def free_greedy(model: Any, pad: Pad) -> Tensor:
     """Greedy completions that nothing stops."""
     ids, mask = pad(PROMPTS)
-    return greedy_rollout(model, ids, mask, 10, [271], PAD).completion_ids
+    return greedy_rollout(model, Tokens(ids, mask), 10, [271], PAD).completion_ids
 
 
 def test_greedy_equals_that_of_transformers_token_by_token(model: Any, pad_left: Pad) -> None:
     free = free_greedy(model, pad_left)
     stops = sorted({int(free[0, 2]), int(free[3, 4]), int(free[4, 7])})
     ids, mask = pad_left(PROMPTS, PAD)
-    mine = greedy_rollout(model, ids, mask, 10, stops, PAD)
+    mine = greedy_rollout(model, Tokens(ids, mask), 10, stops, PAD)
     theirs = model.generate(
         input_ids=ids,
         attention_mask=mask.long(),
@@ -82,7 +82,7 @@ def test_the_first_stop_token_is_included_and_nothing_after(model: Any, pad_left
     stop = int(free[0, 4])
     place = free[0].tolist().index(stop)
     ids, mask = pad_left(PROMPTS)
-    rollout = greedy_rollout(model, ids, mask, 10, [stop], PAD)
+    rollout = greedy_rollout(model, Tokens(ids, mask), 10, [stop], PAD)
     row = rollout.completion_ids[0].tolist()
     assert row[: place + 1] == free[0, : place + 1].tolist()
     assert row[place + 1 :] == [PAD] * (len(row) - place - 1)
@@ -93,9 +93,9 @@ def test_the_first_stop_token_is_included_and_nothing_after(model: Any, pad_left
 
 def test_the_rollout_is_as_long_as_its_longest_completion(model: Any, pad_left: Pad) -> None:
     ids, mask = pad_left(PROMPTS)
-    free = greedy_rollout(model, ids, mask, 10, [271], PAD).completion_ids
+    free = greedy_rollout(model, Tokens(ids, mask), 10, [271], PAD).completion_ids
     stops = sorted(set(free[:, 2].tolist()))
-    rollout = greedy_rollout(model, ids, mask, 10, stops, PAD)
+    rollout = greedy_rollout(model, Tokens(ids, mask), 10, stops, PAD)
     assert rollout.completion_ids.shape == rollout.completion_mask.shape
     assert rollout.completion_ids.shape[1] == int(rollout.completion_mask.sum(1).max()) <= 3
     assert not rollout.truncated.any()
@@ -113,7 +113,7 @@ def test_truncated_says_that_no_stop_token_came_in_time(model: Any, pad_left: Pa
 def test_a_stop_token_at_the_last_place_is_not_truncated(model: Any, pad_left: Pad) -> None:
     free = free_greedy(model, pad_left)
     ids, mask = pad_left(PROMPTS)
-    rollout = greedy_rollout(model, ids, mask, 1, [int(free[0, 0])], PAD)
+    rollout = greedy_rollout(model, Tokens(ids, mask), 1, [int(free[0, 0])], PAD)
     assert rollout.completion_ids[0].tolist() == [int(free[0, 0])]
     assert not rollout.truncated[0]
     assert rollout.truncated.tolist() == (free[:, 0] != free[0, 0]).tolist()
@@ -142,7 +142,7 @@ def test_more_padding_changes_nothing(model: Any, pad_left: Pad) -> None:
     wider = torch.cat([torch.full((6, 5), 9), ids], dim=1)
     wider_mask = torch.cat([torch.zeros(6, 5).bool(), mask], dim=1)
     numbers = row_uniforms(1, 0, ROWS, 1, 16)
-    rollout = generate_rollout(model, wider, wider_mask, SAMPLING, numbers, STOPS, PAD)
+    rollout = generate_rollout(model, Tokens(wider, wider_mask), SAMPLING, numbers, STOPS, PAD)
     assert completions(rollout) == sample(model, pad_left, EVERY, SAMPLING)
 
 
@@ -151,14 +151,14 @@ def test_dropping_finished_rows_changes_nothing(
     model: Any, pad_left: Pad, monkeypatch: pytest.MonkeyPatch, fused: bool
 ) -> None:
     sizes: list[int] = []
-    step = DecodingSteps.__call__
+    step = DecodingSteps.step
 
     def counted(self: DecodingSteps, tokens: Tensor) -> Tensor:
         sizes.append(len(tokens))
         return step(self, tokens)
 
     if fused:
-        monkeypatch.setattr(DecodingSteps, "__call__", counted)
+        monkeypatch.setattr(DecodingSteps, "step", counted)
     else:  # a model with a hook is not fused
         hook = model.base_model.register_forward_hook
         hook(lambda _module, _args, output: sizes.append(len(output.last_hidden_state)))
@@ -197,8 +197,8 @@ def test_prefix_sharing_changes_nothing(
     )
     found = []
     for shortest in (1, 12, 13):
-        monkeypatch.setattr(prefix_room, "SHORTEST", shortest)
-        rollout = generate_rollout(model, ids, mask, sampling, numbers, STOPS, PAD)
+        monkeypatch.setattr(layout, "SHORTEST", shortest)
+        rollout = generate_rollout(model, Tokens(ids, mask), sampling, numbers, STOPS, PAD)
         found.append(completions(rollout))
         assert (rows[0] == 1) == (shortest <= 12)  # the prefix is read once, for one row
         rows.clear()
@@ -212,7 +212,7 @@ def test_sampled_log_probs_are_those_of_a_full_forward_pass(
     sampling = Sampling(max_new_tokens=12, temperature=temperature, top_k=50)
     ids, mask = pad_left(PROMPTS)
     numbers = row_uniforms(1, 0, ROWS, 1, 12)
-    rollout = generate_rollout(model, ids, mask, sampling, numbers, STOPS, PAD)
+    rollout = generate_rollout(model, Tokens(ids, mask), sampling, numbers, STOPS, PAD)
     for row, (tokens, _) in enumerate(completions(rollout)):
         whole = torch.tensor([PROMPTS[row] + tokens])
         with torch.no_grad():
@@ -229,7 +229,7 @@ def test_other_numbers_give_other_completions(model: Any, pad_left: Pad) -> None
     found = [
         completions(
             generate_rollout(
-                model, ids, mask, SAMPLING, row_uniforms(1, step, ROWS, 1, 16), STOPS, PAD
+                model, Tokens(ids, mask), SAMPLING, row_uniforms(1, step, ROWS, 1, 16), STOPS, PAD
             )
         )
         for step in (0, 1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sdft_lightning.rollout import Sampling, generate_rollout, greedy_rollout
-from sdft_lightning.types import Rollout
+from sdft_lightning.types import Rollout, Tokens
 
 IDS = torch.tensor([[0, 5, 6, 7], [8, 9, 10, 11]])
 MASK = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]).bool()
@@ -33,7 +33,7 @@ def gpt2_with_dropout() -> Any:
 
 
 def greedy(model: Any) -> Rollout:
-    return greedy_rollout(model, IDS, MASK, 6, [1], 0)
+    return greedy_rollout(model, Tokens(IDS, MASK), 6, [1], 0)
 
 
 def test_a_model_in_train_mode_samples_without_dropout() -> None:
@@ -72,7 +72,9 @@ def test_no_gradient_and_no_change_of_inputs_or_random_state(model: Any) -> None
     numbers = torch.full((2, 5), 0.5, dtype=torch.float64)
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    rollout = generate_rollout(model, ids, mask, Sampling(max_new_tokens=5), numbers, [2], 2)
+    rollout = generate_rollout(
+        model, Tokens(ids, mask), Sampling(max_new_tokens=5), numbers, [2], 2
+    )
     assert not rollout.sampled_log_probs.requires_grad
     assert torch.is_grad_enabled()
     assert torch.equal(torch.get_rng_state(), state)
@@ -81,7 +83,7 @@ def test_no_gradient_and_no_change_of_inputs_or_random_state(model: Any) -> None
 
 
 def test_masks_are_boolean_and_log_probs_float32(model: Any) -> None:
-    rollout = greedy_rollout(model, IDS, MASK, 5, [2], 2)
+    rollout = greedy_rollout(model, Tokens(IDS, MASK), 5, [2], 2)
     assert rollout.completion_mask.dtype == rollout.truncated.dtype == torch.bool
     assert rollout.sampled_log_probs.dtype == torch.float32
     assert rollout.completion_ids.dtype == torch.long
@@ -89,16 +91,16 @@ def test_masks_are_boolean_and_log_probs_float32(model: Any) -> None:
 
 def test_learned_positions_count_from_the_first_token_and_not_from_the_padding() -> None:
     model = gpt2_with_dropout().eval()
-    alone = greedy_rollout(model, IDS[:1, 1:], MASK[:1, 1:], 6, [1], 0)
+    alone = greedy_rollout(model, Tokens(IDS[:1, 1:], MASK[:1, 1:]), 6, [1], 0)
     batch = greedy(model)
     kept = batch.completion_mask[0]
     assert batch.completion_ids[0][kept].tolist() == alone.completion_ids[0].tolist()
 
 
 def test_a_model_with_gradient_checkpointing_samples_the_same(model: Any) -> None:
-    expected = greedy_rollout(model, IDS, MASK, 8, [2], 2)
+    expected = greedy_rollout(model, Tokens(IDS, MASK), 8, [2], 2)
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = True
-    found = greedy_rollout(model.train(), IDS, MASK, 8, [2], 2)
+    found = greedy_rollout(model.train(), Tokens(IDS, MASK), 8, [2], 2)
     assert found.completion_ids.tolist() == expected.completion_ids.tolist()

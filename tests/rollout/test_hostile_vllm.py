@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.rollout import RolloutRequest, Sampling, SamplingWeights, VLLMServerEngine
-from sdft_lightning.rollout.mismatch import MismatchCorrection
+from sdft_lightning.rollout import RolloutRequest, Sampling, StudentPasses, VLLMServerEngine
+from sdft_lightning.rollout.mismatch import Mismatch
+from sdft_lightning.types import Tokens
 
 pytestmark = pytest.mark.attack
 
@@ -68,8 +69,8 @@ def sample(vllm: Any, tmp_path: Path, model: Any) -> Callable[..., Any]:
         ids = torch.tensor([[3, 4, 5]])  # (1, P)
         sampling = Sampling(4, completions_per_prompt=2)
         mask = torch.ones_like(ids, dtype=torch.bool)
-        request = RolloutRequest(ids, mask, ["a"], sampling, 1, 0, [2, 9], 0)
-        return engine.generate(model, SamplingWeights("same"), request)
+        request = RolloutRequest(Tokens(ids, mask), ["a"], sampling, 1, 0, [2, 9], 0)
+        return engine.generate(StudentPasses("same").at(model, 0), request)
 
     return run
 
@@ -279,10 +280,10 @@ def test_secrets_in_options_are_refused_and_not_printed_back(
 @pytest.mark.parametrize("kind", ["none", "token", "sequence"])
 def test_correction_refuses_what_would_make_the_weights_nan(kind: Any, value: float) -> None:
     difference, keep = torch.tensor([0.0, value]), torch.tensor([[True, True]])
-    correction = MismatchCorrection(kind)
+    correction = Mismatch(kind)
     with pytest.raises(UserError, match="1 of 2 sampled tokens is not finite"):
         correction.weights(difference, keep)
-    with pytest.raises(UserError, match=r"model\.mismatch_correction"):
+    with pytest.raises(UserError, match=r"model\.mismatch"):
         correction.statistics(difference)
 
 
@@ -293,7 +294,7 @@ def test_odd_log_probs_end_a_run_before_its_weights_have_moved(
     engine = VLLMServerEngine(vllm.url, exchange_folder=str(tmp_path), max_retries=0)
     with pytest.raises(UserError, match="nan as the log-probability"):
         fit_module(
-            model={"engine": engine, "mismatch_correction": MismatchCorrection("token")},
+            model={"engine": engine, "mismatch": Mismatch("token")},
             default_root_dir=tmp_path,
             enable_checkpointing=True,
         )

@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.rollout import RolloutRequest, Sampling, SamplingWeights, VLLMEngine
-from sdft_lightning.rollout.sampled import Sampled, as_rollout
-from sdft_lightning.rollout.uniforms import row_seeds
-from sdft_lightning.rollout.vllm_weights import WeightsFolder
+from sdft_lightning.rollout import RolloutRequest, Sampling, StudentPasses, VLLMEngine
+from sdft_lightning.rollout.engine import Sampled, as_rollout
+from sdft_lightning.rollout.sampling import row_seeds
+from sdft_lightning.rollout.vllm.weights import WeightsFolder
+from sdft_lightning.types import Tokens
 
 
 class FakeLLM:
@@ -80,11 +81,11 @@ def request(step: int = 0, samples: int = 2) -> RolloutRequest:
     sampling = Sampling(5, 0.7, top_p=0.9, completions_per_prompt=samples)
     ids = torch.tensor([[0, 0, 5], [3, 4, 5]])  # (2, P), the first padded
     mask = torch.tensor([[False, False, True], [True, True, True]])  # (2, P)
-    return RolloutRequest(ids, mask, ["a", "b"], sampling, 1, step, [2, 9], 0)
+    return RolloutRequest(Tokens(ids, mask), ["a", "b"], sampling, 1, step, [2, 9], 0)
 
 
 def generate(engine: VLLMEngine, model: Any, step: int = 0) -> Any:
-    return engine.generate(model, SamplingWeights("same"), request(step))
+    return engine.generate(StudentPasses("same").at(model, 0), request(step))
 
 
 def test_every_completion_is_asked_for_by_token_ids_with_its_own_seed(

@@ -12,9 +12,10 @@ from sdft_lightning.models.lora import adapter_layers, merged_copy, merged_weigh
 from sdft_lightning.models.precision import multiplies_bfloat16
 from sdft_lightning.rollout import Sampling, generate_rollout
 from sdft_lightning.rollout import decode_mode as decode_file
-from sdft_lightning.rollout.packed import packed_linears
-from sdft_lightning.rollout.uniforms import row_uniforms
-from sdft_lightning.rollout.weights import SamplingWeights
+from sdft_lightning.rollout.decode_mode import packed_linears
+from sdft_lightning.rollout.sampling import row_uniforms
+from sdft_lightning.rollout.student import StudentPasses
+from sdft_lightning.types import Tokens
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN"
@@ -104,17 +105,17 @@ def test_bfloat16_that_is_slow_is_laid_out_in_float32_whatever_the_size(
 def test_a_rollout_of_the_bfloat16_copy_samples_the_same_tokens_as_without(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copied = SamplingWeights("bfloat16").model(model, 0)
+    copied = StudentPasses("bfloat16").at(model, 0).sampler()
     torch.manual_seed(1)
     ids = torch.randint(3, 60, (4, 6))
     mask = torch.ones_like(ids, dtype=torch.bool)
     sampling = Sampling(max_new_tokens=12)
     uniforms = row_uniforms(0, 0, ["a", "b", "c", "d"], 1, 12)
     packings = count_packings(monkeypatch)
-    packed = generate_rollout(copied, ids, mask, sampling, uniforms, [2], 0)
+    packed = generate_rollout(copied, Tokens(ids, mask), sampling, uniforms, [2], 0)
     assert packings == [True]
     monkeypatch.setattr(decode_file, "packed_linears", lambda *_: nullcontext())
-    plain = generate_rollout(copied, ids, mask, sampling, uniforms, [2], 0)
+    plain = generate_rollout(copied, Tokens(ids, mask), sampling, uniforms, [2], 0)
     assert packed.completion_ids.tolist() == plain.completion_ids.tolist()
     torch.testing.assert_close(packed.sampled_log_probs, plain.sampled_log_probs)
 
@@ -168,10 +169,10 @@ def test_a_rollout_samples_the_same_tokens_as_without(
     sampling = Sampling(max_new_tokens=12)
     uniforms = row_uniforms(0, 0, ["a", "b", "c", "d"], 1, 12)
     packings = count_packings(monkeypatch)
-    packed = generate_rollout(model, ids, mask, sampling, uniforms, [2], 0)
+    packed = generate_rollout(model, Tokens(ids, mask), sampling, uniforms, [2], 0)
     assert packings == [True]
     monkeypatch.setattr(decode_file, "packed_linears", lambda *_: nullcontext())
-    plain = generate_rollout(model, ids, mask, sampling, uniforms, [2], 0)
+    plain = generate_rollout(model, Tokens(ids, mask), sampling, uniforms, [2], 0)
     assert packed.completion_ids.tolist() == plain.completion_ids.tolist()
     torch.testing.assert_close(packed.sampled_log_probs, plain.sampled_log_probs)
 
@@ -203,7 +204,7 @@ def test_an_adapted_layer_is_packed_with_its_adapter_merged(
 def test_adapted_layers_of_the_bfloat16_copy_are_packed_in_its_precision(
     make_adapted: Callable[..., Any],
 ) -> None:
-    copied = SamplingWeights("bfloat16").model(make_adapted(), 0)
+    copied = StudentPasses("bfloat16").at(make_adapted(), 0).sampler()
     layer = next(iter(adapter_layers(copied).values()))
     inputs = torch.randn(2, layer.get_base_layer().in_features, dtype=torch.bfloat16)
     with torch.no_grad():

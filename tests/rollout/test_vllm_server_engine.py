@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.rollout import RolloutRequest, Sampling, SamplingWeights, VLLMServerEngine
-from sdft_lightning.rollout.uniforms import row_seeds
-from sdft_lightning.rollout.vllm_client import VLLMClient
-from sdft_lightning.types import Rollout
+from sdft_lightning.rollout import RolloutRequest, Sampling, StudentPasses, VLLMServerEngine
+from sdft_lightning.rollout.sampling import row_seeds
+from sdft_lightning.rollout.vllm.client import VLLMClient
+from sdft_lightning.types import Rollout, Tokens
 
 NAME = "model.layers.0.mlp.down_proj.weight"
 
@@ -136,8 +136,8 @@ def generate(engine: VLLMServerEngine, model: Any, step: int = 0) -> Rollout:
     sampling = Sampling(5, 0.7, min_p=0.1, completions_per_prompt=2)
     ids = torch.tensor([[0, 0, 5], [3, 4, 5]])  # (2, P), the first padded
     mask = torch.tensor([[False, False, True], [True, True, True]])  # (2, P)
-    request = RolloutRequest(ids, mask, ["a", "b"], sampling, 1, step, [2, 9], 0)
-    return engine.generate(model, SamplingWeights("same"), request)
+    request = RolloutRequest(Tokens(ids, mask), ["a", "b"], sampling, 1, step, [2, 9], 0)
+    return engine.generate(StudentPasses("same").at(model, 0), request)
 
 
 def weight(model: Any) -> float:
@@ -370,11 +370,11 @@ def test_key_is_sent_where_there_is_one(
 def test_one_address_for_each_process(
     server: FakeServer, engine: VLLMServerEngine, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sdft_lightning.rollout import vllm_server
+    from sdft_lightning.rollout.vllm import server as server_file
 
-    monkeypatch.setattr(vllm_server.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(vllm_server.dist, "get_rank", lambda: 1)
-    monkeypatch.setattr(vllm_server.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(server_file.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(server_file.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(server_file.dist, "get_world_size", lambda: 2)
     with pytest.raises(UserError, match="got 1 addresses for 2 processes"):
         generate(engine, model)
     engine.clients = [VLLMClient("http://127.0.0.1:9", 1, "NONE"), *engine.clients]

@@ -1,4 +1,4 @@
-"""The bfloat16 copy that completions are sampled from follows the student, and only when told."""
+"""The bfloat16 copy that completions are sampled from follows the student."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from sdft_lightning.rollout import Sampling, SamplingWeights, generate_rollout
-from sdft_lightning.rollout import weights as weights_module
+from sdft_lightning.rollout import Sampling, StudentPasses, generate_rollout
+from sdft_lightning.rollout import student as student_file
+from sdft_lightning.types import Tokens
 
 
 @torch.no_grad()
@@ -25,7 +26,7 @@ def equals_student(copied: Any, student: nn.Module) -> bool:
 
 def test_the_copy_is_bfloat16_in_eval_mode_and_the_student_stays_as_it_is(model: Any) -> None:
     model.train()
-    copied = SamplingWeights("bfloat16").model(model, 0)
+    copied = StudentPasses("bfloat16").at(model, 0).sampler()
     assert copied is not model
     assert {p.dtype for p in copied.parameters()} == {torch.bfloat16}
     assert not any(module.training for module in copied.modules())
@@ -35,30 +36,36 @@ def test_the_copy_is_bfloat16_in_eval_mode_and_the_student_stays_as_it_is(model:
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
 
 
-def test_the_copy_is_refreshed_when_the_version_changes_and_only_then(model: Any) -> None:
-    weights = SamplingWeights("bfloat16")
-    first = weights.model(model, 0)
-    move_(model)
-    assert weights.model(model, 0) is first
+def test_the_copy_is_refreshed_when_step_or_weights_have_changed_and_only_then(
+    model: Any,
+) -> None:
+    weights = StudentPasses("bfloat16")
+    first = weights.at(model, 0).sampler()
+    with torch.no_grad():
+        next(model.parameters()).data.add_(0.5)  # as optimizers that go past the counter of writes
+    assert weights.at(model, 0).sampler() is first
     assert not equals_student(first, model)
-    assert weights.model(model, 1) is first
+    assert weights.at(model, 1).sampler() is first
+    assert equals_student(first, model)
+    move_(model)
+    assert weights.at(model, 1).sampler() is first
     assert equals_student(first, model)
 
 
 def test_a_forgotten_copy_is_made_anew(model: Any) -> None:
-    weights = SamplingWeights("bfloat16")
-    weights.model(model, 0)
+    weights = StudentPasses("bfloat16")
+    weights.at(model, 0).sampler()
     move_(model)  # as when a checkpoint of the same step is loaded
     weights.forget()
-    assert equals_student(weights.model(model, 0), model)
+    assert equals_student(weights.at(model, 0).sampler(), model)
 
 
 def test_the_copy_is_no_part_of_the_module_that_holds_it(model: Any) -> None:
     parent = nn.Module()
     parent.student = model
-    parent.weights = SamplingWeights("bfloat16")
+    parent.weights = StudentPasses("bfloat16")
     names = list(parent.state_dict())
-    copied = parent.weights.model(model, 0)
+    copied = parent.weights.at(model, 0).sampler()
     assert all(module is not copied for module in parent.modules())
     assert list(parent.state_dict()) == names
     parent.train()
@@ -69,26 +76,26 @@ def test_the_copy_is_no_part_of_the_module_that_holds_it(model: Any) -> None:
 def test_a_copy_made_in_inference_mode_can_be_refreshed_outside(
     model: Any, first_inside: bool
 ) -> None:
-    weights = SamplingWeights("bfloat16")
+    weights = StudentPasses("bfloat16")
     for step in range(3):  # validation before, between and after training steps
         with torch.inference_mode((step % 2 == 0) == first_inside):
-            copied = weights.model(model, step)
+            copied = weights.at(model, step).sampler()
             assert equals_student(copied, model)
         move_(model)
     assert not any(p.is_inference() for p in copied.parameters())
 
 
 def test_tied_weights_stay_tied_after_a_refresh(model: Any) -> None:
-    weights = SamplingWeights("bfloat16")
-    weights.model(model, 0)
+    weights = StudentPasses("bfloat16")
+    weights.at(model, 0).sampler()
     move_(model)
-    copied = weights.model(model, 1)
+    copied = weights.at(model, 1).sampler()
     assert copied.get_input_embeddings().weight is copied.get_output_embeddings().weight
 
 
 def test_rotary_frequencies_are_not_rounded(model: Any) -> None:
     # In bfloat16 they are off by up to 0.2 %: more than a radian at position 1000.
-    copied = SamplingWeights("bfloat16").model(model, 0)
+    copied = StudentPasses("bfloat16").at(model, 0).sampler()
     exact = dict(model.named_buffers())
     assert exact
     for name, buffer in copied.named_buffers():
@@ -96,24 +103,26 @@ def test_rotary_frequencies_are_not_rounded(model: Any) -> None:
 
 
 def test_same_takes_the_student_itself(model: Any) -> None:
-    assert SamplingWeights("same").model(model, 0) is model
+    assert StudentPasses("same").at(model, 0).sampler() is model
     low = model.to(torch.bfloat16)
-    assert SamplingWeights("bfloat16").model(low, 0) is low
+    assert StudentPasses("bfloat16").at(low, 0).sampler() is low
 
 
 @pytest.mark.parametrize("native", [True, False])
 def test_auto_takes_the_copy_where_the_hardware_has_bfloat16(
     model: Any, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights_module, "has_native_bfloat16", lambda device: native)
-    assert (SamplingWeights("auto").model(model, 0) is not model) == native
+    monkeypatch.setattr(student_file, "has_native_bfloat16", lambda device: native)
+    assert (StudentPasses("auto").at(model, 0).sampler() is not model) == native
 
 
 def test_completions_are_sampled_from_the_copy(model: Any) -> None:
-    copied = SamplingWeights("bfloat16").model(model, 0)
+    copied = StudentPasses("bfloat16").at(model, 0).sampler()
     ids = torch.tensor([[5, 6, 7]])
     mask = torch.ones_like(ids).bool()
     numbers = torch.rand(1, 4, dtype=torch.float64)
-    rollout = generate_rollout(copied, ids, mask, Sampling(max_new_tokens=4), numbers, [2], 2)
+    rollout = generate_rollout(
+        copied, Tokens(ids, mask), Sampling(max_new_tokens=4), numbers, [2], 2
+    )
     assert rollout.completion_ids.shape[1] <= 4
     assert rollout.sampled_log_probs.dtype == torch.float32

@@ -65,7 +65,7 @@ def fit_embedded(fit_module: Callable[..., Any]) -> Callable[..., Any]:
 
     def fit(engine: Any, steps: int, *callbacks: Any, **model: Any) -> Any:
         options = {
-            "model_name": "embedded",
+            "policy": {"name": "embedded"},
             "engine": engine,
             "sampling": Sampling(8),
             "schedule": Schedule("constant"),

@@ -14,11 +14,12 @@ from sdft_lightning.forward.hidden import completion_hidden_states, output_head
 from sdft_lightning.rollout import (
     RolloutRequest,
     Sampling,
-    SamplingWeights,
+    StudentPasses,
     VLLMEngine,
     trained_log_probs,
 )
-from sdft_lightning.rollout.mismatch import MismatchCorrection
+from sdft_lightning.rollout.mismatch import Mismatch
+from sdft_lightning.types import Tokens
 
 # vLLM computes in bfloat16 here, 8 bits of mantissa; the trainer in float32. Each of 30 layers
 # rounds its activations by up to 2⁻⁹ of them. Measured on the 40 fixed tokens: 0.03 to 0.05 nats a
@@ -81,7 +82,7 @@ def test_after_each_of_five_refreshes_vllm_agrees_with_the_trainer_within_bfloat
     engine: KeptEngine, fit_embedded: Any, fixed_ids: list[int], trained: Callable[[Any], Tensor]
 ) -> None:
     compare = Compare(engine, fixed_ids, trained)
-    fit_embedded(engine, 5, compare, mismatch_correction=MismatchCorrection("sequence"))
+    fit_embedded(engine, 5, compare, mismatch=Mismatch("sequence"))
 
     print("fresh", compare.apart, compare.logged)
     assert len(compare.apart) == 5
@@ -122,16 +123,16 @@ def test_without_the_refresh_the_same_comparison_tells_and_the_alarm_is_given(
 def test_log_probs_are_of_the_distribution_that_is_sampled_from(
     engine: KeptEngine, fixed_ids: list[int], options: dict[str, Any]
 ) -> None:
-    from sdft_lightning.forward.policy import load_policy
+    from sdft_lightning.forward.policy import Policy, load_policy
 
-    student = load_policy("embedded").model
+    student = load_policy(Policy("embedded")).model
     engine.forget()
     sampling = Sampling(12, completions_per_prompt=2, **options)
     prompt = torch.tensor([[0, 0, *fixed_ids[:14]]])  # (1, P)
     mask = torch.tensor([[False] * 2 + [True] * 14])  # (1, P)
-    request = RolloutRequest(prompt, mask, ["a"], sampling, 1, 0, [2], 2)
-    rollout = engine.generate(student, SamplingWeights("same"), request)
-    again = engine.generate(student, SamplingWeights("same"), request)
+    request = RolloutRequest(Tokens(prompt, mask), ["a"], sampling, 1, 0, [2], 2)
+    rollout = engine.generate(StudentPasses("same").at(student, 0), request)
+    again = engine.generate(StudentPasses("same").at(student, 0), request)
 
     assert torch.equal(rollout.completion_ids, again.completion_ids)  # same seeds
     assert not torch.equal(rollout.completion_ids[0], rollout.completion_ids[1])  # own seeds
@@ -140,7 +141,10 @@ def test_log_probs_are_of_the_distribution_that_is_sampled_from(
     assert rollout.truncated.tolist() == [not end for end in ended]
     with torch.no_grad():
         hidden = completion_hidden_states(
-            student, prompt.repeat(2, 1), mask.repeat(2, 1), rollout.completion_ids, keep, keep
+            student,
+            Tokens(prompt.repeat(2, 1), mask.repeat(2, 1)),
+            Tokens(rollout.completion_ids, keep),
+            keep,
         )
     tokens = rollout.completion_ids[keep]
     ours = trained_log_probs(hidden, output_head(student), tokens, sampling, truncated=True)

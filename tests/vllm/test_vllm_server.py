@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.forward.policy import load_policy
+from sdft_lightning.forward.policy import Policy, load_policy
 from sdft_lightning.models.embedded import embedded_model_path
-from sdft_lightning.rollout import RolloutRequest, Sampling, SamplingWeights, VLLMServerEngine
-from sdft_lightning.rollout.vllm_client import VLLMClient
-from sdft_lightning.rollout.vllm_weights import write_weights
+from sdft_lightning.rollout import RolloutRequest, Sampling, StudentPasses, VLLMServerEngine
+from sdft_lightning.rollout.vllm.client import VLLMClient
+from sdft_lightning.rollout.vllm.weights import write_weights
+from sdft_lightning.types import Tokens
 
 # Trainer and server both compute in float32 here; what is left is the order of sums.
 NOISE = 1e-3
@@ -76,7 +77,7 @@ class Server:
 @pytest.fixture(scope="module")
 def student() -> Any:
     """The embedded model."""
-    return load_policy("embedded").model
+    return load_policy(Policy("embedded")).model
 
 
 @pytest.fixture(scope="module")
@@ -156,31 +157,31 @@ def test_without_the_refresh_the_same_comparison_tells(
 def test_cpu_server_that_would_keep_the_old_head_is_refused(server: Server, student: Any) -> None:
     engine = VLLMServerEngine(server.url, dtype="float32")
     with pytest.raises(UserError, match="untied_head"):
-        engine.generate(student, SamplingWeights("same"), request([1, 5, 6]))
+        engine.generate(StudentPasses("same").at(student, 0), request([1, 5, 6]))
 
 
 def request(prompt: list[int]) -> RolloutRequest:
     ids = torch.tensor([prompt])  # (1, P)
     mask = torch.ones_like(ids, dtype=torch.bool)  # (1, P)
-    return RolloutRequest(ids, mask, ["a"], Sampling(6), 1, 0, [2], 2)
+    return RolloutRequest(Tokens(ids, mask), ["a"], Sampling(6), 1, 0, [2], 2)
 
 
 def test_restarted_server_gets_the_weights_again_and_a_dead_one_is_named(
     server: Server, fixed_ids: list[int], student: Any, trained: Callable[[Any], Tensor]
 ) -> None:
-    moved = load_policy("embedded").model
+    moved = load_policy(Policy("embedded")).model
     with torch.no_grad():
         for parameter in moved.parameters():
             parameter *= 1.05
     engine = make_engine(server, patience_seconds=1200)
-    before = engine.generate(moved, SamplingWeights("same"), request(fixed_ids[:9]))
+    before = engine.generate(StudentPasses("same").at(moved, 0), request(fixed_ids[:9]))
     server.kill()
     server.start()  # with the weights of the start; the engine waits for it
-    after = engine.generate(moved, SamplingWeights("same"), request(fixed_ids[:9]))
+    after = engine.generate(StudentPasses("same").at(moved, 0), request(fixed_ids[:9]))
     assert torch.equal(before.completion_ids, after.completion_ids)
     assert float((served(server, fixed_ids) - trained(moved)).abs().mean()) < NOISE
 
     server.kill()
     impatient = make_engine(server, patience_seconds=2)
     with pytest.raises(UserError, match=rf"no vLLM server answers at {server.url}/health"):
-        impatient.generate(moved, SamplingWeights("same"), request([1, 5, 6]))
+        impatient.generate(StudentPasses("same").at(moved, 0), request([1, 5, 6]))

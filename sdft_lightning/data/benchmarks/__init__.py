@@ -23,7 +23,8 @@ class BenchmarkTask:
     """One task or group of lm-evaluation-harness.
 
     Args:
-        name: Its name in the harness, or the path of a task YAML (see `tasks.load_tasks`).
+        name: Its name in the harness, one that this package ships (kept_instructions,
+            kept_questions, kept_text), or the path of a task YAML (see `tasks.load_tasks`).
         metric: The metric that enters the mean, e.g. acc or exact_match,strict-match.
         num_fewshot: Examples before each question; the task's own number without it.
         limit: Only the first so many items; a fraction below 1 is taken of each task.

@@ -13,14 +13,19 @@ from typing import Any
 import yaml
 from jinja2.sandbox import SandboxedEnvironment
 
-from sdft_lightning.data.sources import EXAMPLE_PREFIX, example_path
+from sdft_lightning.data.sources import EXAMPLE_PREFIX, example_path, example_tasks
 from sdft_lightning.errors import UserError, printable
 from sdft_lightning.files.texts import check_yaml
 
 _ROOM = "sdft_lightning.data.benchmarks.task_functions"
+_INSTRUCTIONS = "sdft_lightning.data.benchmarks.instructions"
 # Functions of this package that are made for task files. The first two run what a model wrote.
 _RUN_ANSWERS = {f"{_ROOM}.run_answers", f"{_ROOM}.results"}
-_OWN = _RUN_ANSWERS | {f"{_ROOM}.contains", f"{_ROOM}.articles"}
+_OWN = _RUN_ANSWERS | {
+    f"{_ROOM}.contains",
+    f"{_ROOM}.articles",
+    *(f"{_INSTRUCTIONS}.{name}" for name in ("checked", "graded", "share_of_instructions")),
+}
 # Loaders of `datasets` that unpickle what they read, in some of its versions.
 _UNPICKLING = ("pandas",)
 
@@ -210,6 +215,22 @@ def check_sentence_data(name: str, task: Any, limit: float | None) -> None:
             "which is not on this machine and could not be fetched. Run `python -m nltk.downloader "
             "punkt_tab` where there is a network, and copy ~/nltk_data here; or leave the task out."
         ) from None
+
+
+_SUFFIXES = {".yaml", ".yml"}
+
+
+def task_file(name: str) -> Path | None:
+    """The task YAML that a name of `data.benchmarks.tasks` stands for.
+
+    Args:
+        name: A path that ends in .yaml or .yml, or a task that this package ships.
+
+    Returns:
+        The file; None where the name is the harness's, or nobody's.
+    """
+    path = Path(name).expanduser()
+    return path if path.suffix in _SUFFIXES else example_tasks().get(name)
 
 
 @functools.cache

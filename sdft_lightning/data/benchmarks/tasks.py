@@ -20,8 +20,10 @@ from sdft_lightning.data.benchmarks.task_yaml import (
     check_sentence_data,
     read_task_yaml,
     sandboxed_templates,
+    task_file,
     task_manager,
 )
+from sdft_lightning.data.sources import example_tasks
 from sdft_lightning.errors import UserError, printable
 
 
@@ -127,7 +129,6 @@ log = logging.getLogger(__name__)
 
 # The seeds with which `lm_eval.simple_evaluate` loads tasks and draws few-shot examples.
 _PYTHON_SEED, _NUMPY_SEED, FEWSHOT_SEED = 0, 1234, 1234
-_SUFFIXES = {".yaml", ".yml"}
 SANDBOXED = "sdft_lightning.data.benchmarks.task_functions"
 
 
@@ -205,9 +206,9 @@ def load_tasks(options: Benchmarks) -> list[LoadedTask]:
 
 
 def _load(settings: BenchmarkTask, options: Benchmarks) -> LoadedTask:
-    path = Path(settings.name).expanduser()
+    path = task_file(settings.name)
     with _seeds():
-        if path.suffix in _SUFFIXES:
+        if path is not None:
             # A task that runs code is refused before any of its own code is imported.
             config = read_task_yaml(
                 path,
@@ -225,12 +226,13 @@ def _load(settings: BenchmarkTask, options: Benchmarks) -> LoadedTask:
         manager = task_manager()
         entry = manager.task_index.get(settings.name)
         if entry is None:
-            near = difflib.get_close_matches(settings.name, manager.all_tasks, 3, 0.5)
+            known = [*example_tasks(), *manager.all_tasks]
+            near = difflib.get_close_matches(settings.name, known, 3, 0.5)
             hint = f" Near: {', '.join(near)}." if near else ""
             raise UserError(
                 f"data.benchmarks.tasks: lm-evaluation-harness has no task {settings.name!r}.{hint}"
-                " Allowed are its tasks, groups and tags (`lm-eval ls tasks` lists them), or the "
-                "path of a task YAML."
+                " Allowed are its tasks, groups and tags (`lm-eval ls tasks` lists them), this "
+                f"package's own ({', '.join(example_tasks())}), or the path of a task YAML."
             )
         source = source_of(entry.cfg or {})
         _check_code(settings.name, entry.cfg or {}, options)

@@ -6,18 +6,25 @@ work on tokens without padding, keep less for the backward pass, and equal the m
 """
 
 from sdft_lightning.forward.fused.decoding import DecodingSteps
-from sdft_lightning.forward.fused.prompts import ReadPrompts, read_prompts
-from sdft_lightning.forward.fused.structure import Decoder, decoder_of, training_dtype
-from sdft_lightning.forward.fused.trunk import completion_states
-from sdft_lightning.forward.fused.weights import join_
+from sdft_lightning.forward.fused.reuse import ReadPrompts, read_prompts
+from sdft_lightning.forward.fused.structure import Decoder, decoder_of, join_, training_dtype
+from sdft_lightning.forward.fused.trunk import (
+    StoredPrompt,
+    completion_states,
+    states_after,
+    store_prompts,
+)
 
 __all__ = [
     "Decoder",
     "DecodingSteps",
     "ReadPrompts",
+    "StoredPrompt",
     "completion_states",
     "decoder_of",
     "join_",
     "read_prompts",
+    "states_after",
+    "store_prompts",
     "training_dtype",
 ]

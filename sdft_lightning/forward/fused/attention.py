@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sdft_lightning.forward.fused.groups import Group
+from sdft_lightning.forward.fused.rows import Group
 
 
 class Shape(NamedTuple):

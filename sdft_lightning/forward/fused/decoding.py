@@ -1,8 +1,8 @@
-"""Decoding one token a row in few operations, with room for keys and values made beforehand.
+"""Decoding one token a row in few operations, with buffers for keys and values made beforehand.
 
 Weights are rearranged once a rollout for few rows; queries, keys and values are one product, and so
 are gate and up. Norms, residual sums and attention are computed in float32, as in training, so that
-what a step finds can be what training begins with (see `recording`). Of a bfloat16 cache one layer
+what a step finds can be what training begins with (see `reuse`). Of a bfloat16 cache one layer
 at a time is cast, into the same memory.
 """
 
@@ -15,18 +15,18 @@ from torch import Tensor
 from torch.nn.functional import embedding, pad, silu
 
 from sdft_lightning.forward.fused.attention import Shape, rotate
-from sdft_lightning.forward.fused.laid_out import LaidOut, LaidOutLayer
-from sdft_lightning.forward.fused.norm import normed, rms
-from sdft_lightning.forward.fused.prompts import ReadPrompts
-from sdft_lightning.forward.fused.recording import Recording, hand_over, kept_rows
-from sdft_lightning.forward.fused.structure import Decoder, Layer
+from sdft_lightning.forward.fused.common import normed, rms
+from sdft_lightning.forward.fused.reuse import ReadPrompts, Recording, recorded_rows, store_steps
+from sdft_lightning.forward.fused.structure import Decoder, LaidOut, LaidOutLayer, Layer
+from sdft_lightning.forward.kv_cache import Decoding
 from sdft_lightning.models.precision import product_dtype
+from sdft_lightning.types import Tokens
 
-# Tokens that room is made for at once: most completions end long before the longest allowed.
+# Tokens that buffers grow by: most completions end long before the longest allowed.
 _MORE = 64
 
 
-class DecodingSteps:
+class DecodingSteps(Decoding):
     """Keys and values of some rows, and what comes next in each.
 
     Args:
@@ -45,14 +45,14 @@ class DecodingSteps:
         self, decoder: Decoder, head: Any, prompts: list[ReadPrompts], samples: int, steps: int
     ) -> None:
         self.dtype = dtype = product_dtype(head.weight.dtype)
-        self.kept = prompts[0].kept  # results are rounded before they are used, as in training
+        self.stored = prompts[0].stored  # results are rounded before they are used, as in training
         self.decoder = prompts[0].decoder
         self.prompts, self.samples = prompts, samples
         self.shape = Shape(decoder.heads, decoder.key_heads, decoder.head_size)
         rows = samples * sum(len(part.rows.owner) for part in prompts)  # S
         self.length = max(part.rows.width for part in prompts)
         self.rows = torch.arange(rows)  # (S,) which row is in which place
-        self.recording = Recording(len(decoder.layers), kept_rows(prompts, samples))
+        self.recording = Recording(len(decoder.layers), recorded_rows(prompts, samples))
         self.layers = [LaidOutLayer.of(layer, rows) for layer in decoder.layers]
         self.head = LaidOut.of([head], rows)
         self.longest = self.length + steps
@@ -80,7 +80,7 @@ class DecodingSteps:
         self.logits = self.head(last).repeat_interleave(samples, dim=0)
 
     def _grow(self) -> None:
-        """Make room for more keys and values, layer by layer."""
+        """Enlarge the buffers of keys and values, layer by layer."""
         more = min(_MORE, self.longest - self.length)
         for buffers in (self.keys, self.values):
             for place, buffer in enumerate(buffers):
@@ -89,22 +89,22 @@ class DecodingSteps:
         if self.wide.numel():
             self.wide = _wide(2 * self.keys[0].numel())
 
-    def select(self, slots: Tensor) -> None:
+    def keep(self, rows: Tensor) -> None:
         """Keep some rows only.
 
         Args:
-            slots: `(n,)` ascending.
+            rows: `(n,)` ascending.
         """
-        count = slots.numel()
+        count = rows.numel()
         for buffers in (self.keys, self.values):
             for place, buffer in enumerate(buffers):
                 # In place: what is behind the last key is not read, and need not be moved.
-                buffer[:count, :, : self.length] = buffer[slots, :, : self.length]
+                buffer[:count, :, : self.length] = buffer[rows, :, : self.length]
                 buffers[place] = buffer[:count]
-        self.positions, self.unseen = self.positions[slots], self.unseen[slots]
-        self.rows = self.rows[slots]
+        self.positions, self.unseen = self.positions[rows], self.unseen[rows]
+        self.rows = self.rows[rows]
 
-    def __call__(self, tokens: Tensor) -> Tensor:
+    def step(self, tokens: Tensor) -> Tensor:
         """Append a token to each row.
 
         Args:
@@ -125,16 +125,16 @@ class DecodingSteps:
         parts = zip(decoder.layers, self.layers, self.keys, self.values, strict=True)
         for place, (layer, own, keys, values) in enumerate(parts):
             scale, inputs = self._normed(hidden, layer.input_norm)
-            products = own.heads(inputs).to(self.kept)
+            products = own.heads(inputs).to(self.stored)
             heads = products.unflatten(1, (-1, self.shape.size))  # (S, H + 2 K, E)
             turned = rotate(self._head_norms(heads[:, :turns], layer), cosines, sines)
             keys[:, :, self.length] = turned[:, self.shape.heads :]
             values[:, :, self.length] = heads[:, turns:]
             mixed = self._attend(turned[:, : self.shape.heads], keys, values).to(self.dtype)
-            attended = own.out(mixed).to(self.kept)
+            attended = own.out(mixed).to(self.stored)
             total = hidden + attended
             more_scale, inputs = self._normed(total, layer.mlp_norm)
-            gates = own.gates(inputs).to(self.kept)  # (S, 2 F)
+            gates = own.gates(inputs).to(self.stored)  # (S, 2 F)
             gate, up = gates.to(self.dtype).chunk(2, dim=1)
             hidden = total.add_(own.down(silu(gate).mul_(up)))  # (S, D)
             self.recording.add(place, (scale, products, attended, more_scale, gates, hidden))
@@ -142,17 +142,16 @@ class DecodingSteps:
         self.positions = self.positions + 1
         return self.head(self._normed(hidden, decoder.norm)[1])
 
-    def finish(self, completion_ids: Tensor, completion_mask: Tensor) -> None:
-        """Hand what was recorded over to the prompts, for a pass over both; no step can follow.
+    def finish(self, completions: Tokens) -> None:
+        """Store what the steps have computed with the prompts, for a training pass over both.
 
         Args:
-            completion_ids: `(B · n, T)` what was sampled, padded on the right.
-            completion_mask: `(B · n, T)`.
+            completions: `(B · n, T)` what was sampled, padded on the right.
         """
-        # What is handed over needs the room.
+        # What is stored needs the memory.
         self.layers, self.keys, self.values = [], [], []
         del self.head, self.wide, self.unseen, self.logits
-        hand_over(self.recording, self.prompts, self.samples, completion_ids, completion_mask)
+        store_steps(self.recording, self.prompts, self.samples, completions)
 
     def _normed(self, hidden: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
         """The scale of a norm `(S, 1)`, and what comes out in the dtype of the products."""

@@ -197,8 +197,8 @@ def turn_end_ids(tokenizer: Any, stop_ids: list[int], model_name: str) -> list[i
     for texts in every_turn_texts(tokenizer):
         if not texts.before and not texts.behind:
             log.warning(
-                f"model_name: the chat template of {model_name} shows no answer of the assistant, "
-                "so where one ends is not known: sampling stops at "
+                f"model.policy.name: the chat template of {model_name} shows no answer of the "
+                "assistant, so where one ends is not known: sampling stops at "
                 f"{_names(tokenizer, stop_ids)} only."
             )
             continue
@@ -209,7 +209,7 @@ def turn_end_ids(tokenizer: Any, stop_ids: list[int], model_name: str) -> list[i
             found.append(int(ids[0]))
         elif not any(token in stop_ids for token in ids):
             raise UserError(
-                f"model_name: the chat template of {model_name} ends an answer with "
+                f"model.policy.name: the chat template of {model_name} ends an answer with "
                 f"{texts.behind.strip()[:60]!r}, which is no special token of its tokenizer, and "
                 f"sampling stops at {_names(tokenizer, stop_ids)} only: answers would run on into "
                 "a turn of the user's. Add it to the tokenizer as a special token, or end turns in "

@@ -217,8 +217,8 @@ def _peft() -> Any:
         return importlib.import_module("peft")
     except ImportError as error:
         raise UserError(
-            f"model.lora: adapters need the package peft ({error}). Install the extra: pip install "
-            "'sdft-lightning[lora]'."
+            f"model.policy.lora: adapters need the package peft ({error}). Install the extra: pip "
+            "install 'sdft-lightning[lora]'."
         ) from error
 
 
@@ -278,7 +278,7 @@ def _check_targets(model: Any, lora: LoRA) -> None:
             raise UserError(
                 f"lora.target_modules: {ALL_LINEAR} finds no linear layer in "
                 f"{type(model).__name__} that can be adapted. Train the whole model (without "
-                "model.lora), or use another one."
+                "model.policy.lora), or use another one."
             )
         return
     for target in lora.target_modules:

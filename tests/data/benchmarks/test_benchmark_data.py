@@ -14,6 +14,7 @@ import yaml
 from sdft_lightning.data import BenchmarkDataModule, DemonstrationDataModule
 from sdft_lightning.data.benchmarks import Benchmarks, BenchmarkTask
 from sdft_lightning.errors import UserError
+from sdft_lightning.forward.policy import Policy
 from sdft_lightning.modules import SDFTModule, SFTModule
 
 RunCli = Callable[..., None]
@@ -44,8 +45,8 @@ def test_figures_are_those_of_the_data_module_that_has_rows_too(
     benchmark_args: Callable[..., list[str]],
     tmp_path: Path,
 ) -> None:
-    model = [command, "--model=SDFTModule", f"--model.model_name={model_folder}"]
-    model += ["--trainer.accelerator=cpu", "--model.eval_max_new_tokens=4"]
+    model = [command, "--model=SDFTModule", f"--model.policy.name={model_folder}"]
+    model += ["--trainer.accelerator=cpu", "--model.evaluation.max_new_tokens=4"]
     split, stage = ("validation", "val") if command == "validate" else ("test", "test")
     rows = [f"--data.{split}={train_file}", "--data.prompts.style=turns"]
     run_cli(*model, "--run.name=alone", "--data=BenchmarkDataModule", *benchmark_args())
@@ -97,7 +98,7 @@ def test_commands_that_need_rows_say_so_before_anything_is_written(
         run_cli(
             command,
             "--model=SDFTModule",
-            f"--model.model_name={model_folder}",
+            f"--model.policy.name={model_folder}",
             "--trainer.accelerator=cpu",
             "--data=BenchmarkDataModule",
             *benchmark_args(),
@@ -118,7 +119,10 @@ def test_no_tasks_are_an_error_that_names_the_option(model_folder: Path) -> None
 def test_plain_trainer_measures_any_module_and_loads_no_teacher(
     method: Any, model_folder: Path, task_file: Path, tmp_path: Path
 ) -> None:
-    module, data = method(str(model_folder)), BenchmarkDataModule(benchmarks=tiny(task_file))
+    module, data = (
+        method(policy=Policy(str(model_folder))),
+        BenchmarkDataModule(benchmarks=tiny(task_file)),
+    )
     (found,) = trainer(tmp_path).validate(module, datamodule=data, verbose=False)
     assert 0 < found["val/capability/tiny_choice/acc"] <= 1
     assert found["val/capability/mean"] == found["val/capability/tiny_choice/acc"]
@@ -130,7 +134,9 @@ def test_tasks_are_made_anew_for_another_model(
 ) -> None:
     data, suites = BenchmarkDataModule(benchmarks=tiny(task_file)), []
     for folder in (model_folder, model_folder, make_model_folder(max_position_embeddings=256)):
-        trainer(tmp_path).validate(SFTModule(str(folder)), datamodule=data, verbose=False)
+        trainer(tmp_path).validate(
+            SFTModule(policy=Policy(str(folder))), datamodule=data, verbose=False
+        )
         suites.append(data.benchmark_suite)
     assert suites[0] is suites[1]
     assert [suite.max_length for suite in suites if suite] == [512, 512, 256]
@@ -146,4 +152,6 @@ def test_batches_are_not_limited_in_either_data_module(
     for data in modules:
         limited = trainer(tmp_path, limit_val_batches=1)
         with pytest.raises(UserError, match=r"trainer\.limit_val_batches: got 1, and benchmarks"):
-            limited.validate(SFTModule(str(model_folder)), datamodule=data, verbose=False)
+            limited.validate(
+                SFTModule(policy=Policy(str(model_folder))), datamodule=data, verbose=False
+            )

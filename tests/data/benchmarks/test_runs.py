@@ -91,7 +91,7 @@ def test_validate_alone_needs_no_demonstrations(
     args = [
         "validate",
         "--model=SDFTModule",
-        f"--model.model_name={model_folder}",
+        f"--model.policy.name={model_folder}",
         "--trainer.accelerator=cpu",
         *benchmark_args(),
     ]
@@ -134,7 +134,7 @@ def test_two_processes_measure_what_one_does(
             "sdft_lightning.cli",
             "validate",
             "--model=SDFTModule",
-            f"--model.model_name={model_folder}",
+            f"--model.policy.name={model_folder}",
             "--trainer.accelerator=cpu",
             f"--trainer.devices={devices}",
             f"--run.name=d{devices}",

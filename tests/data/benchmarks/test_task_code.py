@@ -75,10 +75,7 @@ def test_a_file_beside_the_yaml_is_not_taken_for_this_package(task_file: Path) -
     beside = task_file.parent / "sdft_lightning" / "data" / "benchmarks" / "graded.py"
     beside.parent.mkdir(parents=True)
     beside.write_text(MARK.replace("def f", "def contains"))
-    add(
-        task_file,
-        f"process_results: !function {OWN}.contains",
-    )
+    add(task_file, f"process_results: !function {OWN}.contains")
     with pytest.raises(UserError, match="allow_task_code"):
         load_tasks(Benchmarks([str(task_file)]))
     assert not imported()

@@ -1,0 +1,262 @@
+"""Evaluation that all methods share: greedy answers, their grades, and benchmarks."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import lightning as L
+from torch import Tensor
+
+from sdft_lightning.errors import UserError
+from sdft_lightning.graders import Judge, Usage, grade_rows
+from sdft_lightning.graders.metrics import NamedMetrics, TaskAccuracy
+from sdft_lightning.models.chat_template import AnswerReader
+from sdft_lightning.modules.capability import CapabilityScores, CapabilityTrack
+from sdft_lightning.rollout import greedy_rollout
+from sdft_lightning.rollout.sampling import MOST_NEW_TOKENS
+from sdft_lightning.types import (
+    Demonstration,
+    GenerationBatch,
+    PromptBatch,
+    Rollout,
+    ScoringBatch,
+    Tokens,
+    task_data,
+)
+
+if TYPE_CHECKING:
+    from sdft_lightning.modules.base import PolicyModule
+
+log = logging.getLogger(__name__)
+
+EvaluationBatch = PromptBatch | ScoringBatch | GenerationBatch
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How answers are measured in validation, test and predict.
+
+    Args:
+        max_new_tokens: Longest completion; completions are greedy.
+        teacher_in_fit: Grade also the teacher in the validations of a fit; the commands validate
+            and test always do.
+    """
+
+    max_new_tokens: int = 1024
+    teacher_in_fit: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse lengths out of range."""
+        if not 1 <= self.max_new_tokens <= MOST_NEW_TOKENS:
+            raise UserError(
+                f"model.evaluation.max_new_tokens: got {self.max_new_tokens}, allowed are 1 and "
+                f"more, up to {MOST_NEW_TOKENS}."
+            )
+
+
+class Graded(NamedTuple):
+    """Completions of validation rows and their scores; `scores` is empty where ungraded."""
+
+    task: str
+    rows: list[Demonstration]
+    completions: list[str]
+    scores: list[float]
+    truncated: list[bool]
+
+
+class Evaluator:
+    """Answers questions greedily and grades the answers; responds to benchmarks.
+
+    A module calls `begin` before the first batch of a validation or test, `graded` or `respond` for
+    each batch, and `log_scores` after the last one. Its `predict_step` calls `predictions` only.
+
+    Args:
+        module: Whose student answers.
+        options: How.
+
+    Attributes:
+        accuracies: Of the tasks that were graded since the last `log_scores`.
+        capability: When the benchmarks are measured, and what they were before training.
+    """
+
+    def __init__(self, module: PolicyModule, options: Evaluation) -> None:
+        self.options = options
+        self.accuracies = NamedMetrics(TaskAccuracy)
+        self.capability = CapabilityTrack()
+        self._scores = CapabilityScores()
+        self._module = module
+        self._reader: AnswerReader | None = None
+
+    def begin(self) -> None:
+        """Decide whether the benchmarks are due."""
+        self.capability.begin(self._module.trainer)
+
+    def greedy_completions(self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor) -> Rollout:
+        """The likeliest completions under `model`, with sampling weights where they are faster.
+
+        Args:
+            model: The student, or another model of its kind.
+            prompt_ids: `(B, P)`, padded on the left.
+            prompt_mask: `(B, P)`.
+        """
+        module = self._module
+        if model is module.student:
+            model = module.passes.sampler()
+        return greedy_rollout(
+            model,
+            Tokens(prompt_ids, prompt_mask),
+            self.options.max_new_tokens,
+            module.stop_ids,
+            module.tokenizer.pad_token_id,
+        )
+
+    @property
+    def reader(self) -> AnswerReader:
+        """What makes text of the student's tokens."""
+        reader, belongs = self._reader, (self._module.tokenizer, self._module.stop_ids)
+        if reader is None or (reader.tokenizer, reader.stop_ids) != belongs:
+            self._reader = reader = AnswerReader(*belongs)
+        return reader
+
+    def decode(self, rollout: Rollout) -> list[str]:
+        """Texts of the R completions: all that was said, thoughts and tool calls included."""
+        return [
+            self.reader.text(ids[mask].tolist())
+            for ids, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)
+        ]
+
+    def answers(self, completions: list[str], prompt_ids: Tensor, prompt_mask: Tensor) -> list[str]:
+        """What graders get: the completions without thoughts, unless `data.grade_thoughts` is set.
+
+        Args:
+            completions: One text a prompt.
+            prompt_ids: `(B, P)`, padded on the left; they may open a thought.
+            prompt_mask: `(B, P)`.
+        """
+        data = task_data(self._module.trainer)
+        if data is not None and data.grade_thoughts:
+            return completions
+        return [
+            self.reader.answer(text, self.reader.opened(ids[mask.bool()].tolist()))
+            for text, ids, mask in zip(completions, prompt_ids, prompt_mask, strict=True)
+        ]
+
+    def graded(
+        self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor, batch: PromptBatch, metric: str
+    ) -> Graded:
+        """Complete prompts, grade the answers, and count the grades under the name `metric`.
+
+        Args:
+            model: Who answers: the student, or its teacher.
+            prompt_ids: `(B, P)` what it is shown, padded on the left.
+            prompt_mask: `(B, P)`.
+            batch: The B rows, their task and its grader.
+            metric: accuracy or teacher_accuracy.
+        """
+        rollout = self.greedy_completions(model, prompt_ids, prompt_mask)
+        completions = self.decode(rollout)
+        scores: list[float] = []
+        if batch.grader:
+            answers = self.answers(completions, prompt_ids, prompt_mask)
+            scores = grade_rows(batch.grader, answers, batch.rows, self._judge)
+            accuracy = self.accuracies.of(f"{batch.task}/{metric}", self._module.device)
+            accuracy.update(scores)
+        return Graded(batch.task, batch.rows, completions, scores, rollout.truncated.tolist())
+
+    def respond(self, batch: ScoringBatch | GenerationBatch) -> None:
+        """Respond to the requests of a benchmark, where they are due."""
+        if self.capability.due:
+            self._scores.respond(self._module, batch)
+
+    def predictions(self, batch: PromptBatch) -> list[dict[str, Any]]:
+        """Answer the questions of a batch greedily, one record for each row."""
+        student = self._module.student
+        rollout = self.greedy_completions(student, batch.prompt_ids, batch.prompt_mask)
+        texts = self.decode(rollout)
+        answers = self.answers(texts, batch.prompt_ids, batch.prompt_mask)
+        truncated = rollout.truncated.tolist()
+        return [
+            {
+                "id": row.id,
+                "prompt": row.prompt,
+                "completion": text,
+                # Only of completions with thoughts.
+                **({} if answer == text else {"answer": answer}),
+                "truncated": cut,
+            }
+            for row, text, answer, cut in zip(batch.rows, texts, answers, truncated, strict=True)
+        ]
+
+    def log_scores(self, stage: str) -> None:
+        """Log the accuracy of each task with its 95 % interval, and the benchmarks.
+
+        All ranks must call this together.
+
+        Args:
+            stage: val or test.
+        """
+        module = self._module
+        if self._judge is not None:
+            log_usage(module, self._judge, stage)
+        for name, accuracy in self.accuracies.compute(module.device).items():
+            if accuracy is None:  # a judge gave no verdict on any answer
+                continue
+            for suffix, value in zip(("", "_low", "_high"), accuracy, strict=True):
+                module.log(f"{stage}/task/{name}{suffix}", value, rank_zero_only=False)
+        data = task_data(module.trainer)
+        suite = None if data is None else data.benchmark_suite
+        if suite is not None and self.capability.due:
+            measured = self._scores.take(suite)
+            for name, value in self.capability.record(
+                measured, module.trainer, suite.fingerprint
+            ).items():
+                module.log(f"{stage}/capability/{name}", value, rank_zero_only=False)
+
+    @property
+    def _judge(self) -> Judge | None:
+        """Who is asked by the graders that ask: the data module knows."""
+        data = task_data(self._module.trainer)
+        return None if data is None else data.judge
+
+
+def log_usage(module: L.LightningModule, judge: Judge, stage: str) -> None:
+    """Log `<stage>/judge/...` over all ranks, and tell this rank's share in one line.
+
+    Args:
+        module: Logs it; called on every rank, at the end of a validation or test.
+        judge: Was asked.
+        stage: val or test.
+    """
+    usage = judge.take_usage()
+    cost = judge.cost(usage)
+    counts: dict[str, float] = {
+        "answers": usage.judged + usage.unjudged,
+        "cached": usage.cached,
+        "unjudged": usage.unjudged,
+        "input_tokens": usage.input_tokens,
+        "output_tokens": usage.output_tokens,
+    }
+    if cost is not None:
+        counts["cost"] = cost
+    for name, value in counts.items():
+        module.log(f"{stage}/judge/{name}", float(value), reduce_fx="sum", sync_dist=True)
+    if usage.judged + usage.unjudged:
+        log.info(usage_line(judge, usage, cost))
+
+
+def usage_names(judge: Judge) -> list[str]:
+    """What `log_usage` logs of a judge."""
+    names = ["answers", "cached", "unjudged", "input_tokens", "output_tokens"]
+    return names if judge.cost(Usage()) is None else [*names, "cost"]
+
+
+def usage_line(judge: Judge, usage: Usage, cost: float | None) -> str:
+    """One line on what was asked."""
+    line = (
+        f"judge {judge.settings.model}: {usage.judged} answers judged, {usage.cached} of them from "
+        f"the cache, {usage.unjudged} without a verdict; {usage.input_tokens} tokens sent, "
+        f"{usage.output_tokens} received"
+    )
+    return line if cost is None else f"{line}; cost {cost:.4f}"

@@ -1,0 +1,1 @@
+"""vLLM as the sampler: started by the run itself, or a server that the user runs."""

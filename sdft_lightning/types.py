@@ -324,6 +324,7 @@ class TaskData(Protocol):
         held_out: Graded sets beside the task, by name.
         batch_size: Prompts of a training micro-batch on one device.
         retained_new_tokens: Longest answer to a row to retain; 0 where there are no such rows.
+        retains_evenly: Whether every process has as many of these rows in each micro-batch.
     """
 
     benchmark_suite: Any = None
@@ -331,6 +332,7 @@ class TaskData(Protocol):
     held_out: Mapping[str, Any] = MappingProxyType({})
     batch_size: int = 1
     retained_new_tokens: int = 0
+    retains_evenly: bool = True
 
     @property
     def judge(self) -> Any:

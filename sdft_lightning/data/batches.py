@@ -95,8 +95,12 @@ class Retained(NamedTuple):
             batch: Number of the batch, from 0.
             total: Rows of a batch, on all processes together.
         """
-        share = Fraction(self.share).limit_denominator(10_000)  # a third is three in nine
-        return math.ceil(batch * total * share) if self.size else 0
+        return math.ceil(batch * total * self.exact_share) if self.size else 0
+
+    @property
+    def exact_share(self) -> Fraction:
+        """The share as a fraction, so that a third of 9 is 3."""
+        return Fraction(self.share).limit_denominator(10_000)
 
 
 class WindowSampler(DistributedSampler[Any]):
@@ -149,12 +153,23 @@ class WindowSampler(DistributedSampler[Any]):
         if retained.size:
             while self._taught_before(self.count + 1) <= size:
                 self.count += 1
+            self._check_taught()
         if self.count == 0:
             most = size // world_size
             remedy = f"--data.batch_size to at most {most}" if most else "a lower --trainer.devices"
             raise UserError(
                 f"data.batch_size: {batch_size} rows x {world_size} processes are more than the "
                 f"{size} training rows. Set {remedy}."
+            )
+
+    def _check_taught(self) -> None:
+        total = self._total
+        fewest = total - math.ceil(total * self.retained.exact_share)
+        if fewest < self.world_size:
+            raise UserError(
+                f"data.retain_share: {self.retained.share:g} of batches of {total} rows leaves "
+                f"{fewest} demonstrations for {self.world_size} processes in some; each needs one. "
+                "Raise --data.batch_size, or lower the share."
             )
 
     def set_epoch(self, epoch: int) -> None:

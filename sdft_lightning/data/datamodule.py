@@ -365,6 +365,11 @@ class DemonstrationDataModule(ModelDataModule):
         )
 
     @property
+    def retains_evenly(self) -> bool:  # type: ignore[override] # known when rows are read
+        """Whether every process has as many rows to retain in each micro-batch."""
+        return (self.batch_size * self.retain_share) % 1 == 0
+
+    @property
     def retained_new_tokens(self) -> int:  # type: ignore[override] # known when rows are read
         """Longest answer to a row to retain, after `setup`; 0 where there are no such rows."""
         return self.retain_max_new_tokens if "retain" in self._sets else 0

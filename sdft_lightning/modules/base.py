@@ -25,6 +25,7 @@ from sdft_lightning.models.sharding import (
 from sdft_lightning.modules.checkpoints import Checkpoints
 from sdft_lightning.modules.effective_update import EffectiveUpdate
 from sdft_lightning.modules.evaluation import Evaluation, EvaluationBatch, Evaluator
+from sdft_lightning.modules.retained import RetainedRows
 from sdft_lightning.modules.run_callbacks import LastCheckpoint, ValidateAtEnds
 from sdft_lightning.modules.run_checks import RunChecks
 from sdft_lightning.modules.schedule import RunLength, Schedule, total_steps
@@ -63,6 +64,9 @@ class PolicyModule(L.LightningModule):
         optimizer: Called with the student's trainable parameters only.
         schedule: How the learning rate moves.
         evaluation: How answers are measured in validation, test and predict.
+        initial_copy: Keep a frozen copy of the model as it was before training, 4 bytes a
+            parameter: what rows to retain (data.retain) are compared with where neither a
+            FrozenTeacher nor adapters keep it.
         seed: Seed of all completions that are sampled; set from seed_everything.
         unknown: None are taken; names of before are answered with those of now.
 
@@ -83,6 +87,7 @@ class PolicyModule(L.LightningModule):
     has_preflight: ClassVar[bool] = False
     has_graded_teacher: ClassVar[bool] = False
     student: Any
+    initial: Any
 
     def __init__(
         self,
@@ -90,6 +95,7 @@ class PolicyModule(L.LightningModule):
         optimizer: OptimizerFactory = lambda p: torch.optim.AdamW(p, lr=2e-5, weight_decay=0.0),
         schedule: Schedule = Schedule(),  # noqa: B008 - frozen
         evaluation: Evaluation = Evaluation(),  # noqa: B008 - frozen
+        initial_copy: bool = False,
         seed: int = 42,
         **unknown: Any,
     ) -> None:
@@ -109,6 +115,7 @@ class PolicyModule(L.LightningModule):
         # Before any teacher, so that a checkpoint numbers the optimizer's parameters alike whether
         # it was written under fsdp2, which counts those of the whole module, or not.
         self.register_module("student", None)
+        self.register_module("initial", None)  # see `RetainedRows`
         self.tokenizer: Any = None
         self.stop_ids: list[int] = []
         self._passes = StudentPasses(policy.sampling_dtype)
@@ -119,6 +126,7 @@ class PolicyModule(L.LightningModule):
         self.timing = Timing(self)
         self.gradients = WindowGradients(self)
         self.step_values = StepValues()
+        self.retained_rows = RetainedRows(self, initial_copy)
         self.completion_tokens = 0
         self._is_checked = False
 
@@ -174,7 +182,8 @@ class PolicyModule(L.LightningModule):
     @property
     def step_names(self) -> list[str]:
         """Names of what training steps log; see `check_monitors`."""
-        return ["perf/step_seconds", "perf/backward_seconds", "perf/tokens_per_second"]
+        names = ["perf/step_seconds", "perf/backward_seconds", "perf/tokens_per_second"]
+        return names + self.retained_rows.step_names
 
     def grades_in_fit(self, taught: bool) -> bool:
         """Whether validations of a fit grade a teacher.
@@ -203,6 +212,7 @@ class PolicyModule(L.LightningModule):
             self.load_models()
         if self.loads_teacher and not all(each.is_loaded for each in self.teachers.values()):
             self.load_teacher()
+        self.retained_rows.load()
         if self.device_mesh is not None and not is_sharded(self.student):
             with plain_attention(self.student):  # while each process has a whole model on the CPU
                 self.check_models()
@@ -249,6 +259,11 @@ class PolicyModule(L.LightningModule):
 
     def load_teacher(self) -> None:
         """Make the teacher from the student, before any training, in methods that have one."""
+
+    @property
+    def teacher_before_training(self) -> Teacher | None:
+        """A teacher of the method that stays as the model was before training."""
+        return None
 
     def check_models(self) -> None:
         """Compute a few tokens, once, on the device and in the precision of the run."""
@@ -330,12 +345,7 @@ class PolicyModule(L.LightningModule):
         return not self.trainer.fit_loop._should_accumulate()
 
     def on_train_start(self) -> None:
-        """Begin the log and the gradients of the first window.
-
-        Of a run that was resumed inside of a window, what is logged of that window's step, and the
-        mean of its gradients, is of the micro-batches that were left: those before are in no
-        checkpoint.
-        """
+        """Begin the log and the gradients of a window; one that was begun before is not saved."""
         self.timing.restart()
         self.gradients.restart()
         self.step_values.reset()
@@ -366,11 +376,7 @@ class PolicyModule(L.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as Lightning does, in bfloat16 also for fused optimizers.
-
-        Lightning refuses these in all mixed precisions, since with float16 they divide gradients by
-        the scale themselves; bfloat16 has no scale.
-        """
+        """Clip as Lightning does, in bfloat16 also for fused optimizers; see `window`."""
         with clipping_without_scale(self.trainer.precision_plugin):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 

@@ -97,6 +97,7 @@ class Checkpoints:
         check_same_model(checkpoint.get(IDENTITY_KEY), self._identity())
         if weights is not None:
             unused = [f"{name}." for name, each in module.teachers.items() if not each.is_loaded]
+            unused += [] if module.initial is not None else ["initial."]
             checkpoint["state_dict"] = used_weights(weights, unused, module.state_dict())
         self._optimizer_states = checkpoint.get("optimizer_states") if trains else None
         module.evaluator.capability.load(checkpoint.get(CAPABILITY_KEY))
@@ -120,7 +121,8 @@ class Checkpoints:
 
     @property
     def _teacher(self) -> str | None:
-        return next((type(each).__name__ for each in self._module.teachers.values()), None)
+        teachers = self._module.teachers
+        return next((type(teachers[name]).__name__ for name in teachers if name != "initial"), None)
 
 
 def model_identity(model: Any, model_name: str, method: type) -> dict[str, Any]:

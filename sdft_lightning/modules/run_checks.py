@@ -116,6 +116,7 @@ def check_run(module: Any, data: TaskData | None, trainer: Any, command: str) ->
         data.check_model_takes(module.new_tokens, module.evaluation.max_new_tokens)
     if command != "fit":
         return
+    module.retained_rows.plan(data, trainer, command)
     module.check_before_fit([] if data is None else data.training_rows())
     if data is not None and data.batches_per_epoch is not None:
         check_whole_windows(trainer, data.batches_per_epoch)

@@ -120,6 +120,7 @@ class SDFTModule(PolicyModule):
         teacher = self.teacher_hidden(batch, rollout, keep)  # (N, D), no gradient
         correction = self.rollouts.correction(student, rollout, keep)  # (N,)
         loss, tokens = self.token_divergence(student, teacher, rollout, keep, correction)
+        loss = self.retained_rows.beside(loss, batch)  # rows to retain, where there are any
         self.log_step(loss, tokens, rollout, keep)
         return {"loss": loss, "rollout": rollout, "keep": keep, "divergence": tokens.divergence}
 
@@ -211,20 +212,25 @@ class SDFTModule(PolicyModule):
                 "counts as loss 0. This is told once."
             )
         self.step_values.update("loss", loss)
-        weights = sequence_weights(keep)[keep]  # (N,)
+        weights = self.retained_rows.weights_of_log(keep)  # (N,)
         for name in ("kl", "student_entropy", "teacher_entropy", "top1_agreement"):
             self.step_values.update(name, getattr(tokens, name), weights)
         mask = rollout.completion_mask  # (R, T)
         self.step_values.update("completion_length", mask.sum(dim=1))
         self.step_values.update("truncated_fraction", rollout.truncated)
         self.step_values.update_bigrams("distinct_2", rollout.completion_ids, mask)
-        self.completion_tokens = int(mask.sum())
+        self.completion_tokens = int(mask.sum()) + self.retained_rows.tokens
 
     # --- the teacher ----------------------------------------------------------------------------
 
     def load_teacher(self) -> None:
         """Make the teacher from the student, before any training."""
         self.teacher.copy_from(self.student)
+
+    @property
+    def teacher_before_training(self) -> Teacher | None:
+        """The teacher itself, where it never moves."""
+        return self.teacher if isinstance(self.teacher, FrozenTeacher) else None
 
     def shard_models(self, mesh: Any) -> None:
         """Spread both models over processes; the teacher, too, is asked for whole completions."""

@@ -76,12 +76,12 @@ class SupervisedModule(PolicyModule):
             tokens: Of the N kept tokens.
             keep: `(B, T)` the tokens in the loss.
         """
-        weights = sequence_weights(keep)[keep]  # (N,)
+        weights = self.retained_rows.weights_of_log(keep)  # (N,)
         self.step_values.update("loss", loss)
         self.step_values.update("cross_entropy", -tokens.student_log_probs, weights)
         self.step_values.update("student_entropy", tokens.student_entropy, weights)
         self.step_values.update("completion_length", keep.sum(dim=1))
-        self.completion_tokens = int(keep.sum())
+        self.completion_tokens = int(keep.sum()) + self.retained_rows.tokens
 
 
 class SFTModule(SupervisedModule):
@@ -97,6 +97,7 @@ class SFTModule(SupervisedModule):
         target, keep = batch.demonstration_ids, batch.demonstration_mask  # (B, T)
         student = self.student_hidden(batch.prompts, batch.demonstrations)  # (N, D)
         loss, tokens = self.token_cross_entropy(student, target, keep)
+        loss = self.retained_rows.beside(loss, batch)
         self.log_step(loss, tokens, keep)
         return loss
 
@@ -117,6 +118,7 @@ class DFTModule(SupervisedModule):
         target, keep = batch.demonstration_ids, batch.demonstration_mask  # (B, T)
         student = self.student_hidden(batch.prompts, batch.demonstrations)  # (N, D)
         loss, tokens = self.token_cross_entropy(student, target, keep, probability_weighted)
+        loss = self.retained_rows.beside(loss, batch)
         self.log_step(loss, tokens, keep)
         return loss
 
@@ -139,6 +141,7 @@ class CPTModule(SupervisedModule):
         target, keep = batch.context_ids[:, 1:], batch.context_mask[:, 1:]  # (B, S - 1)
         student = self.student_hidden(first, Tokens(target, keep))  # (N, D)
         loss, tokens = self.token_cross_entropy(student, target, keep)
+        loss = self.retained_rows.beside(loss, batch)
         self.log_step(loss, tokens, keep)
         return loss
 
@@ -186,9 +189,15 @@ class SFTKLModule(SupervisedModule):
         student = self.student_hidden(batch.prompts, batch.demonstrations)  # (N, D)
         base = self.base_hidden(batch)  # (N, D), no gradient
         loss, tokens = self.penalised_cross_entropy(student, base, target, keep)
+        loss = self.retained_rows.beside(loss, batch)
         self.log_step(loss, tokens, keep)
-        self.step_values.update("kl", tokens.kl, sequence_weights(keep)[keep])
+        self.step_values.update("kl", tokens.kl, self.retained_rows.weights_of_log(keep))
         return loss
+
+    @property
+    def teacher_before_training(self) -> FrozenTeacher:
+        """The model that the penalty is about."""
+        return self.base
 
     def base_hidden(self, batch: PromptBatch) -> Tensor:
         """The initial model's hidden states `(N, D)` at the tokens of the demonstrations."""

@@ -270,6 +270,9 @@ class WindowGradients:
 def clipping_without_scale(plugin: Any) -> Iterator[None]:
     """Let a precision without a scale clip the gradients of any optimizer.
 
+    Lightning refuses fused optimizers in all mixed precisions, since with float16 they divide
+    gradients by the scale themselves; bfloat16 has no scale.
+
     Args:
         plugin: Lightning's precision plugin; its refusal of fused optimizers is put aside where it
             has no scaler.

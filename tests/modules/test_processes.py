@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -37,6 +38,26 @@ def test_windows_of_two_processes_log_and_weigh_what_those_of_one_do(fit: Any) -
         assert len(values) == 4
         assert two.logged(f"train/{name}") == pytest.approx(values, rel=1e-4, abs=1e-5), name
     first, second = one.weights(), two.weights()
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_to_retain_are_shared_by_two_processes_as_one_has_them(
+    fit: Any, process_folder: Any
+) -> None:
+    rows = "".join(json.dumps({"prompt": f"Tell me about {i}."}) + "\n" for i in range(5))
+    (process_folder / "retain.jsonl").write_text(rows, encoding="utf-8")
+    options = ["--data.retain=retain.jsonl", "--data.retain_max_new_tokens=5"]
+    options += ["--model.initial_copy=true", "--trainer.max_steps=5"]
+    # Batches of four with two, one and one: on two processes some have none.
+    one, two = (fit(f"retained-{n}", n, *options) for n in (1, 2))
+    assert one.completions() == two.completions()
+    for name in ("loss", "kl", "retained_kl", "retained_truncated"):
+        values = one.logged(f"train/{name}")
+        assert len(values) == 5
+        assert two.logged(f"train/{name}") == pytest.approx(values, rel=1e-4, abs=1e-5), name
+    first, second = one.weights(), two.weights()
+    assert any(name.startswith("initial.") for name in first)
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, atol=1e-4, rtol=1e-4)
 

@@ -64,6 +64,10 @@ VARIANTS: dict[str, tuple[int, list[str]]] = {
     ),
     "live": (30, ["--model.teacher=LiveTeacher"]),
     "two_completions": (30, ["--model.sampling.completions_per_prompt=2"]),
+    "retained": (
+        30,
+        ["--data.retain=rows.jsonl", "--data.batch_size=3", "--model.initial_copy=true"],
+    ),
     "sft": (30, ["--model=SFTModule"]),
     "dft": (10, ["--model=DFTModule"]),
     "cpt": (10, ["--model=CPTModule", "--data.columns.context=context"]),

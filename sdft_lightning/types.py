@@ -33,6 +33,10 @@ class Tokens(NamedTuple):
         """Some of the rows: a slice, or indices `(A,)`."""
         return Tokens(self.ids[which], self.mask[which])
 
+    def to(self, device: Any) -> Tokens:
+        """The same on a device."""
+        return Tokens(self.ids.to(device), self.mask.to(device))
+
     def repeat(self, times: int) -> Tokens:
         """Each row so many times, next to itself."""
         if times == 1:

@@ -431,14 +431,14 @@ import time
 time.sleep = lambda seconds: None  # the Hub's client waits 23 s before it gives a host up
 from sdft_lightning.data.sources import HubSource, read_rows
 from sdft_lightning.errors import UserError
-from sdft_lightning.forward.policy import load_policy
+from sdft_lightning.forward.policy import Policy, load_policy
 from sdft_lightning.models.tokenization import load_max_length, load_stop_ids, load_tokenizer
 
 class Eos:
     eos_token_id = 1
 
 calls = {
-    "policy": lambda: load_policy("acme/none"),
+    "policy": lambda: load_policy(Policy("acme/none")),
     "tokenizer": lambda: load_tokenizer("acme/none"),
     "max_length": lambda: load_max_length("acme/none", None),
     "rows": lambda: read_rows(HubSource(repo="acme/none", split="train"), "data.train"),

@@ -144,9 +144,7 @@ class DriftMonitor(L.Callback):
             self._base = self._base_model(module)
             head = output_head(self._base)
             self._head = head._replace(weight=head.weight.clone())
-        rollout = module.evaluator.greedy_completions(
-            self._base, batch.prompt_ids, batch.prompt_mask
-        )
+        rollout = module.evaluator.greedy_completions(self._base, batch.prompts)
         hidden = completion_hidden_states(
             self._base,
             batch.prompts,

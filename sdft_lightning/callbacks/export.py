@@ -115,7 +115,7 @@ def check_format(module: Any, format: ExportFormat) -> None:
         UserError: If there are no adapters, or they cannot be merged.
     """
     check_choice("format", format, get_args(ExportFormat))
-    if format == "adapter" and module.lora is None:
+    if format == "adapter" and module.policy.lora is None:
         raise UserError(
             "format: got adapter, but this run trains the whole model and has no adapters. Use "
             "merged, or train with LoRA (--model.policy.lora.r=8)."

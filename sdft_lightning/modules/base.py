@@ -429,9 +429,7 @@ class PolicyModule(L.LightningModule):
 
     def grade(self, batch: PromptBatch) -> dict[str, Any]:
         """Answer the questions of a batch greedily and grade the answers."""
-        graded = self.evaluator.graded(
-            self.student, batch.prompt_ids, batch.prompt_mask, batch, "accuracy"
-        )
+        graded = self.evaluator.graded(self.student, batch.prompts, batch, "accuracy")
         return {"graded": graded}
 
     def on_validation_epoch_end(self) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning as L
-from torch import Tensor
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.graders import Judge, Usage, grade_rows
@@ -93,20 +92,19 @@ class Evaluator:
         """Decide whether the benchmarks are due."""
         self.capability.begin(self._module.trainer)
 
-    def greedy_completions(self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor) -> Rollout:
+    def greedy_completions(self, model: Any, prompts: Tokens) -> Rollout:
         """The likeliest completions under `model`, with sampling weights where they are faster.
 
         Args:
             model: The student, or another model of its kind.
-            prompt_ids: `(B, P)`, padded on the left.
-            prompt_mask: `(B, P)`.
+            prompts: `(B, P)`, padded on the left.
         """
         module = self._module
         if model is module.student:
             model = module.passes.sampler()
         return greedy_rollout(
             model,
-            Tokens(prompt_ids, prompt_mask),
+            prompts,
             self.options.max_new_tokens,
             module.stop_ids,
             module.tokenizer.pad_token_id,
@@ -127,39 +125,35 @@ class Evaluator:
             for ids, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)
         ]
 
-    def answers(self, completions: list[str], prompt_ids: Tensor, prompt_mask: Tensor) -> list[str]:
+    def answers(self, completions: list[str], prompts: Tokens) -> list[str]:
         """What graders get: the completions without thoughts, unless `data.grade_thoughts` is set.
 
         Args:
             completions: One text a prompt.
-            prompt_ids: `(B, P)`, padded on the left; they may open a thought.
-            prompt_mask: `(B, P)`.
+            prompts: `(B, P)`, padded on the left; they may open a thought.
         """
         data = task_data(self._module.trainer)
         if data is not None and data.grade_thoughts:
             return completions
         return [
-            self.reader.answer(text, self.reader.opened(ids[mask.bool()].tolist()))
-            for text, ids, mask in zip(completions, prompt_ids, prompt_mask, strict=True)
+            self.reader.answer(text, self.reader.opened(ids))
+            for text, ids in zip(completions, prompts.lists(), strict=True)
         ]
 
-    def graded(
-        self, model: Any, prompt_ids: Tensor, prompt_mask: Tensor, batch: PromptBatch, metric: str
-    ) -> Graded:
+    def graded(self, model: Any, prompts: Tokens, batch: PromptBatch, metric: str) -> Graded:
         """Complete prompts, grade the answers, and count the grades under the name `metric`.
 
         Args:
             model: Who answers: the student, or its teacher.
-            prompt_ids: `(B, P)` what it is shown, padded on the left.
-            prompt_mask: `(B, P)`.
+            prompts: `(B, P)` what it is shown, padded on the left.
             batch: The B rows, their task and its grader.
             metric: accuracy or teacher_accuracy.
         """
-        rollout = self.greedy_completions(model, prompt_ids, prompt_mask)
+        rollout = self.greedy_completions(model, prompts)
         completions = self.decode(rollout)
         scores: list[float] = []
         if batch.grader:
-            answers = self.answers(completions, prompt_ids, prompt_mask)
+            answers = self.answers(completions, prompts)
             scores = grade_rows(batch.grader, answers, batch.rows, self._judge)
             accuracy = self.accuracies.of(f"{batch.task}/{metric}", self._module.device)
             accuracy.update(scores)
@@ -173,9 +167,9 @@ class Evaluator:
     def predictions(self, batch: PromptBatch) -> list[dict[str, Any]]:
         """Answer the questions of a batch greedily, one record for each row."""
         student = self._module.student
-        rollout = self.greedy_completions(student, batch.prompt_ids, batch.prompt_mask)
+        rollout = self.greedy_completions(student, batch.prompts)
         texts = self.decode(rollout)
-        answers = self.answers(texts, batch.prompt_ids, batch.prompt_mask)
+        answers = self.answers(texts, batch.prompts)
         truncated = rollout.truncated.tolist()
         return [
             {

@@ -283,14 +283,13 @@ class SDFTModule(PolicyModule):
     def grade(self, batch: PromptBatch) -> dict[str, Any]:
         """Grade the student's answers; in validate and test also the teacher's."""
         outputs = super().grade(batch)
-        prompt_ids, prompt_mask = self.teacher_prompts(batch)  # (B, Q)
-        taught = prompt_mask.any(dim=1)  # (B,) rows with a demonstration
+        prompts = self.teacher_prompts(batch)  # (B, Q)
+        taught = prompts.mask.any(dim=1)  # (B,) rows with a demonstration
         if batch.grader and taught.any() and self.grades_teacher:
             rows = [row for row, shown in zip(batch.rows, taught.tolist(), strict=True) if shown]
             outputs["teacher"] = self.evaluator.graded(
                 self.gather_teacher(),
-                prompt_ids[taught],
-                prompt_mask[taught],
+                prompts.rows(taught),
                 batch._replace(rows=rows),
                 "teacher_accuracy",
             )

@@ -200,14 +200,12 @@ def _role(
     scores: list[float] = []
     truncated = artifacts = copied = count = 0
     for batch in batches:
-        ids, mask = batch.teacher_prompts if as_teacher else batch.prompts
-        rollout = module.evaluator.greedy_completions(
-            model, ids.to(module.device), mask.to(module.device)
-        )
+        prompts = batch.teacher_prompts if as_teacher else batch.prompts
+        rollout = module.evaluator.greedy_completions(model, prompts.to(module.device))
         truncated += int(rollout.truncated.sum())
         texts = module.evaluator.decode(rollout)
         if grade is not None:
-            scores += grade(module.evaluator.answers(texts, ids, mask), batch.rows)
+            scores += grade(module.evaluator.answers(texts, prompts), batch.rows)
         for row, text in zip(batch.rows, texts, strict=True):
             shown = demonstration_text(row)
             count += 1

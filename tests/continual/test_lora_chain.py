@@ -39,7 +39,7 @@ def test_second_stage_trains_new_adapters_on_the_first_ones_merged_model(
     run_cli: Callable[..., None], plan_options: Options, model_folder: Path, tmp_path: Path
 ) -> None:
     plan_options |= {"seeds": [1], "select": "best", "keep_checkpoints": True}
-    plan_options["model"]["init_args"]["lora"] = {"r": 4, "alpha": 6}
+    plan_options["model"]["init_args"]["policy"]["lora"] = {"r": 4, "alpha": 6}
     config = tmp_path / "plan.yaml"
     config.write_text(json.dumps(plan_options))
     run_cli("continual", f"--config={config}")

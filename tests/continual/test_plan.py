@@ -91,7 +91,7 @@ def test_another_class_does_not_inherit_the_arguments_of_the_one_it_replaces() -
 def test_stage_starts_from_the_model_before_it_and_measures_kl_from_the_original_base(
     plan_options: Options, model_folder: Path
 ) -> None:
-    plan_options["model"]["init_args"]["revision"] = "r1"
+    plan_options["model"]["init_args"]["policy"]["revision"] = "r1"
     plan = build_plan(plan_options)
     first, second = chains_of(plan)[0]
     for unit, given, name, revision in (

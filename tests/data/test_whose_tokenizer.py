@@ -126,7 +126,8 @@ def test_revision_of_the_module_is_the_data_modules_too(
             seen.append(data.model_version)
 
     module = sdft(model_folder)
-    module.revision = "v1"  # of a folder, transformers ignores it
+    # Of a folder, transformers ignores the revision.
+    module.policy = Policy(str(model_folder), revision="v1")
     trainer(tmp_path, Look()).fit(module, data)
     assert seen == [(str(model_folder), "v1")]
 

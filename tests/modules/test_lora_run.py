@@ -106,7 +106,7 @@ def test_checkpoint_holds_adapters_and_optimizer_only_and_restores_them(
     method: Any,
     teacher: Any,
     fit_module: FitModule,
-    model_folder: Path,
+    module_options: Callable[[dict[str, Any]], dict[str, Any]],
     make_model_folder: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
@@ -124,7 +124,7 @@ def test_checkpoint_holds_adapters_and_optimizer_only_and_restores_them(
     assert checkpoint["state_dict"].keys() == expected
     assert len(checkpoint["optimizer_states"][0]["state"]) == len(names)
 
-    fresh = method(policy=Policy(str(model_folder)), **method_options(method, teacher, original))
+    fresh = method(**module_options(method_options(method, teacher, original)))
     fresh.configure_model()
     fresh.on_load_checkpoint(checkpoint)
     fresh.load_state_dict(checkpoint["state_dict"])
@@ -148,8 +148,8 @@ def test_the_penalty_holds_to_the_base_without_a_copy_of_it(fit_module: FitModul
     assert not adapter_parameters(module.base.network)
 
 
-def loaded(folder: Path, checkpoint: dict[str, Any], **options: Any) -> Any:
-    module = SDFTModule(policy=Policy(str(folder)), **options)
+def loaded(folder: Path, checkpoint: dict[str, Any], **policy: Any) -> Any:
+    module = SDFTModule(policy=Policy(str(folder), **policy))
     module.configure_model()
     module.on_load_checkpoint(checkpoint)
     return module
@@ -170,28 +170,13 @@ def test_checkpoints_of_other_adapters_bases_and_of_whole_models_are_refused(
     loaded(model_folder, lora, lora=ADAPTER, weights_dtype="bfloat16")  # the same base, rounded
     other = make_model_folder(seed=1)  # the same shapes
     for folder, checkpoint, options, named in (
-        (model_folder, lora, {"policy": {"lora": LoRA(r=8)}}, r"another adapter.*'r': 4.*'r': 8"),
-        (
-            model_folder,
-            lora,
-            {"policy": {"lora": LoRA(r=4, alpha=8)}},
-            r"another adapter.*'alpha': 16",
-        ),
-        (
-            model_folder,
-            lora,
-            {"policy": {"lora": LoRA(r=4, target_modules=["q_proj"])}},
-            "another adapter",
-        ),
-        (model_folder, lora, {"policy": {"lora": LoRA(r=4, rslora=True)}}, "another adapter"),
-        (other, lora, {"policy": {"lora": ADAPTER}}, "another base model"),
+        (model_folder, lora, {"lora": LoRA(r=8)}, r"another adapter.*'r': 4.*'r': 8"),
+        (model_folder, lora, {"lora": LoRA(r=4, alpha=8)}, r"another adapter.*'alpha': 16"),
+        (model_folder, lora, {"lora": LoRA(r=4, target_modules=["q_proj"])}, "another adapter"),
+        (model_folder, lora, {"lora": LoRA(r=4, rslora=True)}, "another adapter"),
+        (other, lora, {"lora": ADAPTER}, "another base model"),
         (model_folder, lora, {}, r"another adapter.*this run has .* with None"),
-        (
-            model_folder,
-            whole,
-            {"policy": {"lora": ADAPTER}},
-            r"another adapter.* with None, this run",
-        ),
+        (model_folder, whole, {"lora": ADAPTER}, r"another adapter.* with None, this run"),
     ):
         with pytest.raises(UserError, match=rf"ckpt_path: .*{named}"):
             loaded(folder, checkpoint, **options)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.forward.policy import Policy
-from sdft_lightning.modules import OfflineDistillationModule, SDFTModule
+from sdft_lightning.modules import OfflineDistillationModule, SDFTModule, sdft_variants
+from sdft_lightning.modules.completions import read_completions
 from sdft_lightning.modules.sdft_variants import COMPLETIONS_KEY
 from sdft_lightning.rollout import Sampling, student
 from sdft_lightning.teacher import FrozenTeacher
@@ -210,3 +211,25 @@ def test_given_completions_are_not_saved_and_a_row_without_one_is_never_written_
     path.write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]), encoding="utf-8")
     with pytest.raises(UserError, match=r"line 12: .*has 0 completions .*'row-11'"):
         fit_module(OfflineDistillationModule, model={"completions": str(path)})
+
+
+def test_file_of_completions_is_read_once_a_fit_and_a_checkpoint_does_not_put_it_out(
+    fit_module: FitModule,
+    tmp_path: Path,
+    make_rows: Callable[[int], list[dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, reads = tmp_path / "all.jsonl", []
+    lines = [{"id": row["id"], "completion": "So."} for row in make_rows(12)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+    def counted(*arguments: Any) -> Any:
+        reads.append(arguments)
+        return read_completions(*arguments)
+
+    monkeypatch.setattr(sdft_variants, "read_completions", counted)
+    module = fit_module(OfflineDistillationModule, model={"completions": str(path)})
+    assert len(reads) == 1
+    module.trainer.save_checkpoint(tmp_path / "given.ckpt")
+    module.on_load_checkpoint(torch.load(tmp_path / "given.ckpt", weights_only=True))
+    assert len(module.kept) == 12

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.forward.policy import Policy
+from sdft_lightning.models.lora import LoRA
 from sdft_lightning.modules import ReinvokeModule
 from sdft_lightning.types import PromptBatch, Rollout
 
@@ -177,3 +178,21 @@ def test_original_with_another_tokenizer_is_refused(
     module = ReinvokeModule(original=Policy(str(folder)), policy=Policy(str(model_folder)))
     with pytest.raises(UserError, match=r"another vocabulary .*routing"):
         module.check_before_fit([])
+
+
+@pytest.mark.parametrize(
+    "options", [{"weights_dtype": "bfloat16"}, {"gradient_checkpointing": True}, {"lora": LoRA()}]
+)
+def test_original_takes_no_option_that_would_do_nothing(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=rf"model\.original\.{next(iter(options))}: got .*name"):
+        ReinvokeModule(original=Policy(**options))
+
+
+def test_original_is_loaded_with_its_own_attention_or_the_students(model_folder: Path) -> None:
+    for own, found in ((None, "eager"), ("sdpa", "sdpa")):
+        original = Policy(str(model_folder), attn_implementation=own)
+        policy = Policy(str(model_folder), attn_implementation="eager")
+        module = ReinvokeModule(original=original, policy=policy)
+        module.configure_model()
+        assert module.teacher.network.config._attn_implementation == found
+        assert module.student.config._attn_implementation == "eager"

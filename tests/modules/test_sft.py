@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch.nn import functional
 
+from sdft_lightning.errors import UserError
 from sdft_lightning.modules import SFTModule
+from sdft_lightning.modules.evaluation import Evaluation
 
 FitModule = Callable[..., Any]
 
@@ -92,3 +94,8 @@ def test_sft_learns_its_demonstrations(fit_module: FitModule) -> None:
     assert losses[-1] < losses[0] / 2
     # Counts of a step hold no weights.
     assert set(dict(module.named_children())) == {"student", "step_values"}
+
+
+def test_teacher_is_not_graded_where_there_is_none() -> None:
+    with pytest.raises(UserError, match=r"model\.evaluation\.teacher_in_fit: got true, and SFTM"):
+        SFTModule(evaluation=Evaluation(teacher_in_fit=True))

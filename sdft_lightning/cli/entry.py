@@ -301,7 +301,7 @@ def user_error(error: BaseException) -> BaseException | None:
         if isinstance(cause, UserError):
             return cause
         if isinstance(cause, RuntimeError):
-            from sdft_lightning.data.loader import dead_worker
+            from sdft_lightning.data.benchmark_data import dead_worker
 
             if dead_worker(cause) is not None:
                 return dead_worker(cause)  # raised wherever the program was when the worker died

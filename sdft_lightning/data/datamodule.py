@@ -19,10 +19,14 @@ from sdft_lightning.data.batches import (
     collate,
     rows_left_out,
 )
-from sdft_lightning.data.benchmark_data import BenchmarkDataModule, ModelDataModule, ModelVersion
+from sdft_lightning.data.benchmark_data import (
+    BenchmarkDataModule,
+    ModelDataModule,
+    ModelVersion,
+    ResumableLoader,
+)
 from sdft_lightning.data.benchmarks import Benchmarks, BenchmarkSuite
 from sdft_lightning.data.json_rows import MAX_MEGABYTES
-from sdft_lightning.data.loader import ResumableLoader
 from sdft_lightning.data.prompts import PromptStyle, check_headers
 from sdft_lightning.data.rows import (
     Columns,

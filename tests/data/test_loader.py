@@ -23,7 +23,7 @@ from sdft_lightning.data.batches import (
     WindowSampler,
     rows_left_out,
 )
-from sdft_lightning.data.loader import ResumableLoader
+from sdft_lightning.data.benchmark_data import ResumableLoader
 from sdft_lightning.data.tokens import TokenizedRow
 from sdft_lightning.errors import UserError
 from sdft_lightning.modules import SFTModule

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import gc
-import os
 import statistics
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, NamedTuple, get_args
@@ -22,7 +19,15 @@ from sdft_lightning.data.prompts import (
     target_text,
     teacher_conversation,
 )
-from sdft_lightning.data.tokens import ControlTokens, TokenizedRow, TokenStore, encode_texts, stored
+from sdft_lightning.data.tokens import (
+    ControlTokens,
+    TokenizedRow,
+    TokenStore,
+    encode_texts,
+    on_all_cores,
+    stored,
+    without_collection,
+)
 from sdft_lightning.errors import UserError, check_choice, shown
 from sdft_lightning.models.chat_template import (
     Conversation,
@@ -36,7 +41,6 @@ from sdft_lightning.types import Demonstration, Message, RowNeeds
 # Rows that are rendered and tokenized at once.
 _CHUNK = 256
 _AT_ONCE = 2  # chunks
-_PARALLEL = "TOKENIZERS_PARALLELISM"
 
 TooLong = Literal["error", "skip", "truncate"]
 
@@ -291,37 +295,12 @@ def tokenize_rows(
 def _in_chunks(rows: Sequence[Demonstration], tokenizer: Tokenizer) -> Iterator[TokenizedRow]:
     """Tokenize rows, some chunks at once: tokenizer and chat template work beside Python."""
     chunks = (rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK))
-    with _on_all_cores(), _without_collection(), ThreadPoolExecutor(_AT_ONCE) as pool:
+    with on_all_cores(), without_collection(), ThreadPoolExecutor(_AT_ONCE) as pool:
         begun = deque(pool.submit(tokenizer.many, chunk) for chunk in islice(chunks, _AT_ONCE + 1))
         while begun:
             found = begun.popleft().result()
             begun.extend(pool.submit(tokenizer.many, chunk) for chunk in islice(chunks, 1))
             yield from found
-
-
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """Rows and ids hold no cycles, and looking for such among millions of objects takes a tenth."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-@contextmanager
-def _on_all_cores() -> Iterator[None]:
-    """Let the tokenizer use all cores, which `quiet` forbids: processes are forked afterwards."""
-    if os.environ.get(_PARALLEL) != "false":
-        yield
-        return
-    os.environ[_PARALLEL] = "true"
-    try:
-        yield
-    finally:
-        os.environ[_PARALLEL] = "false"
 
 
 def check_model_takes(

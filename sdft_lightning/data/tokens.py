@@ -7,10 +7,13 @@ special tokens before anything else, so that the ids of such parts do not depend
 
 from __future__ import annotations
 
+import gc
+import os
 import re
 import threading
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain, pairwise
 from typing import Any, NamedTuple, overload
 from weakref import WeakKeyDictionary
@@ -18,6 +21,8 @@ from weakref import WeakKeyDictionary
 from sdft_lightning.errors import UserError
 from sdft_lightning.models.chat_template import conversation_ids, known_thoughts
 from sdft_lightning.types import Demonstration, Message
+
+_PARALLEL = "TOKENIZERS_PARALLELISM"
 
 _KINDS = 4  # prompt, teacher prompt, demonstration, context
 
@@ -272,3 +277,28 @@ def _pattern(tokens: Iterable[str]) -> re.Pattern[str]:
     """Any of the tokens, longest first; those of one character cannot be told from a text."""
     longest = sorted((token for token in tokens if len(token) > 1), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest)) or "(?!)")
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Rows and ids hold no cycles, and looking for such among millions of objects takes a tenth."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@contextmanager
+def on_all_cores() -> Iterator[None]:
+    """Let the tokenizer use all cores, which `quiet` forbids: processes are forked afterwards."""
+    if os.environ.get(_PARALLEL) != "false":
+        yield
+        return
+    os.environ[_PARALLEL] = "true"
+    try:
+        yield
+    finally:
+        os.environ[_PARALLEL] = "false"

@@ -17,11 +17,7 @@ from sdft_lightning.files.whole_windows import WholeWindows
 from sdft_lightning.forward.hidden import plain_attention
 from sdft_lightning.forward.policy import Policy, load_policy, moved_not_cast
 from sdft_lightning.models.lora import keep_adapters_only_
-from sdft_lightning.models.sharding import (
-    data_parallel_mesh,
-    is_sharded,
-    shard_,
-)
+from sdft_lightning.models.sharding import data_parallel_mesh, is_sharded, shard_
 from sdft_lightning.modules.checkpoints import Checkpoints
 from sdft_lightning.modules.effective_update import EffectiveUpdate
 from sdft_lightning.modules.evaluation import Evaluation, EvaluationBatch, Evaluator

@@ -129,15 +129,16 @@ def test_without_peft_all_else_works_and_adapters_name_their_extra(model_folder:
     code = f"""
 import sys
 sys.modules["peft"] = None  # as if it were not installed
+from sdft_lightning.forward.policy import Policy
 from sdft_lightning.errors import UserError
 from sdft_lightning.models.lora import LoRA
 from sdft_lightning.modules import SDFTModule
-module = SDFTModule({str(model_folder)!r})
+module = SDFTModule(policy=Policy({str(model_folder)!r}))
 module.configure_model()
 assert module.teacher.distance(module.student) == 0.0
 assert len(module.state_dict()) > 20
 try:
-    SDFTModule({str(model_folder)!r}, lora=LoRA()).configure_model()
+    SDFTModule(policy=Policy({str(model_folder)!r}, lora=LoRA())).configure_model()
 except UserError as error:
     print(error)
 """

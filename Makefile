@@ -36,8 +36,8 @@ soak: $(STAMP) ## kill and resume runs and plans; 100,000 broken rows (10 minute
 
 models: $(STAMP) ## compare every architecture of transformers with plain passes, write docs/models.md (4 minutes)
 	rm -rf .models && mkdir .models
-	SDFT_MODELS=$(CURDIR)/.models $(PYTHON_BIN) -m pytest -q -n 2 tests/models
-	$(PYTHON_BIN) tests/models/models_page.py .models
+	SDFT_MODELS=$(CURDIR)/.models $(PYTHON_BIN) -m pytest -q -n 2 tests/models/sweep
+	$(PYTHON_BIN) tests/models/sweep/models_page.py .models
 	rm -rf .models
 
 demo: model ## teach the embedded model facts on the CPU (16 to 24 minutes)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make .venv-vllm, an environment with vLLM for CPUs beside this package, and run tests/vllm in it.
+# Make .venv-vllm, an environment with vLLM for CPUs beside this package, and run tests/rollout/vllm in it.
 # `make test-vllm` calls it, after `make model` has prepared the embedded model.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -41,4 +41,4 @@ export PYTHONPATH=$PWD
 # Two GB of keys and values are plenty for short completions; nothing is fetched or reported.
 export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-2}
 export VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-exec "$python" -m pytest -q tests/vllm "$@"
+exec "$python" -m pytest -q tests/rollout/vllm "$@"

@@ -23,14 +23,14 @@ SLOW_FILES = (
     "continual/test_kill.py",
     "callbacks/test_collapse_guard.py",
     "notebooks/test_continual.py",
-    "test_faults.py",
+    "cli/test_faults.py",
     "test_soak.py",
     "notebooks/test_read_a_run.py",
     "notebooks/test_quickstart.py",
     "continual/test_lora_chain.py",
     "continual/test_whole.py",
-    "test_wrong_commands.py",
-    "test_cli_bad_input.py",
+    "cli/test_wrong_commands.py",
+    "cli/test_cli_bad_input.py",
 )
 
 CHATML = (

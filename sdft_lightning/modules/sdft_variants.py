@@ -44,8 +44,13 @@ class ReinvokeModule(SDFTModule):
     row_needs: ClassVar[RowNeeds] = RowNeeds(demonstration=False, teacher_prompt=False)
     has_preflight: ClassVar[bool] = False
 
-    def __init__(self, *, original: Policy, **kwargs: Any) -> None:
+    def __init__(self, *, original: Policy | None = None, **kwargs: Any) -> None:
         super().__init__(teacher=FrozenTeacher(), generate_from_teacher=False, **kwargs)
+        if original is None:
+            raise UserError(
+                "model.original.name: ReinvokeModule needs it and it is not given. Name the model "
+                "before SFT: `embedded`, a folder written by save_pretrained, or a Hub id."
+            )
         taken = ("name", "revision", "attn_implementation")
         for name, given in asdict(original).items():
             if name not in taken and given != getattr(Policy(), name):

@@ -188,6 +188,18 @@ def test_original_takes_no_option_that_would_do_nothing(options: dict[str, Any])
         ReinvokeModule(original=Policy(**options))
 
 
+def test_original_must_be_named(
+    fit_args: list[str], run_cli: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = "model.original.name: ReinvokeModule needs it and it is not given"
+    with pytest.raises(UserError, match=told):
+        ReinvokeModule()
+    with pytest.raises(SystemExit) as ended:
+        run_cli(*["--model=ReinvokeModule" if a == "--model=SDFTModule" else a for a in fit_args])
+    assert ended.value.code == 2
+    assert told in " ".join(capsys.readouterr().err.split())
+
+
 def test_original_is_loaded_with_its_own_attention_or_the_students(model_folder: Path) -> None:
     for own, found in ((None, "eager"), ("sdpa", "sdpa")):
         original = Policy(str(model_folder), attn_implementation=own)

@@ -3,7 +3,7 @@
 Not libseccomp: its Python binding is not on PyPI (it comes with a distribution, for that
 distribution's Python), what is there is unmaintained since 2021 (pyseccomp), and the library itself
 knows nothing of calls that are newer than it is. Here every call that is newer than the table does
-not exist; `tests/test_sandbox_filter.py` compares the numbers with the kernel's headers.
+not exist; its tests compare the numbers with the kernel's headers.
 
 Not a virtual machine: it keeps a language model's careless code from harm, and most of its malice.
 The process has no network and reaches no other process (namespaces of Linux); it reads the system's

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 PLANS = sorted(CONFIGS.glob("continual_*.yaml"))
 RUNS = sorted(set(CONFIGS.glob("*.yaml")) - set(PLANS))
 # configs/benchmarks holds tasks of lm-evaluation-harness (tests/data/benchmarks), no fragments.

@@ -459,7 +459,7 @@ print("stop_ids", "|", load_stop_ids("acme/none", Eos()))
 def test_hub_that_cannot_be_reached_is_told_for_models_and_data(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
-    repository = Path(__file__).parents[1]
+    repository = Path(__file__).parents[2]
     inherited = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     done = subprocess.run(
         [sys.executable, "-c", ASK_THE_HUB],

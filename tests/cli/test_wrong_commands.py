@@ -209,7 +209,7 @@ def test_process_of_a_wrong_command_ends_in_the_same_sentence(
     done = subprocess.run(
         [sys.executable, "-m", "sdft_lightning.cli", *arguments(CASES[name], fit_args)],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
         check=False,

@@ -14,7 +14,7 @@ import pytest
 
 from sdft_lightning.errors import print_anything
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LATIN = {"PYTHONIOENCODING": "ascii"}
 BARE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 

@@ -57,7 +57,7 @@ def test_second_signal_ends_a_hung_step_at_once_and_its_workers_but_no_other_sig
 ) -> None:
     script = tmp_path / "hang.py"
     script.write_text(HANG)
-    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
     args = [*fit_args, "--data.num_workers=1", "--trainer.callbacks+=hang.Hang"]
     run = subprocess.Popen(
         [sys.executable, str(script), *args],

@@ -15,7 +15,7 @@ from sdft_lightning.data.benchmarks import Benchmarks
 from sdft_lightning.errors import UserError
 
 RunCli = Callable[..., None]
-PACKAGE = Path(__file__).parents[1] / "sdft_lightning"
+PACKAGE = Path(__file__).parents[2] / "sdft_lightning"
 # Words that YAML takes for another value, and the test that they arrive.
 HANDLED = {"off": "test_mean_off_turns_the_mean_off"}
 

@@ -52,7 +52,7 @@ def test_weights_of_a_killed_run_go_and_those_of_a_living_one_stay(memory: Path,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )
     assert run.stdout is not None
     assert run.stdin is not None

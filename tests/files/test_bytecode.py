@@ -15,7 +15,7 @@ SHOW = 'show: ; @$(PYTHON_BIN) -c "import sys; print(sys.dont_write_bytecode)"'
 def test_make_lets_python_keep_compiled_modules() -> None:
     done = subprocess.run(
         ["make", "--silent", f"--eval={SHOW}", "show", f"PYTHON_BIN={sys.executable}"],
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,

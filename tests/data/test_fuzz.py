@@ -253,7 +253,7 @@ def test_conversation_that_the_chat_template_refuses_is_told(
 
 
 def test_thousands_of_broken_files_meet_documented_errors_only(tokenizer: Any) -> None:
-    path = Path(__file__).parents[1] / "scripts" / "fuzz_rows.py"
+    path = Path(__file__).parents[2] / "scripts" / "fuzz_rows.py"
     spec = importlib.util.spec_from_file_location("fuzz_rows", path)
     assert spec is not None
     assert spec.loader is not None

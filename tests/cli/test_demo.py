@@ -71,7 +71,7 @@ def test_demo_runs_from_nothing_to_table_and_plot(
     def command(arguments: list[str]) -> None:
         main([*arguments, *small, *(small_fit if arguments[0] == "fit" else [])])
 
-    configs = Path(__file__).parents[1] / "configs"
+    configs = Path(__file__).parents[2] / "configs"
     result = run_demo(configs, tmp_path / "demo", 3, command)
     assert [point.step for point in result.sdft] == [1, 2]
     assert [point.step for point in result.sft] == [1, 2]

@@ -24,7 +24,7 @@ from sdft_lightning.files.run_folder import LOCK, check_run_folder, named_folder
 from sdft_lightning.files.whole_files import held_lock, whole_file, whole_folder
 
 RunCli = Callable[..., None]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 CLI = [sys.executable, "-m", "sdft_lightning.cli"]
 
 

@@ -325,7 +325,7 @@ def test_a_machine_without_a_table_of_calls_gets_a_sentence_before_a_run(
     from sdft_lightning.data.benchmarks.tasks import load_tasks
 
     monkeypatch.setattr(sandbox.os, "uname", lambda: type("", (), {"machine": "riscv64"}))
-    task = Path(__file__).parents[1] / "configs" / "benchmarks" / "humaneval.yaml"
+    task = Path(__file__).parents[3] / "configs" / "benchmarks" / "humaneval.yaml"
     data = tmp_path / "humaneval" / "validation.jsonl"
     data.parent.mkdir()
     data.touch()

@@ -16,7 +16,7 @@ import sdft_lightning
 from sdft_lightning.cli.entry import check_trainer_names, trainer_names
 from sdft_lightning.errors import UserError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Each takes from half a second to several.
 SLOW = ("torch", "transformers", "lightning", "numpy", "matplotlib", "scipy", "lm_eval", "datasets")
 # Few commands use them. Lightning brings parts of scipy and matplotlib (torchmetrics).

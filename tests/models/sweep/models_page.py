@@ -1,4 +1,4 @@
-"""Writes docs/models.md from what the sweep found: python tests/models/models_page.py FOLDER."""
+"""Writes docs/models.md from what the sweep found: python models_page.py FOLDER."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import tiny_models
 from model_sweep import Verdict
 
-PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+PAGE = Path(__file__).parents[3] / "docs" / "models.md"
 DECODING = {
     "masked": "cache",
     "unmasked": "cache, steps without a mask",

@@ -209,3 +209,24 @@ def test_continued_pre_training_retains_answers_to_prompts(
         log_every_n_steps=1,
     )
     assert logged(tmp_path, "train/retained_kl")[1] > 1e-6
+
+
+def test_a_checkpoint_with_the_copy_is_exported_and_validated_without_it(
+    fit_args: list[str],
+    run_cli: Callable[..., None],
+    retain: dict[str, Any],
+    model_folder: Path,
+    train_file: Path,
+    tmp_path: Path,
+) -> None:
+    given = [f"--data.{name}={value}" for name, value in retain.items()]
+    run_cli(*fit_args, "--model.initial_copy=true", *given, "--run.name=kept")
+    (path,) = (tmp_path / "runs" / "kept" / "checkpoints").glob("last.ckpt")
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    assert any(name.startswith("initial.") for name in saved)
+    model = [f"--model.policy.name={model_folder}", f"--ckpt_path={path}"]
+    run_cli("export", "--model=SDFTModule", *model, f"--output_dir={tmp_path / 'out'}")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    rows = [f"--data.validation={train_file}", "--data.grader=contains"]
+    rows += ["--data.columns.reference=reference", "--model.evaluation.max_new_tokens=4"]
+    run_cli("validate", "--model=SDFTModule", *model, *rows)

@@ -1,4 +1,4 @@
-"""One act a file: what is written down, shown and exported while a run goes on."""
+"""What is written down, shown and exported while a run goes on, and what stops it."""
 
 from __future__ import annotations
 

@@ -151,9 +151,9 @@ class WindowSampler(DistributedSampler[Any]):
         self._turn: tuple[int, list[int]] | None = None  # of the rows to retain, and their order
         self.count = size // (batch_size * world_size)
         if retained.size:
+            self._check_taught()
             while self._taught_before(self.count + 1) <= size:
                 self.count += 1
-            self._check_taught()
         if self.count == 0:
             most = size // world_size
             remedy = f"--data.batch_size to at most {most}" if most else "a lower --trainer.devices"
@@ -166,10 +166,11 @@ class WindowSampler(DistributedSampler[Any]):
         total = self._total
         fewest = total - math.ceil(total * self.retained.exact_share)
         if fewest < self.world_size:
+            lower = ", or lower the share" if total > self.world_size else ""
             raise UserError(
                 f"data.retain_share: {self.retained.share:g} of batches of {total} rows leaves "
                 f"{fewest} demonstrations for {self.world_size} processes in some; each needs one. "
-                "Raise --data.batch_size, or lower the share."
+                f"Raise --data.batch_size{lower}."
             )
 
     def set_epoch(self, epoch: int) -> None:

@@ -30,6 +30,7 @@ from sdft_lightning.data.json_rows import MAX_MEGABYTES
 from sdft_lightning.data.prompts import PromptStyle, check_headers
 from sdft_lightning.data.rows import (
     Columns,
+    check_prompts,
     columns_of_questions,
     compose,
     parse_rows,
@@ -58,6 +59,8 @@ from sdft_lightning.models.tokenization import (
 from sdft_lightning.types import Demonstration, PromptBatch, RowNeeds
 
 log = logging.getLogger(__name__)
+
+MOST_RETAINED_TOKENS = 2**20  # as in model.sampling
 
 
 class DemonstrationDataModule(ModelDataModule):
@@ -152,6 +155,11 @@ class DemonstrationDataModule(ModelDataModule):
         self._pad_id = 0
         for name in ("batch_size", "eval_batch_size", "max_megabytes", "retain_max_new_tokens"):
             check_at_least(f"data.{name}", getattr(self, name), 1)
+        if retain_max_new_tokens > MOST_RETAINED_TOKENS:
+            raise UserError(
+                f"data.retain_max_new_tokens: got {retain_max_new_tokens}, allowed are at most "
+                f"{MOST_RETAINED_TOKENS}."
+            )
         if not 0 <= retain_share < 1:
             raise UserError(
                 f"data.retain_share: got {retain_share}, allowed are 0 and more, below 1: the part "
@@ -249,6 +257,8 @@ class DemonstrationDataModule(ModelDataModule):
         columns, option = planned.columns, "data.columns"
         if planned.key in ("predict", "retain"):
             columns = columns_of_questions(found, columns)
+        if planned.key == "retain":
+            check_prompts(found, "data.retain")
         elif planned.key.startswith("held_out"):
             option = f"data.{planned.key}.columns"
         rows = parse_rows(found, columns, planned.needs, check, option)
@@ -371,7 +381,7 @@ class DemonstrationDataModule(ModelDataModule):
     @property
     def retains_evenly(self) -> bool:  # type: ignore[override] # known when rows are read
         """Whether every process has as many rows to retain in each micro-batch."""
-        return (self.batch_size * self.retain_share) % 1 == 0
+        return (self.batch_size * Retained(1, self.retain_share).exact_share) % 1 == 0
 
     @property
     def retained_new_tokens(self) -> int:  # type: ignore[override] # known when rows are read

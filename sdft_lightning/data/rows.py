@@ -115,6 +115,23 @@ def columns_of_questions(found: Rows, columns: Columns) -> Columns:
     return Columns(prompt=columns.prompt, demonstration=columns.demonstration, id=named)
 
 
+def check_prompts(found: Rows, option: str) -> None:
+    """Refuse rows to retain that have no prompts: their columns are not those of the task.
+
+    Args:
+        found: The raw rows.
+        option: Name of their option.
+
+    Raises:
+        UserError: If there is no column `prompt`.
+    """
+    if "prompt" not in _names(found):
+        raise UserError(
+            f"{option}: {found.name} has no column 'prompt'. Its columns are "
+            f"{printable(', '.join(_names(found)))}. Name the one with the questions so."
+        )
+
+
 def _names(found: Rows) -> list[str]:
     """All columns of the rows."""
     return sorted({name for row in found.rows for name in row}.union(found.columns))

@@ -149,8 +149,9 @@ class TaskSets(NamedTuple):
             source = self.sources[split]
             grader = self.grader if split in ("validation", "test") else None
             needs = of_split.get(split, graded)
+            columns = Columns() if split == "retain" else self.columns
             if source is not None:
-                sets.append(PlannedSet(split, self.task, source, self.columns, needs, grader))
+                sets.append(PlannedSet(split, self.task, source, columns, needs, grader))
         if stage != "predict":
             sets.extend(
                 PlannedSet(

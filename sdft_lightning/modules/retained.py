@@ -67,7 +67,7 @@ class RetainedRows:
         if self._copy and fits and (has_one or not self.new_tokens):
             why = "there are no rows to retain (data.retain)"
             if has_one:
-                why = "the model as it was is there without it"
+                why = "the teacher of the rows to retain is there without it"
             raise UserError(f"model.initial_copy: got true, and {why}. Leave it out.")
         if not self.new_tokens:
             return
@@ -79,12 +79,14 @@ class RetainedRows:
                 "use --model.teacher=FrozenTeacher or adapters (--model.policy.lora.r=16), which "
                 "need none."
             )
-        uneven = data is not None and not data.retains_evenly
-        if isinstance(trainer.strategy, ModelParallelStrategy) and uneven:
+        uneven = data is not None and not data.retains_evenly and trainer.world_size > 1
+        rollouts = self._rollouts
+        from_engine = rollouts is not None and not rollouts.engine.is_trainer
+        if uneven and (from_engine or isinstance(trainer.strategy, ModelParallelStrategy)):
             raise UserError(
-                "data.retain_share: under fsdp2 all processes make the same passes, and in some "
-                "batches not all of them would have a row to retain. Set data.batch_size and "
-                "data.retain_share so that their product is a whole number."
+                "data.retain_share: under fsdp2, and where vLLM samples, all processes act at the "
+                "same time, and in some batches not all of them would have a row to retain. Set "
+                "data.batch_size and data.retain_share so that their product is a whole number."
             )
 
     @property

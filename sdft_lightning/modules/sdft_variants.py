@@ -46,7 +46,7 @@ class ReinvokeModule(SDFTModule):
 
     def __init__(self, *, original: Policy | None = None, **kwargs: Any) -> None:
         super().__init__(teacher=FrozenTeacher(), generate_from_teacher=False, **kwargs)
-        if original is None:
+        if original is None or (original.name == Policy().name and original.revision is not None):
             raise UserError(
                 "model.original.name: ReinvokeModule needs it and it is not given. Name the model "
                 "before SFT: `embedded`, a folder written by save_pretrained, or a Hub id."

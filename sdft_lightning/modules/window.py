@@ -178,6 +178,7 @@ class Timing:
 
     def restart(self) -> None:
         """Count from here: what an earlier fit left of a window is not of this one."""
+        self.seconds.clear()
         self._window_seconds.clear()
         self._window_tokens = 0
 
@@ -186,8 +187,9 @@ class Timing:
         self._started[phase] = self._now()
 
     def stop(self, phase: str) -> None:
-        """Stop it, and keep its seconds."""
-        self.seconds[phase] = self._now() - self._started[phase]
+        """Stop it, and add its seconds."""
+        spent = self._now() - self._started[phase]
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -207,6 +209,7 @@ class Timing:
         self.stop("step")
         self._window_seconds.update(self.seconds)
         self._window_tokens += tokens
+        self.seconds.clear()
 
     def log(self) -> None:
         """Log the seconds of an optimizer step, summed over its window, on this process."""

@@ -175,7 +175,7 @@ def packed_linears(model: Any, rows: int, steps: int) -> Iterator[None]:
     """Let the linear layers of a model on the CPU use rearranged copies of their weights.
 
     The copies take as much memory as the layers, or twice as much where bfloat16 is multiplied in
-    float32 (see `products`), and are dropped at the end. Where they would not pay, or this build of
+    float32 (`precision`), and are dropped at the end. Where they would not pay, or this build of
     torch has no oneDNN, nothing changes. Not for training: no gradient flows.
 
     Args:

@@ -53,7 +53,7 @@ class StudentPasses:
 
     Args:
         dtype: same samples with the trained weights, bfloat16 with a copy, which only costs memory
-            where bfloat16 is not multiplied (see `products`); auto takes the copy where the
+            where bfloat16 is not multiplied (see `precision`); auto takes the copy where the
             hardware multiplies bfloat16 natively and the weights are float32.
 
     Attributes:

@@ -189,7 +189,7 @@ def test_stage_with_adapters_hands_on_a_whole_model_with_the_best_of_them(
     )
     module = fit_module(
         SFTModule,
-        model={"lora": LoRA(r=4), "optimizer": lambda p: torch.optim.AdamW(p, lr=0.02)},
+        model={"policy": {"lora": LoRA(r=4)}, "optimizer": lambda p: torch.optim.AdamW(p, lr=0.02)},
         data={"validation": str(train_file), "grader": "contains", "name": "task"},
         max_steps=4,
         val_check_interval=2,

@@ -326,7 +326,7 @@ PARENT = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where the tests run in the
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # background or under nohup
-from sdft_lightning.continual import commands
+from sdft_lightning.continual import drive as commands
 commands._INTERRUPTED_ITSELF = 0.5
 real = commands.subprocess.Popen
 commands.subprocess.Popen = lambda args, **options: real([args[0], "-c", {child!r}], **options)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sdft_lightning.data import DemonstrationDataModule
+from sdft_lightning.data import Columns, DemonstrationDataModule
 from sdft_lightning.data.batches import MicroBatch, Retained, WindowSampler
 from sdft_lightning.errors import UserError
 
@@ -80,6 +80,20 @@ def test_a_run_that_goes_on_in_an_epoch_gets_the_same_batches_and_windows() -> N
     assert whole[0].later[0].retained
 
 
+@pytest.mark.parametrize(
+    ("share", "batch_size", "said"),
+    [
+        (0.99999, 8, r"leaves 0 demonstrations .*Raise --data\.batch_size, or lower the share\."),
+        (0.001, 1, r"leaves 0 demonstrations .*Raise --data\.batch_size\."),
+    ],
+)
+def test_batches_without_room_for_a_demonstration_are_refused(
+    share: float, batch_size: int, said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        sampler(batch_size=batch_size, share=share)
+
+
 def test_without_a_share_the_order_is_that_of_a_run_without_rows_to_retain() -> None:
     plain = WindowSampler(50, 12, 2, 3, 0, 1)
     assert epoch(plain, 4) == epoch(WindowSampler(50, 12, 2, 3, 0, 1, None, Retained()), 4)
@@ -97,7 +111,8 @@ def retain_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def make_data(model_folder: Path, train_file: Path) -> Callable[..., DemonstrationDataModule]:
     def make(**options: Any) -> DemonstrationDataModule:
-        return DemonstrationDataModule(str(model_folder), train=str(train_file), **options)
+        given = {"train": str(train_file), **options}
+        return DemonstrationDataModule(str(model_folder), **given)
 
     return make
 
@@ -135,6 +150,7 @@ def test_nothing_is_read_where_the_share_is_none(
         ({"retain_share": 1.0}, "data.retain_share: got 1.0, allowed are 0 and more, below 1"),
         ({"retain_share": -0.1}, "data.retain_share: got -0.1"),
         ({"retain_max_new_tokens": 0}, "data.retain_max_new_tokens: got 0"),
+        ({"retain_max_new_tokens": 2**21}, "retain_max_new_tokens: got 2097152, .*at most 1048576"),
     ],
 )
 def test_options_out_of_range_are_refused(
@@ -142,6 +158,29 @@ def test_options_out_of_range_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=said):
         make_data(**options)
+
+
+def test_prompts_have_a_column_of_their_own(
+    make_data: Callable[..., DemonstrationDataModule], retain_file: Path, tmp_path: Path
+) -> None:
+    train = tmp_path / "train.jsonl"
+    train.write_text(json.dumps({"question": "Who?", "demonstration": "I."}) + "\n")
+    columns = Columns(prompt="question")
+    options = {"batch_size": 2, "retain_share": 0.5, "columns": columns, "train": str(train)}
+    data = make_data(retain=str(retain_file), **options)
+    data.setup("fit")
+    assert data.retained_new_tokens == 512
+    with pytest.raises(UserError, match=r"data\.retain: .*no column 'prompt'.* question"):
+        make_data(retain=str(train), **options).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "share", "even"), [(100, 0.29, True), (25, 0.28, True), (4, 1 / 3, False)]
+)
+def test_whether_all_processes_have_as_many(
+    make_data: Callable[..., DemonstrationDataModule], batch_size: int, share: float, even: bool
+) -> None:
+    assert make_data(batch_size=batch_size, retain_share=share).retains_evenly is even
 
 
 def test_a_source_that_is_not_there_names_the_option(

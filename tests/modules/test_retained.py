@@ -172,7 +172,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], bool, str]] = {
         SDFTModule,
         {**COPY, "teacher": FrozenTeacher()},
         True,
-        "initial_copy: got true, and the model as it was is there without it",
+        "initial_copy: got true, and the teacher of the rows to retain is there without it",
     ),
     "adapters": (SFTModule, {**COPY, "policy": {"lora": LoRA(r=2)}}, True, "is there without it"),
 }

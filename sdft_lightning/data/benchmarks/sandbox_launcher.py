@@ -150,7 +150,7 @@ def give_up_root(user: int) -> None:
 
 
 def install_filter(program: bytes) -> None:
-    """Let the kernel look at every system call from here on; see `sandbox_filter`."""
+    """Let the kernel look at every system call from here on; see `sandbox`."""
     steps = ctypes.create_string_buffer(program, len(program))
     length = struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(steps))
     _call("seccomp", _libc.prctl(_PR_SET_SECCOMP, 2, ctypes.create_string_buffer(length), 0, 0))

@@ -1,6 +1,6 @@
 """The two halves of a decoder layer, each as one function with its gradient written down.
 
-Products are made in the dtype of autocast, unless that is slow (see `products`); norms, rotations
+Products are made in the dtype of autocast, unless that is slow (see `precision`); norms, rotations
 and residual sums in float32. Of what lies in between only the results of products are stored for
 the backward pass, in the dtype of autocast.
 """

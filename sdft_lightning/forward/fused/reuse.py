@@ -117,7 +117,7 @@ def read_prompts(
     Args:
         decoder: Of the model, see `decoder_of`.
         split: The prompts, less what all begin with.
-        dtype: Of the matrix products, see `products`.
+        dtype: Of the matrix products, see `precision`.
         rounded: The same model in that dtype, where there is one; weights are cast without it.
         keep: Keep what a later pass over the same prompts would compute again.
     """

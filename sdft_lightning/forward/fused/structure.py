@@ -99,7 +99,7 @@ def training_dtype(model: Any) -> torch.dtype | None:
     """The dtype of matrix products in fused blocks, or None where they do not take a model.
 
     float32 weights on the CPU are multiplied as they are, or rounded under bfloat16 autocast.
-    bfloat16 weights are taken where transformers would multiply them slowly, see `products`.
+    bfloat16 weights are taken where transformers would multiply them slowly, see `precision`.
 
     Args:
         model: A causal language model of transformers.
@@ -264,7 +264,7 @@ class LaidOut(NamedTuple):
 
     @staticmethod
     def of(parts: list[Any], rows: int) -> LaidOut:
-        """Of layers with the same input, for so many rows at a time; see `products`."""
+        """Of layers with the same input, for so many rows at a time; see `precision`."""
         weight, bias = joined(parts, product_dtype(parts[0].weight.dtype))
         return LaidOut(torch.ops.mkldnn._reorder_linear_weight(weight, rows), bias)
 

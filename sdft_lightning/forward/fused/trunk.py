@@ -35,7 +35,7 @@ def completion_states(
         split: The prompts, less what all begin with.
         completions: `(B · n, T)`, padded on the right: n of each prompt.
         keep: `(B · n, T)` tokens of which the state is wanted.
-        dtype: Of the matrix products, see `products`.
+        dtype: Of the matrix products, see `precision`.
         rounded: The same model in that dtype, where there is one; weights are cast without it.
         read: What the same weights have computed of prompts, and perhaps of completions. The first
             that is of these tokens is used up here; without any all is computed now.
@@ -95,7 +95,7 @@ def store_prompts(decoder: Decoder, split: SplitPrompts, dtype: torch.dtype) -> 
     Args:
         decoder: Of a model that does not change, see `decoder_of`.
         split: B prompts, less what all begin with.
-        dtype: Of the matrix products, see `products`.
+        dtype: Of the matrix products, see `precision`.
     """
     read = read_prompts(decoder, split, product_dtype(dtype))
     found = []

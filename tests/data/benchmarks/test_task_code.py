@@ -72,7 +72,7 @@ def test_code_of_one_s_own_runs_on_demand(task_file: Path) -> None:
 
 
 def test_a_file_beside_the_yaml_is_not_taken_for_this_package(task_file: Path) -> None:
-    beside = task_file.parent / "sdft_lightning" / "data" / "benchmarks" / "graded.py"
+    beside = task_file.parent / "sdft_lightning" / "data" / "benchmarks" / "task_functions.py"
     beside.parent.mkdir(parents=True)
     beside.write_text(MARK.replace("def f", "def contains"))
     add(task_file, f"process_results: !function {OWN}.contains")

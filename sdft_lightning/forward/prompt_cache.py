@@ -70,11 +70,14 @@ class PromptCache:
 
         Arguments as of `completion_states`.
         """
-        known = self._known(
-            self._fused,
-            prompts,
-            lambda missing: store_prompts(decoder, split_if_worth(missing), dtype),
-        )
+
+        def read(missing: Tokens) -> list[StoredPrompt]:
+            # One by one: what is stored must not depend, in its last bits, on which others were
+            # read with it; a resumed run reads them in other company.
+            alone = (missing.rows(slice(row, row + 1)) for row in range(len(missing.ids)))
+            return [store_prompts(decoder, split_if_worth(each), dtype)[0] for each in alone]
+
+        known = self._known(self._fused, prompts, read)
         return states_after(decoder, known, completions, keep, dtype)
 
     def _known(

@@ -26,6 +26,8 @@ from sdft_lightning.types import Demonstration, PromptBatch, Rollout, RowNeeds, 
 COMPLETIONS_KEY = "sdft_lightning_completions"
 # Completions belong to a row and not to a step: their random numbers are those of this one.
 _STEP = 0
+# The original model has no default, but --print_config lists its options.
+_UNNAMED = Policy(name="")
 
 
 class ReinvokeModule(SDFTModule):
@@ -44,9 +46,9 @@ class ReinvokeModule(SDFTModule):
     row_needs: ClassVar[RowNeeds] = RowNeeds(demonstration=False, teacher_prompt=False)
     has_preflight: ClassVar[bool] = False
 
-    def __init__(self, *, original: Policy | None = None, **kwargs: Any) -> None:
+    def __init__(self, *, original: Policy = _UNNAMED, **kwargs: Any) -> None:
         super().__init__(teacher=FrozenTeacher(), generate_from_teacher=False, **kwargs)
-        if original is None or (original.name == Policy().name and original.revision is not None):
+        if not original.name:
             raise UserError(
                 "model.original.name: ReinvokeModule needs it and it is not given. Name the model "
                 "before SFT: `embedded`, a folder written by save_pretrained, or a Hub id."

@@ -29,7 +29,6 @@ from sdft_lightning.files.endpoints import check_no_secrets
 from sdft_lightning.files.run_folder import (
     check_run_folder,
     command_folder,
-    is_deepspeed_folder,
     named_folder,
     one_writer,
     requeued_checkpoint,
@@ -180,8 +179,7 @@ class SDFTCLI(LightningCLI):
         path = self._get(self.config, "ckpt_path")
         if command != "fit":
             self._tell_weights(path)
-        # DeepSpeed's folders are read, and checked, when its strategy has started.
-        if path is not None and not is_deepspeed_folder(path):
+        if path is not None:
             checkpoint = load_whole_checkpoint(path)
             self.model.plan_models(self.trainer, command, self.datamodule)
             self.model.checkpoints.check(checkpoint, trains=command == "fit")

@@ -98,8 +98,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     if Path(path).is_dir():
         raise UserError(
-            f"ckpt_path: {path} is a folder, as DeepSpeed writes them; this command reads files. "
-            "Export in the run itself, with the callback ExportModel."
+            f"ckpt_path: {path} is a folder, and checkpoints are files. Name one of the run's "
+            "checkpoints/ folder."
         )
     if not Path(path).is_file():  # a pipe would be waited for, a device never ends
         raise UserError(

@@ -123,9 +123,7 @@ def _last_whole(folder: Path) -> Path:
     steps: dict[Path, int] = {}
     for path in sorted(_checkpoints(folder), key=_written, reverse=True):
         try:
-            # What DeepSpeed writes only its strategy can read.
-            deepspeed = is_deepspeed_folder(path)
-            steps[path] = -1 if deepspeed else int(load_checkpoint(path)["global_step"])
+            steps[path] = int(load_checkpoint(path)["global_step"])
         except (UserError, KeyError) as error:
             log.warning(f"{error} It is skipped.")
     if not steps:
@@ -172,11 +170,6 @@ def requeued_checkpoint(folder: Path) -> str | None:
 def is_requeued() -> bool:
     """Whether SLURM has started this job again."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0) > 0
-
-
-def is_deepspeed_folder(path: str | Path) -> bool:
-    """Whether a checkpoint is a folder that Lightning's DeepSpeed strategy wrote."""
-    return (Path(path) / "checkpoint").is_dir()
 
 
 def check_run_folder(folder: Path, ckpt_path: str | None) -> None:

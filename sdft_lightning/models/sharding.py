@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import copy
 from datetime import timedelta
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import (
-    DeepSpeedStrategy,
     ModelParallelStrategy,
     StrategyRegistry,
 )
@@ -241,7 +239,7 @@ def check_strategy(strategy: Any) -> None:
         strategy: `trainer.strategy` of the config: a name, or a mapping with `class_path`.
 
     Raises:
-        UserError: For FSDP 1, DeepSpeed's stage 3, DeepSpeed without its extra, or sharded files.
+        UserError: For FSDP 1, DeepSpeed, or sharded files.
     """
     name, options = _name(strategy), _options(strategy)
     if name == "fsdp" or name.startswith("fsdp_") or name.endswith("FSDPStrategy"):
@@ -254,20 +252,11 @@ def check_strategy(strategy: Any) -> None:
             "trainer.strategy: save_distributed_checkpoint is true, allowed is false: `export` and "
             "--ckpt_path read one file. Use --trainer.strategy=fsdp2, which sets it."
         )
-    if "deepspeed" not in name.lower():
-        return
-    stage = options.get("stage", 3 if "stage_3" in name else 2)
-    if stage == 3 or options.get("config") is not None:
+    if "deepspeed" in name.lower():
         raise UserError(
-            f"trainer.strategy: got {name} with stage {stage}; of DeepSpeed, stages 1 and 2 are "
-            "allowed, without a config file. Stage 3 has weights in forward calls only, and the "
-            "loss, the teacher and sampling need them outside of these. "
-            "Use --trainer.strategy=fsdp2, which spreads the same."
-        )
-    if find_spec("deepspeed") is None:
-        raise UserError(
-            "trainer.strategy: DeepSpeed is not installed. Install the extra: "
-            "pip install 'sdft-lightning[deepspeed]'."
+            f"trainer.strategy: got {name}; DeepSpeed is not supported. Its stage 3 has weights in "
+            "forward calls only, while the loss, the teacher and sampling need them outside of "
+            "these, and its other stages spread less. Use --trainer.strategy=fsdp2."
         )
 
 
@@ -280,8 +269,6 @@ def strategy_options(strategy: Any) -> dict[str, Any]:
     given: dict[str, Any] = {}
     if isinstance(strategy, ModelParallelStrategy):
         given["save_distributed_checkpoint"] = strategy._save_distributed_checkpoint
-    if isinstance(strategy, DeepSpeedStrategy):
-        given["stage"] = 3 if strategy.zero_stage_3 else 2
     return {"class_path": type(strategy).__qualname__, "init_args": given}
 
 

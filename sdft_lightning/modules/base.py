@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from sdft_lightning.errors import UserError, check_arguments, show_messages
@@ -147,8 +147,8 @@ class PolicyModule(L.LightningModule):
             command: fit, validate, test or predict.
             data: The data module, set up, or None.
         """
-        # These strategies read checkpoints by themselves, and whole.
-        spread = isinstance(trainer.strategy, ModelParallelStrategy | DeepSpeedStrategy)
+        # This strategy reads checkpoints by itself, and whole.
+        spread = isinstance(trainer.strategy, ModelParallelStrategy)
         self.loads_teacher = spread or self.uses_teacher(command, data)
 
     def uses_teacher(self, command: str, data: TaskData | None) -> bool:

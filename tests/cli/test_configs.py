@@ -52,7 +52,7 @@ def test_fragment_parses_beside_a_model(
         assert {name.removesuffix("+") for name in values} <= config[section].keys()
 
 
-@pytest.mark.parametrize("name", ["gpu", "ddp", "fsdp2", "deepspeed2", "slurm"])
+@pytest.mark.parametrize("name", ["gpu", "ddp", "fsdp2", "slurm"])
 def test_trainer_fragment_saves_between_the_ends_of_epochs(
     name: str, parse: Callable[[list[str]], dict[str, Any]]
 ) -> None:

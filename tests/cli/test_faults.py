@@ -349,14 +349,6 @@ def test_last_stands_for_what_was_written_later_and_is_further_on(tmp_path: Path
     assert resolve_checkpoint("last", tmp_path) == str(requeued)
 
 
-def test_last_of_deepspeed_is_its_folder(tmp_path: Path) -> None:
-    from sdft_lightning.files.run_folder import resolve_checkpoint
-
-    (tmp_path / "checkpoints" / "last.ckpt" / "checkpoint").mkdir(parents=True)
-    found = resolve_checkpoint("last", tmp_path)
-    assert found == str(tmp_path / "checkpoints" / "last.ckpt")
-
-
 def test_job_that_slurm_starts_again_before_its_first_checkpoint_starts_anew(
     run_cli: RunCli,
     run_args: Callable[..., list[str]],
@@ -477,3 +469,11 @@ def test_hub_that_cannot_be_reached_is_told_for_models_and_data(
         assert "that this machine can reach" in " ".join(found[name].split())
     assert "data.train: the data set acme/none" in found["rows"]
     assert "Check the names and the network" in found["rows"]
+
+
+def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    from sdft_lightning.errors import UserError
+    from sdft_lightning.files.checkpoint_io import load_checkpoint
+
+    with pytest.raises(UserError, match=r"^ckpt_path: .* is a folder, and checkpoints are files"):
+        load_checkpoint(tmp_path)

@@ -241,6 +241,21 @@ class RequestResponse(NamedTuple):
     text: str | None
 
 
+class Items(NamedTuple):
+    """The scores of single items, under one metric of one set.
+
+    Attributes:
+        scores: By the item's id: 0 or 1, a fraction, or for perplexities the item's log-likelihood
+            in nats; NaN where there is none (a judge gave no verdict).
+        content: Digest of all that was asked; scores of other content cannot be compared.
+        weights: For perplexities: by id, the words or bytes that the log-likelihood is of.
+    """
+
+    scores: dict[str, float]
+    content: str
+    weights: dict[str, float] | None = None
+
+
 class Measurement(NamedTuple):
     """What a benchmark came to.
 
@@ -248,11 +263,14 @@ class Measurement(NamedTuple):
         value: The metric.
         stderr: Its standard error; None where the harness gives none.
         samples: Items that it is the mean of.
+        items: Their scores; None where single items have none (F1, BLEU), and for the parts of a
+            group, whose items stand with the group.
     """
 
     value: float
     stderr: float | None
     samples: int
+    items: Items | None = None
 
 
 class Rollout(NamedTuple):

@@ -10,13 +10,22 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter, Checkpoint
 
-from sdft_lightning.files.run_folder import append_lines, run_folder, unused_path
+from sdft_lightning.files.run_folder import (
+    MeasuredItems,
+    append_items,
+    append_lines,
+    run_folder,
+    unused_path,
+)
 from sdft_lightning.files.texts import json_text
 from sdft_lightning.types import task_data
 
 
 class MetricsLog(L.Callback):
-    """Appends a line for each logged training step, validation and test."""
+    """Appends a line for each logged training step, validation and test to metrics.jsonl.
+
+    The scores of the single items of a validation or test go to item_scores.jsonl.
+    """
 
     def __init__(self) -> None:
         self._start = time.monotonic()
@@ -37,25 +46,32 @@ class MetricsLog(L.Callback):
         every = trainer.log_every_n_steps  # 0 is never
         if every and step != self._logged_at and step % every == 0:
             self._logged_at = step
-            self._write(trainer, "train", ("train/", "perf/", "guard/"))
+            prefixes = ("train/", "perf/", "guard/")
+            metrics = trainer.callback_metrics.items()
+            self._write(trainer, "train", {n: x for n, x in metrics if n.startswith(prefixes)})
 
     def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
         """Write the validation metrics."""
         if not trainer.sanity_checking:
-            self._write(trainer, "validation", measured_prefixes(module, "val"))
+            self._write(trainer, "validation", measured_metrics(trainer, module, "val"))
+            self._write_items(trainer, module, "validation")
 
     def on_test_end(self, trainer: L.Trainer, module: Any) -> None:
         """Write the test metrics."""
-        self._write(trainer, "test", measured_prefixes(module, "test"))
+        self._write(trainer, "test", measured_metrics(trainer, module, "test"))
+        self._write_items(trainer, module, "test")
 
-    def _write(self, trainer: L.Trainer, stage: str, prefixes: tuple[str, ...]) -> None:
+    def _write_items(self, trainer: L.Trainer, module: Any, stage: str) -> None:
+        command = str(getattr(trainer.state.fn, "value", trainer.state.fn))
+        step = trainer.global_step
+        measured = [MeasuredItems(command, step, *each) for each in module.evaluator.items.items()]
+        if trainer.is_global_zero:
+            append_items(run_folder(trainer), stage, measured)
+
+    def _write(self, trainer: L.Trainer, stage: str, metrics: dict[str, Any]) -> None:
         if not trainer.is_global_zero:
             return
-        values = {
-            name: float(value)
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith(prefixes)
-        }
+        values = {name: float(value) for name, value in metrics.items()}
         seconds = round(time.monotonic() - self._start, 1)
         record = {"stage": stage, "step": trainer.global_step, "seconds": seconds, **values}
         append_lines(run_folder(trainer) / "metrics.jsonl", [record])
@@ -68,19 +84,25 @@ def _before_checkpoints(callback: L.Callback, callbacks: list[L.Callback]) -> li
     return [*(o for o in others if o not in checkpoints), callback, *checkpoints]
 
 
-def measured_prefixes(module: Any, stage: str) -> tuple[str, ...]:
-    """What the names of this validation's metrics begin with.
+def measured_metrics(trainer: L.Trainer, module: Any, stage: str) -> dict[str, float]:
+    """What this validation or test has measured, by name.
 
     Lightning keeps the benchmarks of an earlier validation where this one had none.
 
     Args:
-        module: The module, with its `capability`.
+        trainer: Who knows all metrics.
+        module: The module, with its `evaluator`.
         stage: val or test.
     """
-    measured = ["task", "drift", "judge"] + (
-        ["capability"] if module.evaluator.capability.due else []
-    )
-    return tuple(f"{stage}/{kind}/" for kind in measured)
+    kinds = ["task", "drift", "judge"]
+    kinds += ["capability"] if module.evaluator.capability.due else []
+    measured = tuple(f"{stage}/{kind}/" for kind in kinds)
+    measured += tuple(f"{stage}/paired/{name}/" for name in module.evaluator.paired.tests)
+    return {
+        name: float(value)
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith(measured)
+    }
 
 
 BENCHMARKS_FILE = "benchmarks.json"

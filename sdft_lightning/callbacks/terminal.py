@@ -6,15 +6,17 @@ import json
 import re
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from sdft_lightning.callbacks.metrics_log import measured_prefixes
+from sdft_lightning.callbacks.metrics_log import measured_metrics
 from sdft_lightning.errors import check_at_least, printable
 from sdft_lightning.files.run_folder import run_folder
+from sdft_lightning.graders import Paired
 
 
 class RunProgressBar(TQDMProgressBar):
@@ -97,7 +99,8 @@ _ROLES = {"accuracy": "student", "teacher_accuracy": "teacher"}
 class ResultTable(L.Callback):
     """Accuracies and benchmarks with 95 % intervals, and drift, after validate and test.
 
-    Beside them stands what the previous validation (or test) of the same run had.
+    Beside them stands what the previous validation (or test) of the same run had, and below, item
+    by item, what was right before training and is wrong now, where that is known.
     """
 
     def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
@@ -111,13 +114,11 @@ class ResultTable(L.Callback):
 
     def _print(self, trainer: L.Trainer, module: Any, stage: str) -> None:
         if trainer.is_global_zero:
-            prefixes = measured_prefixes(module, stage)
-            metrics = {
-                name: float(value)
-                for name, value in trainer.callback_metrics.items()
-                if name.startswith(prefixes)
-            }
+            metrics = measured_metrics(trainer, module, stage)
             print(result_table(metrics, stage, previous_metrics(run_folder(trainer), stage)))
+            paired = module.evaluator.paired
+            if paired.tests:
+                print("\n" + paired_table(paired.tests, paired.base_name))
 
 
 class _Row(NamedTuple):
@@ -156,11 +157,43 @@ def result_table(
         cells.append((printable(row.name), printable(row.what), row.value, row.interval, shown))
     if not previous:
         cells = [cell[:4] for cell in cells]  # type: ignore[misc]
+    return _aligned(cells)
+
+
+def _aligned(cells: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in cells
     )
+
+
+def paired_table(tests: Mapping[str, Paired], base: str) -> str:
+    """What has changed item by item, as text.
+
+    Args:
+        tests: By `<set>/<metric>`.
+        base: What was compared with.
+
+    Returns:
+        One line a set and metric, and what the words mean.
+    """
+    cells = [("task", "what", "item by item")]
+    for name, test in tests.items():
+        task, _, metric = name.rpartition("/")
+        worse, better = ("lost", "gained") if test.right_or_wrong else ("lower", "higher")
+        found = f"{test.lost} {worse}, {test.gained} {better} of {test.items}, p {_p(test.p)}"
+        cells.append((printable(task), printable(_ROLES.get(metric, metric)), found))
+    return (
+        f"Compared with {printable(base)}:\n{_aligned(cells)}\n"
+        "lost: right before and wrong now; gained: the reverse; lower, higher: the same of scores "
+        "that are not 0 or 1,\nof a text how likely it is to the model. p: how often chance alone "
+        "makes such a difference; below 0.05 it is hardly chance."
+    )
+
+
+def _p(value: float) -> str:
+    return "below 0.001" if value < 0.001 else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
 
 
 def _row(name: str, metrics: dict[str, float], stage: str) -> _Row | None:

@@ -6,14 +6,18 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from sdft_lightning.callbacks.metrics_log import BENCHMARKS_FILE
 from sdft_lightning.continual.plan import BASE, ContinualPlan, Unit
+from sdft_lightning.continual.report.records import counted_metric
 from sdft_lightning.errors import UserError
+from sdft_lightning.files.run_folder import ITEM_SCORES
 from sdft_lightning.files.whole_files import read_records
 
 FORMAT = 1
+_ROUNDING = 1e-6
 Key = tuple[str, int | None, int]
 
 
@@ -70,7 +74,7 @@ def measured(folder: Path, tasks: list[str], held_out: list[str]) -> dict[str, A
     """What a `test` measured.
 
     Args:
-        folder: Where it wrote metrics.jsonl and items.jsonl.
+        folder: Where it wrote metrics.jsonl, items.jsonl and item_scores.jsonl.
         tasks: Names of the stages.
         held_out: Names of the held-out sets.
 
@@ -104,7 +108,7 @@ def _benchmarks(folder: Path, metrics: Mapping[str, Any]) -> list[tuple[str, dic
             found.setdefault(benchmark, {})[metric] = value
     path = folder / BENCHMARKS_FILE
     if not path.is_file():
-        return list(found.items())
+        return _with_items(folder, found)
     chosen: dict[str, str | None] = {}
     for task in json.loads(path.read_text(encoding="utf-8")):
         whole = task["name"] in found
@@ -115,7 +119,29 @@ def _benchmarks(folder: Path, metrics: Mapping[str, Any]) -> list[tuple[str, dic
             values["in_mean"] = False
         elif chosen[name] is not None:
             values["metric"] = chosen[name]
-    return list(found.items())
+    return _with_items(folder, found)
+
+
+def _with_items(
+    folder: Path, benchmarks: dict[str, dict[str, Any]]
+) -> list[tuple[str, dict[str, Any]]]:
+    """Add the scores of single items under the metric that counts, where they are known."""
+    path = folder / ITEM_SCORES
+    lines = _lines(path) if path.is_file() else []
+    scores = {
+        (line["task"], line["metric"]): line["scores"]
+        for line in lines
+        if line["kind"] == "capability" and line["stage"] == "test"
+    }
+    for name, values in benchmarks.items():
+        metric = values.get("metric") or counted_metric(values)
+        known = scores.get((name, metric), {})
+        items = {key: score for key, score in known.items() if score is not None}
+        if items and values[metric] is not None:
+            values |= {"n": len(items), "items": items}
+            if abs(values[metric] - fmean(items.values())) > _ROUNDING:
+                values["mean_of_items"] = False
+    return list(benchmarks.items())
 
 
 def _graded(name: str, metrics: Mapping[str, Any], items: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sdft_lightning.errors import UserError
+from sdft_lightning.errors import UserError, printable
 from sdft_lightning.files.texts import json_text
 from sdft_lightning.files.whole_files import append_whole, held_lock
+from sdft_lightning.types import Items
 
 if TYPE_CHECKING:
     import lightning as L  # what reads and watches runs needs none
@@ -22,6 +25,7 @@ log = logging.getLogger(__name__)
 _LONGEST = 200  # bytes of a folder's name; file systems take 255
 
 LOCK = ".lock"  # while a command writes into the folder
+ITEM_SCORES = "item_scores.jsonl"  # a line for each measured set and metric
 
 
 def named_folder(
@@ -244,6 +248,88 @@ def append_lines(path: Path, records: list[dict[str, Any]]) -> None:
     What is no number (NaN, an infinity) is written as null.
     """
     append_whole(path, "".join(json_text(each) + "\n" for each in records))
+
+
+class ItemKey(NamedTuple):
+    """Whose scores items have.
+
+    Attributes:
+        kind: task (a graded set) or capability (a benchmark), as in the names of metrics.
+        task: Name of the set.
+        metric: accuracy, or the benchmark's.
+    """
+
+    kind: str
+    task: str
+    metric: str
+
+    @property
+    def name(self) -> str:
+        """The set with its metric, as in the names of metrics."""
+        return f"{self.task}/{self.metric}"
+
+
+class MeasuredItems(NamedTuple):
+    """A line of item_scores.jsonl: by which command and at which step, whose scores, and those."""
+
+    command: str
+    step: int
+    key: ItemKey
+    items: Items
+
+
+def append_items(folder: Path, stage: str, measured: list[MeasuredItems]) -> None:
+    """Append a line for each measured set and metric to item_scores.jsonl.
+
+    Args:
+        folder: Where the command writes.
+        stage: validation or test, as in metrics.jsonl.
+        measured: What was measured at once.
+    """
+    records: list[dict[str, Any]] = []
+    for command, step, key, items in measured:
+        record = {"stage": stage, "command": command, "step": step, **key._asdict()}
+        record |= {"content": items.content, "scores": items.scores}
+        records.append(record if items.weights is None else {**record, "weights": items.weights})
+    if records:
+        append_lines(folder / ITEM_SCORES, records)
+
+
+def read_items(path: Path, option: str) -> list[MeasuredItems]:
+    """Read an item_scores.jsonl, in its order.
+
+    Args:
+        path: The file.
+        option: What names it, for messages.
+
+    Raises:
+        UserError: Names file and line where it is none.
+    """
+    found: list[MeasuredItems] = []
+    # Not splitlines(): that also cuts at characters that names may hold, like U+2028.
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            found.append(_parsed(json.loads(line)))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"{option}: {path}, line {number} holds no scores of items "
+                f"({type(error).__name__}: {printable(str(error), 80)}). Allowed is the folder of "
+                f"a run, or a file {ITEM_SCORES} that fit, validate or test wrote there; take the "
+                "line out, or name another."
+            ) from error
+    return found
+
+
+def _parsed(record: dict[str, Any]) -> MeasuredItems:
+    key = ItemKey(*(str(record[name]) for name in ItemKey._fields))
+    scores = {k: math.nan if x is None else float(x) for k, x in record["scores"].items()}
+    weights = record.get("weights")
+    weights = None if weights is None else {k: float(x) for k, x in weights.items()}
+    items = Items(scores, str(record["content"]), weights)
+    return MeasuredItems(str(record["command"]), int(record["step"]), key, items)
 
 
 def unused_path(path: Path) -> Path:

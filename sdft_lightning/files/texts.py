@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from typing import Any
@@ -19,6 +20,12 @@ def json_text(value: Any, indent: int | None = None) -> str:
         indent: Spaces a level; one line without it.
     """
     return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """What tells one value from another, in 16 characters; what is not JSON counts as its text."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _finite(value: Any) -> Any:

@@ -1,6 +1,13 @@
 """Graders: text -> score in [0, 1], chosen by name; and how sure a score over n texts is."""
 
-from sdft_lightning.graders.intervals import pass_at_k, wilson_interval
+from sdft_lightning.graders.intervals import (
+    Paired,
+    mcnemar,
+    paired_test,
+    pass_at_k,
+    sign_flip_p,
+    wilson_interval,
+)
 from sdft_lightning.graders.judge import Answer, Judge, JudgeSettings, Usage
 from sdft_lightning.graders.registry import (
     GRADERS,
@@ -24,6 +31,7 @@ __all__ = [
     "Grader",
     "Judge",
     "JudgeSettings",
+    "Paired",
     "Usage",
     "check_reference",
     "get_grader",
@@ -32,6 +40,9 @@ __all__ = [
     "grade_rows",
     "grader_names",
     "judged_answers",
+    "mcnemar",
+    "paired_test",
     "pass_at_k",
+    "sign_flip_p",
     "wilson_interval",
 ]

@@ -9,15 +9,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import lightning as L
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.files.run_folder import ItemKey
+from sdft_lightning.files.texts import digest
 from sdft_lightning.graders import Judge, Usage, grade_rows
 from sdft_lightning.graders.metrics import NamedMetrics, TaskAccuracy
 from sdft_lightning.models.chat_template import AnswerReader
-from sdft_lightning.modules.capability import CapabilityScores, CapabilityTrack
+from sdft_lightning.modules.capability import (
+    CapabilityScores,
+    CapabilityTrack,
+    PairedTrack,
+    of_all_ranks,
+)
 from sdft_lightning.rollout import greedy_rollout
 from sdft_lightning.rollout.sampling import MOST_NEW_TOKENS
 from sdft_lightning.types import (
     Demonstration,
     GenerationBatch,
+    Items,
+    Measurement,
     PromptBatch,
     Rollout,
     ScoringBatch,
@@ -41,10 +50,14 @@ class Evaluation:
         max_new_tokens: Longest completion; completions are greedy.
         teacher_in_fit: Grade also the teacher in the validations of a fit; the commands validate
             and test always do.
+        compare_with: Compare each graded set and benchmark item by item with what this run
+            measured: its folder, or a file item_scores.jsonl in it. Without it the base is what
+            the run itself measured before its first step.
     """
 
     max_new_tokens: int = 1024
     teacher_in_fit: bool = False
+    compare_with: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse lengths out of range."""
@@ -65,6 +78,27 @@ class Graded(NamedTuple):
     truncated: list[bool]
 
 
+class _ScoredAnswer(NamedTuple):
+    """A graded answer: of which set and metric, to which row, and a digest of what was asked."""
+
+    key: ItemKey
+    row_id: str
+    score: float
+    asked: str
+
+
+def _items(answers: list[_ScoredAnswer]) -> dict[ItemKey, Items]:
+    """The scores of graded answers by set and metric, in the order of the rows' ids."""
+    by_key: dict[ItemKey, list[_ScoredAnswer]] = {}
+    for answer in sorted(answers, key=lambda each: (each.key, each.row_id)):
+        by_key.setdefault(answer.key, []).append(answer)
+    found: dict[ItemKey, Items] = {}
+    for key, each in by_key.items():
+        content = digest([answer.asked for answer in each])
+        found[key] = Items({answer.row_id: answer.score for answer in each}, content)
+    return found
+
+
 class Evaluator:
     """Answers questions greedily and grades the answers; responds to benchmarks.
 
@@ -78,12 +112,17 @@ class Evaluator:
     Attributes:
         accuracies: Of the tasks that were graded since the last `log_scores`.
         capability: When the benchmarks are measured, and what they were before training.
+        items: What was measured in the last validation or test, item by item.
+        paired: How that compares with the items before training.
     """
 
     def __init__(self, module: PolicyModule, options: Evaluation) -> None:
         self.options = options
         self.accuracies = NamedMetrics(TaskAccuracy)
         self.capability = CapabilityTrack()
+        self.items: dict[ItemKey, Items] = {}
+        self.paired = PairedTrack(options.compare_with)
+        self._answers: list[_ScoredAnswer] = []
         self._scores = CapabilityScores()
         self._module = module
         self._reader: AnswerReader | None = None
@@ -157,6 +196,11 @@ class Evaluator:
             scores = grade_rows(batch.grader, answers, batch.rows, self._judge)
             accuracy = self.accuracies.of(f"{batch.task}/{metric}", self._module.device)
             accuracy.update(scores)
+            key = ItemKey("task", batch.task, metric)
+            self._answers += [
+                _ScoredAnswer(key, row.id, score, digest([row.id, row.prompt, row.reference]))
+                for row, score in zip(batch.rows, scores, strict=True)
+            ]
         return Graded(batch.task, batch.rows, completions, scores, rollout.truncated.tolist())
 
     def respond(self, batch: ScoringBatch | GenerationBatch) -> None:
@@ -201,12 +245,29 @@ class Evaluator:
                 module.log(f"{stage}/task/{name}{suffix}", value, rank_zero_only=False)
         data = task_data(module.trainer)
         suite = None if data is None else data.benchmark_suite
+        measured: dict[str, Measurement] = {}
         if suite is not None and self.capability.due:
             measured = self._scores.take(suite)
             for name, value in self.capability.record(
                 measured, module.trainer, suite.fingerprint
             ).items():
                 module.log(f"{stage}/capability/{name}", value, rank_zero_only=False)
+        self._log_paired(stage, measured)
+
+    def _log_paired(self, stage: str, benchmarks: dict[str, Measurement]) -> None:
+        """Keep the scores of single items, and log how they compare with the base's."""
+        module, trainer = self._module, self._module.trainer
+        mine, self._answers, self.items = self._answers, [], {}
+        if trainer.sanity_checking:  # a few batches are no measurement
+            return
+        for name, measurement in benchmarks.items():
+            task, _, metric = name.rpartition("/")
+            if measurement.items is not None:
+                self.items[ItemKey("capability", task, metric)] = measurement.items
+        self.items |= _items(of_all_ranks(mine))
+        in_fit = trainer.state.fn == "fit"
+        for name, value in self.paired.compare(self.items, trainer, in_fit).items():
+            module.log(f"{stage}/paired/{name}", value, rank_zero_only=False)
 
     @property
     def _judge(self) -> Judge | None:

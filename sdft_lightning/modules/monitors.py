@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.files.whole_windows import WindowCheckpoint, validates_in_fit
+from sdft_lightning.modules.capability import PAIRED_FIGURES
 from sdft_lightning.modules.evaluation import usage_names
 from sdft_lightning.types import TaskData
 
@@ -95,16 +96,34 @@ def validation_names(module: Any, data: TaskData | None, callbacks: Iterable[Any
         callbacks: All that run.
     """
     found: list[str] = []
+    items: list[str] = []  # sets and metrics whose items are compared with the base's
     for task, taught in ({} if data is None else data.graded("validate")).items():
         roles = ["accuracy"] + (["teacher_accuracy"] if module.grades_in_fit(taught) else [])
         found += [f"task/{task}/{role}{end}" for role in roles for end in ("", "_low", "_high")]
+        items += [f"{task}/{role}" for role in roles]
     if data is not None and data.judge is not None:
         found += [f"judge/{name}" for name in usage_names(data.judge)]
     if data is not None and data.benchmark_suite is not None:
         found += [f"capability/{name}" for name in data.benchmark_suite.metric_names()]
+        items += data.benchmark_suite.item_names()
+    found += paired_names(module, data, items)
     for callback in callbacks:
         found += getattr(callback, "validation_names", [])
     return sorted({f"val/{name}" for name in found})
+
+
+def paired_names(module: Any, data: TaskData | None, items: list[str]) -> list[str]:
+    """What a fit logs of its items compared with the base's; nothing where it has no base.
+
+    Args:
+        module: The `PolicyModule`.
+        data: The data module, set up; None for one that is not asked.
+        items: The sets with their metrics, `<set>/<metric>`.
+    """
+    base = [key.name for key in module.evaluator.paired.named_base()]
+    if not base and data is not None and data.benchmark_suite is not None:
+        base = items  # what has benchmarks is measured before the first step
+    return [f"paired/{name}/{what}" for name in items if name in base for what in PAIRED_FIGURES]
 
 
 def _watched(callback: Any) -> Iterator[_Watch]:

@@ -114,6 +114,7 @@ def check_run(module: Any, data: TaskData | None, trainer: Any, command: str) ->
     check_trainer(trainer, command)
     if data is not None:
         data.check_model_takes(module.new_tokens, module.evaluation.max_new_tokens)
+    module.evaluator.paired.named_base()  # whether it can be read
     if command != "fit":
         return
     module.retained_rows.plan(data, trainer, command)

@@ -58,6 +58,28 @@ def test_benchmark_with_the_name_of_a_held_out_set_stays_beside_it(tmp_path: Pat
     assert found["general (benchmark)"] == {"acc": 0.3}
 
 
+def test_items_of_benchmarks_stand_under_the_metric_that_counts(tmp_path: Path) -> None:
+    lines = [
+        ("validation", "capability", "mmlu", "acc", {"law/0": 0.0, "law/1": 0.0}),
+        ("test", "capability", "mmlu", "acc", {"law/0": 1.0, "law/1": 0.2}),
+        ("test", "capability", "mmlu", "acc_norm", {"law/0": 0.0, "law/1": 0.0}),
+        ("test", "capability", "ifeval", "prompt_level_strict_acc", {"0": 0.0, "1": 0.8}),
+        ("test", "capability", "ifeval", "inst_level_loose_acc", {"0": 0.5, "1": 1.0, "2": None}),
+        ("test", "task", "general", "acc", {"row": 1.0}),  # a held-out set, graded
+    ]
+    names = ("stage", "kind", "task", "metric", "scores")
+    text = "".join(json.dumps(dict(zip(names, line, strict=True))) + "\n" for line in lines)
+    (tmp_path / "item_scores.jsonl").write_text(text)
+    counted = [{"name": "ifeval", "metric": "inst_level_loose_acc", "leaves": ["ifeval"]}]
+    found = capabilities(tmp_path, counted)
+    assert found["mmlu"]["items"] == {"law/0": 1.0, "law/1": 0.2}
+    assert found["mmlu"]["n"] == 2
+    assert "mean_of_items" not in found["mmlu"], "0.6 is the mean of its items"
+    assert found["ifeval"]["items"] == {"0": 0.5, "1": 1.0}
+    assert found["ifeval"]["mean_of_items"] is False, "0.7 is over instructions, not prompts"
+    assert "items" not in found["general (benchmark)"]
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_suite_tells_what_counts(named: bool, model_folder: Path, tmp_path: Path) -> None:
     from sdft_lightning.data.benchmarks import Benchmarks, BenchmarkSuite, BenchmarkTask

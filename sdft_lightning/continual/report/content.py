@@ -14,6 +14,7 @@ from sdft_lightning.continual.report.tables import (
     estimate,
     fewer,
     mean,
+    nats,
     p_value,
     percent,
     points,
@@ -186,13 +187,14 @@ def pooled_table(comparisons: Comparisons) -> Table:
     """The tests over seeds."""
     rows = []
     for each in comparisons.pooled:
+        written = points if each.shares else nats
         low, high = each.interval or (None, None)
-        band = "" if low is None or high is None else f"[{points(low)}, {points(high)}]"
+        band = "" if low is None or high is None else f"[{written(low)}, {written(high)}]"
         rows.append(
             (
                 each.name,
                 f"{each.first} less {each.second}",
-                points(each.difference),
+                written(each.difference),
                 band or NOTHING,
                 str(each.items),
                 seed_count(len(each.seeds), each.expected),
@@ -207,6 +209,8 @@ def pooled_table(comparisons: Comparisons) -> Table:
         f"together. Holm's correction is over these {len(rows)} comparisons. “Seeds alike”: seeds "
         "whose own difference has the sign of the mean."
     )
+    if not all(each.shares for each in comparisons.pooled):
+        note += " “nats”: the difference of a text's log-likelihood, the higher the better."
     header = (
         "Measured on",
         "Difference",

@@ -16,7 +16,7 @@ BASE = "base"
 # A standard error times this is half of a 95 % interval.
 _NORMAL_95 = 1.96
 _ROUNDING = 1e-6
-_NO_METRICS = ("low", "high", "n", "items", "metric", "in_mean")
+_NO_METRICS = ("low", "high", "n", "items", "metric", "in_mean", "mean_of_items")
 # Their values lie in [0, 1] by chance at most.
 _NO_FRACTIONS = ("perplexity", "bits_per_byte")
 
@@ -26,7 +26,7 @@ class Measure(NamedTuple):
 
     Attributes:
         metric: Name of the metric, as recorded.
-        value: Mean over the items.
+        value: Mean over the items, unless `mean_of_items` is false.
         low: Lower end of its 95 % interval; None where nothing is known about it.
         high: Upper end.
         n: Number of items; None where it was not recorded.
@@ -34,6 +34,8 @@ class Measure(NamedTuple):
         fraction: Whether the metric is a share in [0, 1], of which means can be formed.
         in_mean: Whether the mean of the retained abilities counts it: not the parts of a group of
             benchmarks, and not what stands in no mean of the run itself.
+        mean_of_items: Whether the value is the mean of the items' scores: not of a perplexity,
+            whose items have log-likelihoods.
     """
 
     metric: str
@@ -44,6 +46,7 @@ class Measure(NamedTuple):
     items: Mapping[str, float]
     fraction: bool
     in_mean: bool = True
+    mean_of_items: bool = True
 
 
 class Record(NamedTuple):
@@ -172,10 +175,10 @@ def parse_measure(raw: Mapping[str, Any], where: str) -> Measure | None:
         UserError: If a value is missing or impossible.
     """
     fields = _Fields(raw, where)
-    metrics = [key for key in raw if key not in _NO_METRICS and not key.endswith("_stderr")]
+    metrics = _metrics(raw)
     if not metrics:
         raise UserError(f"{where}: it has no metric. Give accuracy, or another one by its name.")
-    metric = "accuracy" if "accuracy" in metrics else metrics[0]
+    metric = counted_metric(raw)
     if raw.get("metric") is not None:
         metric = raw["metric"]
         if metric not in metrics:
@@ -185,19 +188,31 @@ def parse_measure(raw: Mapping[str, Any], where: str) -> Measure | None:
         return None
     if not _is_number(raw[metric]):
         raise fields.wrong(metric, "a finite number, or null")
-    if not isinstance(raw.get("in_mean", True), bool):
-        raise fields.wrong("in_mean", "true or false")
+    for name in ("in_mean", "mean_of_items"):
+        if not isinstance(raw.get(name, True), bool):
+            raise fields.wrong(name, "true or false")
     value = float(raw[metric])
     if metric == "accuracy" and not 0 <= value <= 1:
         raise fields.wrong(metric, "between 0 and 1")
     fraction = 0 <= value <= 1 and not any(part in metric for part in _NO_FRACTIONS)
     items = fields.numbers("items")
-    if not all(0 <= score <= 1 for score in items.values()):
+    mean_of_items = raw.get("mean_of_items", True)
+    if mean_of_items and fraction and not all(0 <= score <= 1 for score in items.values()):
         raise fields.wrong("items", "an object of scores between 0 and 1")
     low, high = _interval(fields, metric, value, items, fraction)
     n = len(items) if n is None else n
     in_mean = raw.get("in_mean", True)
-    return Measure(plain(metric), value, low, high, n, items, fraction, in_mean)
+    return Measure(plain(metric), value, low, high, n, items, fraction, in_mean, mean_of_items)
+
+
+def _metrics(raw: Mapping[str, Any]) -> list[str]:
+    return [key for key in raw if key not in _NO_METRICS and not key.endswith("_stderr")]
+
+
+def counted_metric(raw: Mapping[str, Any]) -> str:
+    """The metric that counts where none is named: accuracy, or else the first."""
+    metrics = _metrics(raw)
+    return "accuracy" if "accuracy" in metrics else metrics[0]
 
 
 def _interval(

@@ -129,7 +129,9 @@ def _of_one_set(
     wrong = [
         f"{record.source}: {measure.value:.4f}, items {fmean(measure.items.values()):.4f}"
         for record, measure in there
-        if measure.items and abs(measure.value - fmean(measure.items.values())) > _ROUNDING
+        if measure.items
+        and measure.mean_of_items
+        and abs(measure.value - fmean(measure.items.values())) > _ROUNDING
     ]
     if wrong:
         text = f"{label}: the {metrics[0]} is not the mean of its items ({_some(wrong)}). "

@@ -46,6 +46,11 @@ def points(value: float | None) -> str:
     return "0.0" if rounded == 0 else f"{rounded:+.1f}".replace("-", "−")
 
 
+def nats(value: float | None) -> str:
+    """A difference of log-likelihoods, with its sign."""
+    return NOTHING if value is None else f"{value:+.2f} nats".replace("-", "−")
+
+
 def interval(low: float | None, high: float | None) -> str:
     """An interval of shares in per cent."""
     return "" if low is None or high is None else f"[{percent(low)}, {percent(high)}]"

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from sdft_lightning.data.benchmarks import Benchmarks
 from sdft_lightning.data.benchmarks.batches import (
     GenerationPlan,
@@ -24,12 +26,15 @@ from sdft_lightning.data.benchmarks.tasks import (
     LoadedTask,
     explained,
     load_tasks,
+    metric_label,
     quiet_harness,
 )
 from sdft_lightning.errors import UserError, printable
+from sdft_lightning.files.texts import digest
 from sdft_lightning.models.tokenization import load_max_length, load_tokenizer, vocabulary_size
 from sdft_lightning.types import (
     ContinuationScore,
+    Items,
     Measurement,
     RequestResponse,
 )
@@ -132,6 +137,17 @@ class BenchmarkSuite:
             found |= {"mean", "mean_stderr", "retention"}
         return sorted(found)
 
+    def item_names(self) -> list[str]:
+        """Of which of `metrics` the scores of single items may be known."""
+        found: set[str] = set()
+        for task in self.tasks:
+            of_group = task.group_metrics(task.name)
+            for name in task.metric_names():
+                leaf, _, label = name.rpartition("/")
+                if leaf in task.leaves and _scores_items(task.leaves[leaf], label):
+                    found.add(f"{task.name if label in of_group else leaf}/{label}")
+        return sorted(found)
+
     @property
     def dataset(self) -> RequestDataset:
         """All batches."""
@@ -199,13 +215,13 @@ class BenchmarkSuite:
                 limit=self.options.limit_of(settings),
                 cache_requests=self.options.cache_requests,
                 bootstrap_iters=_BOOTSTRAP_DRAWS,
-                log_samples=False,
+                log_samples=True,  # for the scores of single items
                 system_instruction=settings.system_instruction,
                 apply_chat_template=settings.apply_chat_template,
                 fewshot_as_multiturn=settings.multiturn,
                 confirm_run_unsafe_code=self.options.allow_code_execution,
             )
-        return _measurements(results)
+        return _with_items(_measurements(results), results["samples"], task)
 
 
 def _joined(first: ContinuationScore, second: ContinuationScore) -> ContinuationScore:
@@ -318,3 +334,79 @@ def _measurements(results: dict[str, Any]) -> dict[str, Measurement]:
             label = metric if kind == "none" else key
             found[f"{name}/{label}"] = Measurement(float(value), stderr, samples)
     return found
+
+
+# Aggregations of pairs of a prediction and an answer, of which no single one has a score.
+_OF_PAIRS = ("f1_score", "matthews_corrcoef", "brier_score", "bleu", "chrf", "chrfpp", "ter")
+# Aggregations whose items are pairs of a log-likelihood and a number of words or bytes.
+_WEIGHTED = ("weighted_perplexity", "bits_per_byte")
+
+
+def _scores_items(leaf: Any, label: str) -> bool:
+    aggregation = leaf.aggregation().get(label.partition(",")[0])
+    return getattr(aggregation, "__name__", "") not in _OF_PAIRS
+
+
+def _with_items(
+    measured: dict[str, Measurement], samples: dict[str, list[dict[str, Any]]], task: LoadedTask
+) -> dict[str, Measurement]:
+    """Add the scores of single items; those of a group's parts stand under the group's name."""
+    of_parts = {
+        (leaf, label): items
+        for leaf, found in task.leaves.items()
+        for label, items in _items(samples[leaf], found.aggregation()).items()
+    }
+    grouped: dict[str, dict[str, Items]] = {}
+    for (leaf, label), items in of_parts.items():
+        whole = f"{task.name}/{label}"
+        if leaf != task.name and whole in measured:
+            grouped.setdefault(whole, {})[leaf] = items
+        elif f"{leaf}/{label}" in measured:
+            name = f"{leaf}/{label}"
+            measured[name] = measured[name]._replace(items=items)
+    for whole, parts in grouped.items():
+        measured[whole] = measured[whole]._replace(items=_joined_items(parts))
+    return measured
+
+
+def _joined_items(parts: dict[str, Items]) -> Items:
+    """The items of all parts of a group, `<part>/<item>`."""
+    scores: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    for part, items in parts.items():
+        scores |= {f"{part}/{key}": score for key, score in items.scores.items()}
+        weights |= {f"{part}/{key}": weight for key, weight in (items.weights or {}).items()}
+    content = digest([[part, items.content] for part, items in parts.items()])
+    return Items(scores, content, weights or None)
+
+
+def _items(samples: list[dict[str, Any]], aggregation: dict[str, Any]) -> dict[str, Items]:
+    """The scores of a task's items by metric, of all metrics that score single items."""
+    found: dict[str, Items] = {}
+    for kind in dict.fromkeys(sample["filter"] for sample in samples):
+        of_filter = [sample for sample in samples if sample["filter"] == kind]
+        content = digest([[each["doc_hash"], each["prompt_hash"]] for each in of_filter])
+        for metric in of_filter[0]["metrics"]:
+            weighted = getattr(aggregation.get(metric), "__name__", "") in _WEIGHTED
+            pairs = {str(each["doc_id"]): _score(each.get(metric), weighted) for each in of_filter}
+            scores = {key: pair[0] for key, pair in pairs.items() if pair is not None}
+            if len(scores) < len(of_filter):
+                continue
+            weights = {key: pair[1] for key, pair in pairs.items() if pair is not None}
+            label = metric_label(metric, kind)
+            found[label] = Items(scores, content, weights if weighted else None)
+    return found
+
+
+def _score(value: Any, weighted: bool) -> tuple[float, float] | None:
+    """An item's score and weight, of what the harness keeps of it; None of what is no score."""
+    if weighted:
+        return (float(value[0]), float(value[1])) if isinstance(value, tuple) else None
+    # A list of shares is a score for each part of the item, such as each of its instructions.
+    if isinstance(value, list) and value and all(_is_number(x) and 0 <= x <= 1 for x in value):
+        return sum(map(float, value)) / len(value), 1.0
+    return (float(value), 1.0) if _is_number(value) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number, np.bool_))

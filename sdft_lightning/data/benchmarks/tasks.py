@@ -162,7 +162,7 @@ class LoadedTask(NamedTuple):
         for each in getattr(group, "aggregate_metric_list", None) or []:
             filters = each.filter_list
             filters = [filters] if isinstance(filters, str) else filters
-            found |= {_label(each.metric, kind) for kind in filters}
+            found |= {metric_label(each.metric, kind) for kind in filters}
         return found
 
 
@@ -349,10 +349,10 @@ def _check_metric(loaded: LoadedTask) -> None:
 
 def _leaf_metrics(task: Any) -> set[str]:
     filters = [each.name for each in getattr(task, "_filters", [])] or ["none"]
-    return {_label(name, kind) for name in task.aggregation() for kind in filters}
+    return {metric_label(name, kind) for name in task.aggregation() for kind in filters}
 
 
-def _label(metric: str, kind: str) -> str:
+def metric_label(metric: str, kind: str) -> str:
     """A metric as it is named here: the harness's name, less the filter that does nothing."""
     return metric if kind == "none" else f"{metric},{kind}"
 

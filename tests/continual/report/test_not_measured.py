@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from sdft_lightning.continual.report import write_report
+from sdft_lightning.continual.report.comparisons import compare
+from sdft_lightning.continual.report.content import pooled_table
 from sdft_lightning.continual.report.records import parse_measure, parse_record, read_records
 from sdft_lightning.continual.report.results import gather
 from sdft_lightning.continual.report.summary import summarise
@@ -63,6 +65,28 @@ def test_a_set_without_any_verdict_is_not_measured(
 def test_a_metric_that_is_not_there_is_an_error() -> None:
     with pytest.raises(UserError, match=r"here: metric must be one of acc; got 'f1'"):
         parse_measure({"acc": 0.5, "metric": "f1"}, "here")
+
+
+def test_texts_are_compared_by_their_log_likelihoods_and_told_in_nats(
+    by_hand: list[Raw],
+) -> None:
+    for record in by_hand:
+        shift = 0.0 if record["method"] == "base" else 2.5
+        items = {str(i): -30.25 - i - shift for i in range(10)}
+        text = {"word_perplexity": 53.0 + shift, "items": items, "mean_of_items": False}
+        record["capabilities"] = {"kept_text": text}
+    results = gather([parse_record(record, "line 1") for record in by_hand])
+    assert not [each for each in results.problems if each.kind == "figures disagree"]
+    comparisons = compare(results)
+    (texts,) = [each for each in comparisons.pooled if each.name == "kept_text"]
+    assert texts.difference == -2.5
+    assert texts.p == pytest.approx(2 / 2**10)  # all ten fell
+    table = pooled_table(comparisons)
+    (row,) = [each for each in table.rows if each[0] == "kept_text"]
+    assert row[2] == "−2.50 nats"
+    (points,) = [each for each in table.rows if each[0] == "a"]
+    assert "nats" not in points[2]
+    assert "“nats”" in table.note
 
 
 @pytest.mark.parametrize("also_good", [False, True])

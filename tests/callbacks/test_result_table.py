@@ -1,0 +1,23 @@
+"""What validate and test show in the terminal."""
+
+from __future__ import annotations
+
+from sdft_lightning.callbacks.terminal import paired_table
+from sdft_lightning.graders import Paired
+
+
+def test_what_was_lost_and_gained_is_told_in_words() -> None:
+    tests = {
+        "front_desk/accuracy": Paired(170, 5, 2, 0.453, True),
+        "kept_text/word_perplexity": Paired(18, 17, 1, 0.0002, False),
+        "odd\x1b[31m/acc": Paired(3, 0, 0, 1.0, True),
+    }
+    lines = paired_table(tests, "the model before the first step").splitlines()
+    assert lines[:5] == [
+        "Compared with the model before the first step:",
+        "task        what             item by item",
+        "front_desk  student          5 lost, 2 gained of 170, p 0.45",
+        "kept_text   word_perplexity  17 lower, 1 higher of 18, p below 0.001",
+        "odd [31m    acc              0 lost, 0 gained of 3, p 1.00",
+    ]
+    assert "lost: right before and wrong now" in lines[5]

@@ -80,13 +80,11 @@ class RetainedRows:
                 "need none."
             )
         uneven = data is not None and not data.retains_evenly and trainer.world_size > 1
-        rollouts = self._rollouts
-        from_engine = rollouts is not None and not rollouts.engine.is_trainer
-        if uneven and (from_engine or isinstance(trainer.strategy, ModelParallelStrategy)):
+        if uneven and isinstance(trainer.strategy, ModelParallelStrategy):
             raise UserError(
-                "data.retain_share: under fsdp2, and where vLLM samples, all processes act at the "
-                "same time, and in some batches not all of them would have a row to retain. Set "
-                "data.batch_size and data.retain_share so that their product is a whole number."
+                "data.retain_share: under fsdp2 all processes act at the same time, and in some "
+                "batches not all of them would have a row to retain. Set data.batch_size and "
+                "data.retain_share so that their product is a whole number."
             )
 
     @property
@@ -144,9 +142,10 @@ class RetainedRows:
     def _mean(self, retained: PromptBatch, batch: PromptBatch) -> Tensor:
         """The divergence from the model as it was: mean over tokens, then over answers."""
         module = self._module
-        later = [each.retained for each in batch.window if each.retained is not None]
         rollout = self._window.take(
-            retained._replace(window=later), module.trainer.global_step, self._sampled
+            retained._replace(window=_retained(batch.window)),
+            module.trainer.global_step,
+            self._sample,
         )
         keep = rollout.completion_mask  # (R, T)
         student = module.passes.hidden(retained.prompts, rollout.completions, keep)  # (N, D)
@@ -180,10 +179,23 @@ class RetainedRows:
         values.update("retained_kl", kl, weights)
         values.update("retained_truncated", truncated)
 
-    def _sampled(self, batches: list[PromptBatch], step: int) -> list[Rollout]:
-        """The student's answers for several micro-batches, sampled at once."""
+    def requests(self, batches: list[PromptBatch], step: int) -> list[RolloutRequest]:
+        """What is to be sampled for the rows to retain of several micro-batches; maybe nothing.
+
+        Args:
+            batches: Of one accumulation window.
+            step: Optimizer step, to which the random numbers belong.
+        """
+        return self._requests(_retained(batches), step) if self.new_tokens else []
+
+    def put(self, batches: list[PromptBatch], step: int, rollouts: list[Rollout]) -> None:
+        """Take what was sampled for `requests`."""
+        if rollouts:
+            self._window.put(_retained(batches), step, rollouts)
+
+    def _requests(self, batches: list[PromptBatch], step: int) -> list[RolloutRequest]:
         module = self._module
-        requests = [
+        return [
             RolloutRequest(
                 batch.prompts,
                 [row.id for row in batch.rows],
@@ -195,9 +207,12 @@ class RetainedRows:
             )
             for batch in batches
         ]
+
+    def _sample(self, batches: list[PromptBatch], step: int) -> list[Rollout]:
+        """The student's answers to rows that nobody has sampled beside others."""
         engine = TransformersEngine() if self._rollouts is None else self._rollouts.engine
         with torch.no_grad():  # what is stored of the other rows' answers stays
-            return engine.sample(module.passes, requests)
+            return engine.sample(self._module.passes, self._requests(batches, step))
 
     @property
     def _rollouts(self) -> Rollouts | None:
@@ -212,3 +227,8 @@ class RetainedRows:
     @property
     def _teacher(self) -> Teacher:
         return self._module.teacher_before_training or self._module.initial
+
+
+def _retained(batches: list[PromptBatch]) -> list[PromptBatch]:
+    """The rows to retain of several micro-batches, of which some have none."""
+    return [each.retained for each in batches if each.retained is not None]

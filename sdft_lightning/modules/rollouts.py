@@ -63,12 +63,18 @@ class Rollouts:
     def of_student(self, batches: list[PromptBatch], step: int) -> list[Rollout]:
         """The student's answers to the bare questions of several micro-batches, from the engine.
 
+        Those to their rows to retain are sampled in the same call, and given to these rows.
+
         Args:
             batches: Sampled at once.
             step: Optimizer step, to which the random numbers belong.
         """
         requests = self._requests(batches, [batch.prompts for batch in batches], step)
-        return self.engine.sample(self._module.passes, requests)
+        retained = self._module.retained_rows
+        more = retained.requests(batches, step)
+        found = self.engine.sample(self._module.passes, [*requests, *more])
+        retained.put(batches, step, found[len(requests) :])
+        return found[: len(requests)]
 
     def of_teacher(
         self, teacher: Any, prompts: list[Tokens], batches: list[PromptBatch], step: int
@@ -199,11 +205,14 @@ class SampledWindow:
         key = _key(batch, step)
         if key not in self._ready:
             batches = [batch, *batch.window]
-            rollouts = sample(batches, step)
-            self._ready = {
-                _key(each, step): rollout for each, rollout in zip(batches, rollouts, strict=True)
-            }
+            self.put(batches, step, sample(batches, step))
         return self._ready.pop(key)
+
+    def put(self, batches: list[PromptBatch], step: int, rollouts: list[Rollout]) -> None:
+        """Keep what was sampled for the micro-batches of a window, and nothing of former ones."""
+        self._ready = {
+            _key(each, step): rollout for each, rollout in zip(batches, rollouts, strict=True)
+        }
 
 
 def _key(batch: PromptBatch, step: int) -> tuple[int, tuple[str, ...]]:

@@ -50,7 +50,7 @@ class Engine(ABC):
 
         Args:
             student: The passes of the trained model; `student.model` is the model itself.
-            requests: Alike but for their rows.
+            requests: Alike but for their rows and the length of their completions.
         """
         return split_rollout(self.generate(student, join_requests(requests)), requests)
 
@@ -167,8 +167,8 @@ def as_rollout(
             f"model.engine: {source} sent {len(rows)} completions, asked for were {wanted}. "
             f"{_REMEDY}"
         )
-    for row in rows:
-        _check(row, request, vocabulary, source)
+    for row, most in zip(rows, request.limits, strict=True):
+        _check(row, most, request, vocabulary, source)
     length = max(len(row.token_ids) for row in rows)
     ids = torch.full((len(rows), length), request.pad_id)  # (R, T)
     log_probs = torch.zeros(len(rows), length)  # (R, T)
@@ -184,8 +184,8 @@ def as_rollout(
     return Rollout(*parts)
 
 
-def _check(row: Sampled, request: RolloutRequest, vocabulary: int, source: str) -> None:
-    problem = _tokens_problem(row.token_ids, request, vocabulary) or _log_probs_problem(row)
+def _check(row: Sampled, most: int, request: RolloutRequest, vocabulary: int, source: str) -> None:
+    problem = _tokens_problem(row.token_ids, most, request, vocabulary) or _log_probs_problem(row)
     if problem:
         raise UserError(f"model.engine: {source} sent {problem}. {_REMEDY}")
     if row.finished and row.token_ids[-1] not in request.stop_ids:
@@ -196,9 +196,8 @@ def _check(row: Sampled, request: RolloutRequest, vocabulary: int, source: str) 
         )
 
 
-def _tokens_problem(ids: Sequence[Any], request: RolloutRequest, vocabulary: int) -> str:
+def _tokens_problem(ids: Sequence[Any], most: int, request: RolloutRequest, vocabulary: int) -> str:
     """What is wrong with the tokens of a completion, or nothing."""
-    most = request.sampling.max_new_tokens
     if not ids:
         return "an empty completion"
     if len(ids) > most:

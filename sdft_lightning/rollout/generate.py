@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,8 @@ class RolloutRequest(NamedTuple):
         step: Optimizer step; the weights are those of this step.
         stop_ids: Ids of which any ends a completion; it is part of the completion.
         pad_id: Id that fills the rest of a row.
+        longest: Longest completion of each of the B prompts, where they differ; at most that of
+            `sampling`.
     """
 
     prompts: Tokens
@@ -42,13 +45,20 @@ class RolloutRequest(NamedTuple):
     step: int
     stop_ids: list[int]
     pad_id: int
+    longest: list[int] | None = None
+
+    @property
+    def limits(self) -> list[int]:
+        """Longest of each of the R = B · n completions."""
+        longest = self.longest or [self.sampling.max_new_tokens] * len(self.row_ids)
+        return [most for most in longest for _ in range(self.sampling.completions_per_prompt)]
 
 
 def join_requests(requests: Sequence[RolloutRequest]) -> RolloutRequest:
     """One request for the rows of several, whose prompts are padded further on the left.
 
     Args:
-        requests: Alike but for their rows.
+        requests: Alike but for their rows and the length of their completions.
     """
     prompts = [request.prompts for request in requests]
     longest = max(part.ids.shape[1] for part in prompts)
@@ -57,7 +67,9 @@ def join_requests(requests: Sequence[RolloutRequest]) -> RolloutRequest:
         torch.cat([pad(part.mask, (longest - part.mask.shape[1], 0)) for part in prompts]),
     )  # (ΣB, P)
     row_ids = [row_id for request in requests for row_id in request.row_ids]
-    return requests[0]._replace(prompts=joined, row_ids=row_ids)
+    limits = [each.sampling.max_new_tokens for each in requests for _ in each.row_ids]
+    sampling = replace(requests[0].sampling, max_new_tokens=max(limits))
+    return requests[0]._replace(prompts=joined, row_ids=row_ids, sampling=sampling, longest=limits)
 
 
 def split_rollout(rollout: Rollout, requests: Sequence[RolloutRequest]) -> list[Rollout]:
@@ -101,6 +113,7 @@ def generate_rollout(
     pad_id: int,
     stop_texts: StopTexts | None = None,
     read: list[ReadPrompts] | None = None,
+    limits: list[int] | None = None,
 ) -> Rollout:
     """Sample completions; the model is in eval mode meanwhile.
 
@@ -118,6 +131,7 @@ def generate_rollout(
         stop_texts: Texts that end a completion besides; the tokens that hold them are kept.
         read: The same prompts, read by the same weights, in one piece or several; its keys and
             values are dropped.
+        limits: Longest of each of the B · n completions; that of `sampling` without it.
 
     Returns:
         The rollout, as long as its longest completion.
@@ -134,7 +148,11 @@ def generate_rollout(
     mask = torch.zeros(shape, dtype=torch.bool, device=device)  # (R, T)
     log_probs = torch.zeros(shape, dtype=torch.float32, device=device)  # (R, T)
     stops = torch.tensor(stop_ids, device=device)  # (S,)
+    truncated = torch.zeros(rows, dtype=torch.bool, device=device)  # (R,)
     alive = torch.arange(rows, device=device)  # rows that are still sampled
+    most = torch.full((rows,), sampling.max_new_tokens, device=device)  # (R,)
+    if limits is not None:
+        most = torch.tensor(limits, device=device)
     length = 0
     with decode_mode(model, rows, sampling.max_new_tokens) as fused:
         prompts = Tokens(prompts.ids, prompts.mask.bool())
@@ -145,17 +163,18 @@ def generate_rollout(
             tokens, chosen = choose_tokens(logits, sampling, numbers)  # (A,)
             ids[alive, step], mask[alive, step], log_probs[alive, step] = tokens, True, chosen
             length = step + 1
-            going = ~torch.isin(tokens, stops)  # (A,)
+            ended = torch.isin(tokens, stops)  # (A,)
             if stop_texts is not None:
-                going &= ~stop_texts.found(ids[alive, :length])
+                ended |= stop_texts.found(ids[alive, :length])
+            cut = ~ended & (most[alive] == length)
+            truncated[alive[cut]] = True
+            going = ~(ended | cut)
             alive, tokens = alive[going], tokens[going]
-            if alive.numel() == 0 or length == sampling.max_new_tokens:
+            if alive.numel() == 0:
                 break
             logits = going_on.step(tokens, going)  # (A, V)
         decoding.finish(Tokens(ids[:, :length], mask[:, :length]))
     _check_finite(log_probs)
-    truncated = torch.zeros(rows, dtype=torch.bool, device=device)  # (R,)
-    truncated[alive] = True
     return Rollout(ids[:, :length], mask[:, :length], log_probs[:, :length], truncated)
 
 

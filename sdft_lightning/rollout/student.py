@@ -94,7 +94,8 @@ class StudentPasses:
         stored until `hidden` asks for it; that of former calls is dropped.
 
         Args:
-            requests: Of micro-batches that will be trained on one after the other.
+            requests: Of micro-batches that will be trained on one after the other; alike but for
+                their rows and the length of their completions.
         """
         sampler = self.sampler()
         request = join_requests(requests)
@@ -114,6 +115,7 @@ class StudentPasses:
             request.stop_ids,
             request.pad_id,
             read=self._read(sampler, requests) if torch.is_grad_enabled() else None,
+            limits=request.limits,
         )
         rollouts = split_rollout(rollout, requests)
         give_back_memory()
@@ -217,9 +219,9 @@ class StudentPasses:
             the rollout is one that fused decoding steps are not used for.
         """
         self._stored = []
-        sampling = requests[0].sampling
-        rows = sum(len(each.row_ids) for each in requests) * sampling.completions_per_prompt
-        pair = _pair(self.model, sampler, rows, sampling.max_new_tokens)
+        rows = sum(len(each.limits) for each in requests)
+        longest = max(each.sampling.max_new_tokens for each in requests)
+        pair = _pair(self.model, sampler, rows, longest)
         if pair is None:
             return None
         self._stored_by = self._weights()

@@ -22,6 +22,7 @@ from sdft_lightning.modules import (
     SFTKLModule,
     SFTModule,
 )
+from sdft_lightning.rollout import Sampling, TransformersEngine
 from sdft_lightning.teacher import EMATeacher, FrozenTeacher, LiveTeacher
 from sdft_lightning.types import PromptBatch
 
@@ -162,6 +163,23 @@ def test_kl_is_of_the_demonstrations_alone(
         kls.append(logged(folder, "train/kl"))
     assert kls[0] == pytest.approx(kls[1], abs=1e-6)
     assert max(kls[0]) > 1e-3
+
+
+def test_rows_of_both_kinds_are_sampled_in_one_call(
+    fit_module: Fit, retain: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decoding loop, or a hand-over of weights to vLLM, for each kind would double their time."""
+    asked: list[list[int]] = []
+    sample = TransformersEngine.sample
+
+    def spy(self: Any, student: Any, requests: Any) -> Any:
+        asked.append([each.sampling.max_new_tokens for each in requests])
+        return sample(self, student, requests)
+
+    monkeypatch.setattr(TransformersEngine, "sample", spy)
+    options = {**sgd(0.5), **COPY, "sampling": Sampling(max_new_tokens=3)}
+    fit_module(SDFTModule, options, data=retain, max_steps=2, accumulate_grad_batches=2)
+    assert asked == [[3, 3, 6, 6]] * 2
 
 
 REFUSED: dict[str, tuple[Any, dict[str, Any], bool, str]] = {

@@ -6,6 +6,7 @@ import gc
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -127,6 +128,16 @@ def test_answers_become_a_padded_rollout_with_the_stop_token_inside(
     assert rollout.completion_mask.sum(dim=1).tolist() == [1, 3, 3, 5]
     assert rollout.sampled_log_probs[1].tolist() == [-0.5, -1.0, -1.5, 0.0, 0.0]
     assert rollout.truncated.tolist() == [True, False, True, False]
+
+
+def test_rows_with_a_length_of_their_own_are_asked_for_with_it(
+    engine: VLLMEngine, model: Any
+) -> None:
+    first = request(samples=1)
+    longer = first._replace(sampling=replace(first.sampling, max_new_tokens=9))
+    engine.sample(StudentPasses("same").at(model, 0), [first, longer])
+    ((_, params),) = FakeLLM.made.asked
+    assert [each["max_tokens"] for each in params] == [5, 5, 9, 9]
 
 
 def test_weights_are_refreshed_once_a_step_and_the_prefix_cache_with_them(

@@ -82,6 +82,42 @@ def test_each_micro_batch_gets_the_completions_that_it_has_alone(model: Any, sam
         assert torch.equal(found.completion_mask, alone.completion_mask)
 
 
+def test_requests_of_unequal_length_are_sampled_at_once_each_as_alone(
+    model: Any, computed: list[int]
+) -> None:
+    short, *others = requests_of()
+    requests = [
+        short._replace(sampling=Sampling(max_new_tokens=2)),
+        others[0],
+        others[1]._replace(sampling=Sampling(max_new_tokens=5)),
+    ]
+    requests = [each._replace(stop_ids=[]) for each in requests]
+    passes = passes_of(model)
+    together = passes.sample(requests)
+    assert [tuple(each.completion_ids.shape) for each in together] == [(2, 2), (2, 10), (2, 5)]
+    for request, found in zip(requests, together, strict=True):
+        (alone,) = passes_of(model).sample([request])
+        assert torch.equal(found.completion_ids, alone.completion_ids)
+        assert torch.equal(found.completion_mask, alone.completion_mask)
+        assert found.truncated.all()
+        assert alone.truncated.all()
+    for request, rollout in zip(requests, together, strict=True):
+        computed.clear()
+        found = passes.hidden(request.prompts, rollout.completions, rollout.completion_mask)
+        assert computed == [int(rollout.completion_mask.sum())] * 2  # the last layer's MLP alone
+        assert_same_states(found, model, request.prompts, rollout)
+
+
+def test_a_stop_token_at_a_rows_own_last_place_is_not_truncated(model: Any) -> None:
+    requests = requests_of(steps=3)
+    requests = [each._replace(stop_ids=[]) for each in requests]
+    third = [int(each.completion_ids[0, 2]) for each in passes_of(model).sample(requests)]
+    longer = [*requests[:2], requests[2]._replace(sampling=Sampling(max_new_tokens=9))]
+    ended = passes_of(model).sample([each._replace(stop_ids=third[:1]) for each in longer])
+    assert not ended[0].truncated[0]
+    assert ended[0].completion_ids[0].tolist()[-1] == third[0]
+
+
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens of each product of fused blocks."""

@@ -171,6 +171,18 @@ def test_requests_are_token_ids_with_every_option_given(
     }
 
 
+def test_rows_with_a_length_of_their_own_are_asked_for_with_it(
+    server: FakeServer, engine: VLLMServerEngine, model: Any
+) -> None:
+    ids, mask = torch.tensor([[5]]), torch.tensor([[True]])
+    requests = [
+        RolloutRequest(Tokens(ids, mask), [name], Sampling(most), 1, 0, [2, 9], 0)
+        for name, most in (("a", 5), ("b", 9))
+    ]
+    engine.sample(StudentPasses("same").at(model, 0), requests)
+    assert sorted(body["max_tokens"] for body in server.completions) == [5, 9]
+
+
 def test_answers_stand_in_the_order_of_the_rows(
     server: FakeServer, engine: VLLMServerEngine, model: Any
 ) -> None:

@@ -112,7 +112,8 @@ class VLLMEngine(ExternalEngine):
                 "each process and name them all in VLLMServerEngine (docs/vllm.md)."
             )
         self.refresh(student.model, request.step)
-        params = [vllm_sampling(request, seed) for seed in request_seeds(request)]
+        pairs = zip(request_seeds(request), request.limits, strict=True)
+        params = [vllm_sampling(request, seed, most) for seed, most in pairs]
         prompts = [{"prompt_token_ids": ids} for ids in repeated_prompts(request)]
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
         rows = [_sampled(output) for output in outputs]
@@ -165,8 +166,8 @@ class VLLMEngine(ExternalEngine):
         )
 
 
-def vllm_sampling(request: RolloutRequest, seed: int) -> Any:
-    """SamplingParams of vLLM for one completion of a request."""
+def vllm_sampling(request: RolloutRequest, seed: int, most: int) -> Any:
+    """SamplingParams of vLLM for one completion of a request, of at most so many tokens."""
     from vllm import SamplingParams
 
     sampling = request.sampling
@@ -177,7 +178,7 @@ def vllm_sampling(request: RolloutRequest, seed: int) -> Any:
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         min_p=sampling.min_p,
-        max_tokens=sampling.max_new_tokens,
+        max_tokens=most,
         stop_token_ids=request.stop_ids,
         ignore_eos=True,  # ours are the only stop ids
         logprobs=0,  # of the sampled token alone

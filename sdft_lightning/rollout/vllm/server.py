@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -228,8 +229,16 @@ class VLLMServerEngine(ExternalEngine):
     def _sample(self, client: VLLMClient, request: RolloutRequest) -> list[Sampled]:
         assert self.model is not None
         bodies = [
-            completion_body(self.model, prompt, seed, request.sampling, request.stop_ids)
-            for prompt, seed in zip(repeated_prompts(request), request_seeds(request), strict=True)
+            completion_body(
+                self.model,
+                prompt,
+                seed,
+                replace(request.sampling, max_new_tokens=most),
+                request.stop_ids,
+            )
+            for prompt, seed, most in zip(
+                repeated_prompts(request), request_seeds(request), request.limits, strict=True
+            )
         ]
 
         def ask(body: dict[str, Any]) -> Sampled:

@@ -93,6 +93,10 @@ def format_seconds(seconds: float) -> str:
 # A standard error times this is half of a 95 % interval.
 _NORMAL_95 = 1.96
 _NO_FRACTIONS = ("word_perplexity", "byte_perplexity", "perplexity", "bits_per_byte")
+_SHAPES = {
+    "answer_words": "words an answer",
+    "answer_distinct_2": "different pairs of words",
+}
 _ROLES = {"accuracy": "student", "teacher_accuracy": "teacher"}
 
 
@@ -201,6 +205,8 @@ def _row(name: str, metrics: dict[str, float], stage: str) -> _Row | None:
     task, _, metric = rest.rpartition("/")
     value = _shown(name, metrics[name])
     if kind == "task":
+        if metric in _SHAPES:
+            return _Row(task, _SHAPES[metric], value, "", name)
         low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
         if low is None or high is None:
             return None
@@ -217,6 +223,8 @@ def _row(name: str, metrics: dict[str, float], stage: str) -> _Row | None:
 def _shown(name: str, value: float) -> str:
     """A value with its unit: accuracies in per cent, all else as a number."""
     kind, metric = name.split("/")[1], name.rpartition("/")[2]
+    if metric == "answer_words":
+        return f"{value:.1f}"
     fraction = kind == "task" or (
         kind == "capability" and 0 <= value <= 1 and not metric.startswith(_NO_FRACTIONS)
     )

@@ -4,6 +4,8 @@ import re
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
 
 from sdft_lightning.errors import UserError, shown
 
@@ -228,3 +230,26 @@ def _is_word(character: str) -> bool:
 
 def _is_unspaced(character: str) -> bool:
     return any(first <= ord(character) <= last for first, last in _UNSPACED)
+
+
+WORD = re.compile(r"[^\W_]+(?:['’.\-][^\W_]+)*")
+
+
+class AnswerShape(NamedTuple):
+    """How long an answer is, and how much of it is said once.
+
+    Attributes:
+        words: Number of words.
+        distinct_2: Share of the pairs of neighbouring words, in any case, that are different ones:
+            1 where nothing is repeated, near 0 in a loop.
+    """
+
+    words: int
+    distinct_2: float
+
+
+def answer_shape(text: str) -> AnswerShape:
+    """Count the words of an answer and its different pairs of words; 1 where there is no pair."""
+    said = [word.lower() for word in WORD.findall(text)]
+    pairs = list(pairwise(said))
+    return AnswerShape(len(said), len(set(pairs)) / len(pairs) if pairs else 1.0)

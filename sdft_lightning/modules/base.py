@@ -13,18 +13,16 @@ from torch import Tensor
 
 from sdft_lightning.errors import UserError, check_arguments, show_messages
 from sdft_lightning.files.checkpoint_io import write_whole_checkpoints
-from sdft_lightning.files.whole_windows import WholeWindows
 from sdft_lightning.forward.hidden import plain_attention
 from sdft_lightning.forward.policy import Policy, load_policy, moved_not_cast
 from sdft_lightning.models.lora import keep_adapters_only_
 from sdft_lightning.models.sharding import data_parallel_mesh, is_sharded, shard_
 from sdft_lightning.modules.checkpoints import Checkpoints
-from sdft_lightning.modules.effective_update import EffectiveUpdate
 from sdft_lightning.modules.evaluation import Evaluation, EvaluationBatch, Evaluator
 from sdft_lightning.modules.retained import RetainedRows
-from sdft_lightning.modules.run_callbacks import LastCheckpoint, ValidateAtEnds
+from sdft_lightning.modules.run_callbacks import callbacks_of_every_run
 from sdft_lightning.modules.run_checks import RunChecks
-from sdft_lightning.modules.schedule import RunLength, Schedule, total_steps
+from sdft_lightning.modules.schedule import Schedule, total_steps
 from sdft_lightning.modules.student_checks import (
     OptimizerFactory,
     adapter_report,
@@ -303,7 +301,7 @@ class PolicyModule(L.LightningModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """What every run has: benchmarks at both ends, its last step saved, whole windows."""
-        return [ValidateAtEnds(), EffectiveUpdate(), LastCheckpoint(), RunLength(), WholeWindows()]
+        return callbacks_of_every_run()
 
     def total_steps(self) -> int | None:
         """Optimizer steps of the whole run; None where neither steps nor epochs end it."""

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning as L
+import torch
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.files.run_folder import ItemKey
 from sdft_lightning.files.texts import digest
 from sdft_lightning.graders import Judge, Usage, grade_rows
-from sdft_lightning.graders.metrics import NamedMetrics, TaskAccuracy
+from sdft_lightning.graders.metrics import NamedMetrics, TaskAccuracy, WeightedMean
+from sdft_lightning.graders.texts import AnswerShape, answer_shape
 from sdft_lightning.models.chat_template import AnswerReader
 from sdft_lightning.modules.capability import (
     CapabilityScores,
@@ -111,6 +113,7 @@ class Evaluator:
 
     Attributes:
         accuracies: Of the tasks that were graded since the last `log_scores`.
+        shapes: Mean words and distinctness of the student's answers to these.
         capability: When the benchmarks are measured, and what they were before training.
         items: What was measured in the last validation or test, item by item.
         paired: How that compares with the items before training.
@@ -119,6 +122,7 @@ class Evaluator:
     def __init__(self, module: PolicyModule, options: Evaluation) -> None:
         self.options = options
         self.accuracies = NamedMetrics(TaskAccuracy)
+        self.shapes = NamedMetrics(WeightedMean)
         self.capability = CapabilityTrack()
         self.items: dict[ItemKey, Items] = {}
         self.paired = PairedTrack(options.compare_with)
@@ -196,12 +200,22 @@ class Evaluator:
             scores = grade_rows(batch.grader, answers, batch.rows, self._judge)
             accuracy = self.accuracies.of(f"{batch.task}/{metric}", self._module.device)
             accuracy.update(scores)
+            if metric == "accuracy":
+                self._count_shapes(batch.task, answers)
             key = ItemKey("task", batch.task, metric)
             self._answers += [
                 _ScoredAnswer(key, row.id, score, digest([row.id, row.prompt, row.reference]))
                 for row, score in zip(batch.rows, scores, strict=True)
             ]
         return Graded(batch.task, batch.rows, completions, scores, rollout.truncated.tolist())
+
+    def _count_shapes(self, task: str, answers: list[str]) -> None:
+        """Count how long the student's answers are, and how much of them is said once."""
+        found = [answer_shape(each) for each in answers]
+        shapes = torch.tensor(found, dtype=torch.float32)  # (B, 2); see `TaskAccuracy`
+        for name, mean in zip(AnswerShape._fields, shapes.mean(dim=0), strict=True):
+            counted = self.shapes.of(f"{task}/answer_{name}", self._module.device)
+            counted.update(mean.to(self._module.device), len(answers))
 
     def respond(self, batch: ScoringBatch | GenerationBatch) -> None:
         """Respond to the requests of a benchmark, where they are due."""
@@ -243,6 +257,8 @@ class Evaluator:
                 continue
             for suffix, value in zip(("", "_low", "_high"), accuracy, strict=True):
                 module.log(f"{stage}/task/{name}{suffix}", value, rank_zero_only=False)
+        for name, mean in self.shapes.compute(module.device).items():
+            module.log(f"{stage}/task/{name}", mean, rank_zero_only=False)
         data = task_data(module.trainer)
         suite = None if data is None else data.benchmark_suite
         measured: dict[str, Measurement] = {}

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.files.whole_windows import WindowCheckpoint, validates_in_fit
+from sdft_lightning.graders.texts import AnswerShape
 from sdft_lightning.modules.capability import PAIRED_FIGURES
 from sdft_lightning.modules.evaluation import usage_names
 from sdft_lightning.types import TaskData
@@ -100,6 +101,7 @@ def validation_names(module: Any, data: TaskData | None, callbacks: Iterable[Any
     for task, taught in ({} if data is None else data.graded("validate")).items():
         roles = ["accuracy"] + (["teacher_accuracy"] if module.grades_in_fit(taught) else [])
         found += [f"task/{task}/{role}{end}" for role in roles for end in ("", "_low", "_high")]
+        found += [f"task/{task}/answer_{each}" for each in AnswerShape._fields]
         items += [f"{task}/{role}" for role in roles]
     if data is not None and data.judge is not None:
         found += [f"judge/{name}" for name in usage_names(data.judge)]

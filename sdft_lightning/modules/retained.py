@@ -63,7 +63,7 @@ class RetainedRows:
         fits = command == "fit" and data is not None
         self.new_tokens = data.retained_new_tokens if fits and data is not None else 0
         module = self._module
-        has_one = module.teacher_before_training is not None or module.policy.lora is not None
+        has_one = not self.needs_copy
         if self._copy and fits and (has_one or not self.new_tokens):
             why = "there are no rows to retain (data.retain)"
             if has_one:
@@ -86,6 +86,12 @@ class RetainedRows:
                 "batches not all of them would have a row to retain. Set data.batch_size and "
                 "data.retain_share so that their product is a whole number."
             )
+
+    @property
+    def needs_copy(self) -> bool:
+        """Whether nothing else of the run keeps the model as it was before training."""
+        module = self._module
+        return module.teacher_before_training is None and module.policy.lora is None
 
     @property
     def step_names(self) -> list[str]:

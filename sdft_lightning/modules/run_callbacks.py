@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 import lightning as L
@@ -10,6 +11,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.files.run_folder import tensorboard
+from sdft_lightning.files.whole_windows import WholeWindows
+from sdft_lightning.modules.effective_update import EffectiveUpdate
+from sdft_lightning.modules.monitors import training_names, validation_names
+from sdft_lightning.modules.schedule import RunLength
 from sdft_lightning.rollout.mismatch import Mismatch
 from sdft_lightning.types import task_data
 
@@ -178,3 +184,88 @@ class LastCheckpoint(L.Callback):
             if path and callback._last_global_step_saved not in (0, trainer.global_step):
                 trainer.save_checkpoint(path, callback.save_weights_only)
                 callback._last_global_step_saved = trainer.global_step
+
+
+def callbacks_of_every_run() -> list[L.Callback]:
+    """Benchmarks at both ends, the last step saved, whole windows, TensorBoard laid out."""
+    return [
+        ValidateAtEnds(),
+        EffectiveUpdate(),
+        LastCheckpoint(),
+        RunLength(),
+        WholeWindows(),
+        Dashboard(),
+    ]
+
+
+class Dashboard(L.Callback):
+    """Lays out TensorBoard's tab Custom Scalars: what is learned, what is kept, drift; training."""
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        """Write the layout of what this run will log; that of a resumed run replaces it."""
+        writer = tensorboard(trainer) if trainer.is_global_zero else None
+        if writer is None:
+            return
+        data = task_data(trainer)
+        names = training_names(module, trainer, trainer.callbacks)
+        names += validation_names(module, data, trainer.callbacks)
+        layout = dashboard_layout(names, [] if data is None else list(data.held_out))
+        if layout:
+            writer.add_custom_scalars(layout)
+
+
+# Charts of training by title, each with the names that it shows.
+_TRAINING_CHARTS = {
+    "Loss and KL": ("loss", "kl", "retained_kl"),
+    "Tokens of a completion": ("completion_length",),
+    "Cut off": ("truncated_fraction", "retained_truncated"),
+    "Teacher's distance": ("teacher_distance",),
+}
+_NO_ABILITY = ("answer_words", "answer_distinct_2")
+
+
+def dashboard_layout(names: list[str], held_out: list[str]) -> dict[str, dict[str, list[Any]]]:
+    """Charts by category and title, for `SummaryWriter.add_custom_scalars`.
+
+    Args:
+        names: What a run logs.
+        held_out: Names of the graded sets on which nothing should change.
+
+    Returns:
+        The first category opens with new ability, kept abilities and drift side by side. Charts
+        and categories without a name are left out.
+    """
+    kept = {f"val/task/{name}/accuracy" for name in held_out}
+    charts: dict[str, list[str]] = {
+        title: [] for title in ("New ability", "Kept abilities", "Drift", "Lost", "Perplexity")
+    }
+    for name in names:
+        kind = name.partition("/")[2].partition("/")[0]
+        if name in kept:
+            charts["Kept abilities"].append(name)
+        elif kind == "task" and name.endswith("accuracy"):
+            charts["New ability"].append(name)
+        elif kind == "drift":
+            charts["Drift"].append(name)
+        elif kind == "paired" and name.endswith("/lost"):
+            charts["Lost"].append(name)
+        elif kind == "capability" and not name.endswith(("_stderr", *_NO_ABILITY)):
+            is_text = any(part in name for part in ("perplexity", "bits_per_byte"))
+            charts["Perplexity" if is_text else "Kept abilities"].append(name)
+    found = {
+        "Learned and kept": charts,
+        "Training": {
+            title: [f"train/{each}" for each in wanted if f"train/{each}" in names]
+            for title, wanted in _TRAINING_CHARTS.items()
+        },
+    }
+    shown = {
+        category: {title: ["Multiline", _as_patterns(tags)] for title, tags in of.items() if tags}
+        for category, of in found.items()
+    }
+    return {category: of for category, of in shown.items() if of}
+
+
+def _as_patterns(tags: list[str]) -> list[str]:
+    """TensorBoard looks for tags that begin as a regular expression says."""
+    return [f"{re.escape(tag)}$" for tag in tags]

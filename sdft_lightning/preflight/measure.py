@@ -44,6 +44,11 @@ class TrainingData(Protocol):
     grade_thoughts: bool
 
     @property
+    def retained_new_tokens(self) -> int:
+        """Longest answer to a row to retain; 0 where there are no such rows."""
+        ...
+
+    @property
     def judge(self) -> Judge | None:
         """Who is asked by the graders that ask."""
         ...
@@ -107,6 +112,7 @@ def run_preflight(
     other_role, other_scores = _role(module, teacher, strangers, True, grade)
     pairs = list(zip(own_scores, other_scores, strict=True))
     kl, agreement = _divergence(module, batches)
+    kl_of_manner, _ = _divergence(module, strangers)
     prompt, teacher_prompt, demonstration, left_out = data.training_lengths()
     step_seconds, memory = _step(module, data, sample, accumulate)
     return Report(
@@ -118,6 +124,7 @@ def run_preflight(
         sum(own > other for own, other in pairs),
         sum(own < other for own, other in pairs),
         kl,
+        kl_of_manner,
         agreement,
         prompt,
         teacher_prompt,
@@ -128,7 +135,16 @@ def run_preflight(
         max_length,
         step_seconds,
         memory,
+        _retaining_options(module, data),
     )
+
+
+def _retaining_options(module: Any, data: TrainingData) -> list[str]:
+    """The options that add rows to retain; none where there are such rows already."""
+    if data.retained_new_tokens:
+        return []
+    copy = ["--model.initial_copy=true"] if module.retained_rows.needs_copy else []
+    return ["--data.retain=example:retain/prompts.jsonl", *copy]
 
 
 def _others(sample: list[Demonstration]) -> list[Demonstration]:

@@ -43,6 +43,9 @@ class Report(NamedTuple):
         better_with_other: Rows in which it scores lower.
         kl: KL(teacher ‖ student) on the student's own completions, nats a token; before training
             the student is the base model.
+        kl_of_manner: The same where the teacher is shown another row's demonstration and context,
+            which tell nothing about the question: what the student will take over in all that it
+            says.
         first_token_agreement: Fraction of rows where both put the same token first.
         prompt_tokens: Longest student prompt of all training rows that are kept.
         teacher_prompt_tokens: Longest teacher prompt.
@@ -54,6 +57,7 @@ class Report(NamedTuple):
         max_length: Longest sequence that the model takes.
         step_seconds: One optimizer step on this machine, from one measured micro-batch.
         memory_gb: Peak memory with gradients and AdamW's two averages, in gigabytes.
+        retaining_options: Options that add rows to retain; none where the run has such rows.
     """
 
     rows: int
@@ -64,6 +68,7 @@ class Report(NamedTuple):
     better_with_own: int
     better_with_other: int
     kl: float
+    kl_of_manner: float
     first_token_agreement: float
     prompt_tokens: int
     teacher_prompt_tokens: int
@@ -74,6 +79,7 @@ class Report(NamedTuple):
     max_length: int
     step_seconds: float
     memory_gb: float
+    retaining_options: list[str]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON, which knows no nan and no infinity: null stands for them."""
@@ -118,15 +124,33 @@ class Report(NamedTuple):
             )
         lines += [
             "",
-            f"KL(teacher || student) {self.kl:.2f} nats a token on the student's own answers; the "
-            f"first token agrees in {self.first_token_agreement:.0%} of rows.",
+            f"KL(teacher || student) {self.kl:.2f} nats a token on the student's own answers, "
+            f"{self.kl_of_manner:.2f} with another row's demonstration; the first token agrees in "
+            f"{self.first_token_agreement:.0%} of rows.",
             f"Longest prompt {self.prompt_tokens} tokens, teacher prompt "
             f"{self.teacher_prompt_tokens}, demonstration {self.demonstration_tokens}, completions "
             f"up to {self.max_new_tokens}; the model takes {self.max_length}. {self.left_out} rows "
             "skipped or truncated as too long.",
             f"An optimizer step here: about {self.step_seconds:.1f} s, {self.memory_gb:.1f} GB.",
         ]
+        if self.drifts and self.retaining_options:
+            options = " ".join(self.retaining_options)
+            lines.append(
+                f"Recommended, against forgetting: {options} (docs/retain.md). Even with another "
+                f"row's demonstration the teacher is {self.kl_of_manner:.2f} nats a token from the "
+                f"student, above {DRIFT}: the student will take over its manner also where nobody "
+                "trains it."
+            )
         return "\n".join(lines)
+
+    @property
+    def drifts(self) -> bool:
+        """Whether the student can be expected to drift where it is not trained."""
+        return self.kl_of_manner > DRIFT
+
+
+# Nats a token; docs/retain.md says why.
+DRIFT = 0.15
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,17 @@ def test_thought_that_the_prompt_opens_is_left_out_and_no_answer_behind_it_is_no
     assert accuracy(*run(prompts=style, grade_thoughts=True)) == 1.0
 
 
+def test_length_and_distinctness_are_of_the_answers_that_are_graded(
+    run: Any, says: Callable[[str], None]
+) -> None:
+    says("<think>No.</think>it is it is it is")  # five pairs, two of them different
+    assert accuracy(*run(), "answer_words") == 6.0
+    assert accuracy(*run(), "answer_distinct_2") == pytest.approx(2 / 5)
+    assert accuracy(*run(grade_thoughts=True), "answer_words") > 6.0
+    says("it")
+    assert accuracy(*run(), "answer_distinct_2") == 1.0
+
+
 def test_log_shows_what_was_said_and_a_prediction_its_answer_too(
     run: Any, says: Callable[[str], None], tmp_path: Path
 ) -> None:

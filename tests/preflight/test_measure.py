@@ -37,6 +37,10 @@ def test_preflight_writes_what_it_measured_and_trains_nothing(
     assert found["verdict"] == "use SFT"
     assert found["rows"] == 5
     assert found["kl"] > 0
+    assert found["kl_of_manner"] > 0
+    assert found["kl_of_manner"] != found["kl"]
+    options = ["--data.retain=example:retain/prompts.jsonl", "--model.initial_copy=true"]
+    assert found["retaining_options"] == options  # an EMA teacher moves away
     assert found["step_seconds"] > 0
     assert found["memory_gb"] > 0
     assert found["max_length"] == 512
@@ -47,6 +51,27 @@ def test_preflight_writes_what_it_measured_and_trains_nothing(
     assert "teacher, another row's" in printed
     assert (model_folder / "model.safetensors").read_bytes() == before
     assert not (tmp_path / "runs" / "a" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (["--model.teacher=FrozenTeacher"], ["--data.retain=example:retain/prompts.jsonl"]),
+        (["--data.retain={train}", "--model.initial_copy=true"], []),
+    ],
+)
+def test_options_to_retain_are_those_that_the_run_lacks(
+    options: list[str],
+    wanted: list[str],
+    run_cli: Callable[..., None],
+    preflight_args: list[str],
+    train_file: Path,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(SystemExit):
+        run_cli(*preflight_args, "--rows=2", *(each.format(train=train_file) for each in options))
+    found = json.loads((tmp_path / "runs" / "a" / "preflight-0" / "preflight.json").read_text())
+    assert found["retaining_options"] == wanted
 
 
 def test_a_fit_may_follow_in_the_same_run(

@@ -38,6 +38,7 @@ def report(
         better_with_own=own_only,
         better_with_other=other_only,
         kl=0.9,
+        kl_of_manner=0.3,
         first_token_agreement=0.7,
         prompt_tokens=40,
         teacher_prompt_tokens=100,
@@ -48,6 +49,7 @@ def report(
         max_length=2048,
         step_seconds=3.0,
         memory_gb=2.0,
+        retaining_options=["--data.retain=example:retain/prompts.jsonl"],
     )
     return found._replace(**changes)
 
@@ -154,3 +156,17 @@ def test_the_report_is_plain_json_and_its_table_names_all_roles() -> None:
 def test_a_kl_that_is_no_number_is_null_in_json() -> None:
     assert report(0.0, 0.9, 0.5, kl=math.nan).as_dict()["kl"] is None
     assert report(0.0, 0.9, 0.5).as_dict()["kl"] == 0.9
+
+
+def test_rows_to_retain_are_recommended_where_the_teacher_s_manner_is_far_off() -> None:
+    found = report(
+        0.0, 0.9, 0.5, retaining_options=["--data.retain=a", "--model.initial_copy=true"]
+    )
+    line = "Recommended, against forgetting: --data.retain=a --model.initial_copy=true "
+    assert line in found.table()
+    assert "0.30 with another row's demonstration" in found.table()
+    near = found._replace(kl_of_manner=0.15)
+    retained = found._replace(retaining_options=[])
+    for other in (near, retained):
+        assert "Recommended" not in other.table()
+    assert judge(found).name == "go", "it is no warning"

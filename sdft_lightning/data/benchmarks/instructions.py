@@ -12,15 +12,14 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from itertools import pairwise
 from typing import Any
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.graders import get_grader
+from sdft_lightning.graders.texts import WORD, answer_shape
 
 Check = Mapping[str, Any]
 
-_WORD = re.compile(r"[^\W_]+(?:['’.\-][^\W_]+)*")
 _BULLET = re.compile(r"[ \t]*[-*•][ \t]+(\S.*)")
 _STEP = re.compile(r"[ \t]*(?:step[ \t]+)?(\d{1,3})[.):][ \t]+\S", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]*]*(?=\s|$)")
@@ -85,15 +84,14 @@ def graded(doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
     """
     answer, checks = results[0], _checks(doc)
     strict, loose = strict_score(answer, checks), loose_score(answer, checks)
-    said = [word.lower() for word in _WORD.findall(answer)]
-    pairs = list(pairwise(said))
+    shape = answer_shape(answer)
     return {
         "prompt_level_strict_acc": float(all(strict)),
         "inst_level_strict_acc": strict,
         "prompt_level_loose_acc": float(all(loose)),
         "inst_level_loose_acc": loose,
-        "answer_words": len(said),
-        "answer_distinct_2": len(set(pairs)) / len(pairs) if pairs else 1.0,
+        "answer_words": shape.words,
+        "answer_distinct_2": shape.distinct_2,
     }
 
 
@@ -169,7 +167,7 @@ def _within(count: int, at_least: int, at_most: int | None) -> bool:
 
 def words(answer: str, at_least: int = 1, at_most: int | None = None) -> bool:
     """A number of words."""
-    return _within(len(_WORD.findall(answer)), at_least, at_most)
+    return _within(len(WORD.findall(answer)), at_least, at_most)
 
 
 def characters(answer: str, at_least: int = 1, at_most: int | None = None) -> bool:
@@ -183,7 +181,7 @@ def _sentences(answer: str) -> list[str]:
     for line in answer.splitlines():
         plain = _ABBREVIATION.sub(lambda match: match[0].replace(".", ""), line)
         plain = re.sub(r"^\s*(?:[-*•#>]+|\d{1,3}[.)])\s+", "", plain)
-        found += [each.strip() for each in _SENTENCE_END.split(plain) if _WORD.search(each)]
+        found += [each.strip() for each in _SENTENCE_END.split(plain) if WORD.search(each)]
     return found
 
 
@@ -265,7 +263,7 @@ def uppercase(answer: str) -> bool:
 
 def capital_words(answer: str, at_least: int = 1, at_most: int | None = None) -> bool:
     """A number of words of two and more letters that are written in capitals."""
-    found = [word for word in _WORD.findall(answer) if len(word) > 1 and word.isupper()]
+    found = [word for word in WORD.findall(answer) if len(word) > 1 and word.isupper()]
     return _within(len(found), at_least, at_most)
 
 
@@ -395,7 +393,7 @@ def language(answer: str, text: str) -> bool:
     if text in _LETTERS:
         letters = sum(character.isalpha() for character in answer)
         return letters > 0 and len(re.findall(_LETTERS[text], answer)) > 0.7 * letters
-    said = [word.lower() for word in _WORD.findall(answer)]
+    said = [word.lower() for word in WORD.findall(answer)]
     counts = {
         name: sum(word in common.split() for word in said) for name, common in _COMMON_WORDS.items()
     }

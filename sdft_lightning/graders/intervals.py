@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from math import sqrt
 from statistics import NormalDist
-from typing import NamedTuple
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, NamedTuple
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.types import Items
 
-Array = npt.NDArray[np.float64]
+if TYPE_CHECKING:  # imported where used: a wrong command is answered without them
+    import numpy as np
+    import numpy.typing as npt
+
+    Array = npt.NDArray[np.float64]
 
 RESAMPLES = 9999
 # The draws of one call are held in memory together with the items.
@@ -112,6 +113,7 @@ def mcnemar(first: Array, second: Array) -> McNemar | None:
     Returns:
         None where a score is neither 0 nor 1, to which the test does not apply.
     """
+    import numpy as np
     from scipy import stats
 
     if not np.isin([first, second], (0.0, 1.0)).all():
@@ -142,6 +144,7 @@ def sign_flip_p(first: Array, second: Array) -> tuple[float, bool]:
     Returns:
         p, and whether it is exact.
     """
+    import numpy as np
     from scipy import stats
 
     scaled = (first - second).sum(axis=0)  # (n,) S times the mean difference of an item
@@ -170,6 +173,7 @@ def _mean_difference(first: Array, second: Array, axis: int = -1) -> Array:
 
 def _exact_p(steps: npt.NDArray[np.int_]) -> float:
     """P(|Σ ± |k_i|| >= |Σ k_i|) for independent fair signs and whole numbers k_i."""
+    import numpy as np
     from scipy import stats
 
     chances = np.ones(1)  # of the sums -total .. total in unit steps
@@ -211,6 +215,8 @@ def paired_test(before: Items, now: Items) -> Paired | None:
     Returns:
         None where no item has a score in both.
     """
+    import numpy as np
+
     pairs = [(before.scores[key], score) for key, score in now.scores.items()]
     known = [pair for pair in pairs if all(map(math.isfinite, pair))]
     if not known:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.forward.memory import PHASES, MemorySetting, plan_memory
@@ -82,6 +83,13 @@ def test_counts_are_those_of_the_loaded_model(model_folder: Path, lora: LoRA | N
     trained = model.num_parameters(only_trainable=True)
     assert sizes.weights + sizes.adapters == model.num_parameters()  # tied ones count once
     assert sizes.adapters == (0 if lora is None else trained)
+
+
+def test_counting_draws_no_random_numbers(model_folder: Path) -> None:
+    pytest.importorskip("peft")
+    before = torch.get_rng_state()
+    model_sizes(Policy(str(model_folder), lora=LoRA(r=3)))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_small_adapters_are_those_of_rank_8(model_folder: Path) -> None:

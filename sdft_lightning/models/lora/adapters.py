@@ -99,7 +99,8 @@ def count_adapter_weights(model: Any, lora: LoRA) -> int:
     """
     _peft()
     _check_targets(model, lora)
-    _inject(model, lora)
+    with torch.device("meta"):
+        _inject(model, lora)
     return sum(each.numel() for each in adapter_parameters(model).values())
 
 

@@ -271,7 +271,12 @@ def _models(setting: MemorySetting) -> list[Part]:
             4 * sizes.weights * setting.whole_copies / spread,
             "exact",
         ),
-        _held("copy to sample with", setting.copied_bytes * sizes.weights, "exact"),
+        # Where only validation samples, it may be made after the last step.
+        _held(
+            "copy to sample with",
+            setting.copied_bytes * sizes.weights,
+            "exact" if setting.samples else "at most",
+        ),
         _held("engine in this process", setting.engine_bytes, "exact"),
     ]
 

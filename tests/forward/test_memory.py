@@ -162,6 +162,8 @@ def test_four_bits_leave_embeddings_and_head_as_they_are() -> None:
 def test_shards_and_buckets() -> None:
     spread = plan_memory(replace(PLAIN, shards=4, copied_bytes=2))
     assert spread.certain == 20_000 / 4 + 2000  # each process has a whole copy to sample with
+    validated = replace(PLAIN, shards=4, copied_bytes=2, samples=False)
+    assert plan_memory(validated).certain == 20_000 / 4  # it may come after the last step
     copied = plan_memory(replace(PLAIN, buckets=True))
     assert copied.certain == 24_000
     assert copied.at("sampling") - plan_memory(PLAIN).at("sampling") == 4000

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.forward.memory import MemorySetting, plan_memory
@@ -238,10 +237,9 @@ def test_memory_of_a_gpu_counts_what_this_process_holds_as_free(
     assert device_memory(torch.device("meta")) == DeviceMemory(None, None)
 
 
-def test_ddp_fragment_lets_the_buckets_be_the_gradients() -> None:
-    import yaml
-
-    text = (CONFIGS / "trainer" / "ddp.yaml").read_text(encoding="utf-8")
-    strategy = yaml.safe_load(text)["trainer"]["strategy"]
-    made = DDPStrategy(**strategy["init_args"])
-    assert made._ddp_kwargs == {"gradient_as_bucket_view": True}
+def test_ddp_holds_a_copy_of_the_gradients_unless_its_buckets_are_these(check: Check) -> None:
+    plain = check("--trainer.strategy=ddp", device="cpu")
+    assert (plain.buckets, plain.buckets_are_gradients) == (True, False)
+    here = ("--trainer.accelerator=cpu", "--trainer.devices=1")
+    views = check(f"--config={CONFIGS / 'trainer' / 'ddp.yaml'}", *here, device="cpu")
+    assert (views.buckets, views.buckets_are_gradients) == (False, True)

@@ -322,6 +322,8 @@ def _passes(setting: MemorySetting) -> list[Part]:
     width = 4 if setting.is_fused else 3
     working = tokens * setting.product_bytes * width * sizes.inner
     gathered = setting.weight_bytes * sizes.linear / sizes.layers if setting.shards > 1 else 0
+    # The head's waits for the embedding's where they are one; then they are added to the window's.
+    added = 0 if sizes.adapters else sizes.tied + (setting.accumulate > 1)
     taught = prompts * setting.teacher_prompt + setting.rows * setting.new_tokens
     return [
         Part("activations of the student", held, "at most"),
@@ -331,6 +333,12 @@ def _passes(setting: MemorySetting) -> list[Part]:
             taught * setting.pass_bytes * setting.has_teacher,
             "at most",
             ["teacher", *setting.later[:1]],
+        ),
+        _held(
+            "embedding's gradient, not yet added",
+            added * setting.weight_bytes * sizes.head,
+            "about",
+            ["backward"],
         ),
         _held("a layer gathered", gathered, "about"),
     ]

@@ -266,6 +266,7 @@ class ModelSizes(NamedTuple):
         keys: K · E, heads of keys times their size.
         vocabulary: V.
         is_known: Whether fused blocks know the architecture.
+        tied: Whether the head is the embedding.
     """
 
     weights: int
@@ -281,6 +282,7 @@ class ModelSizes(NamedTuple):
     keys: int
     vocabulary: int
     is_known: bool
+    tied: bool = False
 
 
 def model_sizes(policy: Policy) -> ModelSizes:
@@ -324,6 +326,7 @@ def model_sizes(policy: Policy) -> ModelSizes:
         keys=known.get("num_key_value_heads", heads) * size,
         vocabulary=table.shape[0] if head is None else head.weight.shape[0],
         is_known=is_known_kind(model.base_model),
+        tied=head is not None and head.weight is table,
     )
     if policy.lora is None:
         return sizes

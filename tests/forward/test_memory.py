@@ -69,6 +69,7 @@ def test_7b_model_is_counted_as_published_without_memory_for_it(qwen_7b: ModelSi
     assert sizes.linear == 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
     assert (sizes.queries, sizes.keys, sizes.adapters) == (3584, 512, 0)
     assert sizes.is_known
+    assert not sizes.tied
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,7 @@ def test_counts_are_those_of_the_loaded_model(model_folder: Path, lora: LoRA | N
     model = load_policy(Policy(name, lora=lora), check=False).model
     sizes = model_sizes(Policy(name, lora=lora))
     trained = model.num_parameters(only_trainable=True)
+    assert sizes.tied
     assert sizes.weights + sizes.adapters == model.num_parameters()  # tied ones count once
     assert sizes.adapters == (0 if lora is None else trained)
 
@@ -112,6 +114,15 @@ def test_gradients_of_a_window_stand_beside_its_later_micro_batches() -> None:
     parts = parts_of(replace(PLAIN, accumulate=2))
     assert set(parts["gradients"]) == {"backward", "later teacher", "later loss", "step"}
     assert parts["activations of the student"]["later loss"] > 0
+
+
+def test_gradient_of_a_tied_embedding_waits_beside_the_heads() -> None:
+    tied = replace(PLAIN, sizes=SIZES._replace(tied=True))
+    name = "embedding's gradient, not yet added"
+    assert name not in parts_of(PLAIN)
+    assert parts_of(tied)[name] == {"backward": 4 * 300}
+    assert parts_of(replace(PLAIN, accumulate=2))[name] == {"backward": 4 * 300}
+    assert parts_of(replace(tied, accumulate=2))[name] == {"backward": 2 * 4 * 300}
 
 
 def test_fused_activations_are_those_of_the_formula() -> None:

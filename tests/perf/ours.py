@@ -19,10 +19,10 @@ from sdft_lightning.data import DemonstrationDataModule
 from sdft_lightning.data.prompts import PromptStyle
 from sdft_lightning.errors import quieten
 from sdft_lightning.forward.memory import plan_memory
-from sdft_lightning.forward.policy import Policy
+from sdft_lightning.forward.policy import Policy, model_sizes
 from sdft_lightning.modules import SDFTModule, SFTModule
 from sdft_lightning.modules.schedule import Schedule
-from sdft_lightning.modules.student_checks import memory_setting
+from sdft_lightning.modules.student_checks import average_bytes, memory_setting
 from sdft_lightning.rollout import Sampling
 from sdft_lightning.teacher import EMATeacher, FrozenTeacher
 
@@ -115,7 +115,11 @@ def main(method: str, workload: Workload) -> None:
         enable_model_summary=False,
         callbacks=[clock],
     )
-    module, before = build(method, workload), resident_gigabytes()
+    module = build(method, workload)
+    # What they import belongs to the libraries.
+    model_sizes(module.policy)
+    average_bytes(module.optimizer_factory, torch.float32)
+    before = resident_gigabytes()
     trainer.fit(module, datamodule=data)
     plan = plan_memory(memory_setting(module, data, trainer))
     report(

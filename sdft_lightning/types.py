@@ -86,6 +86,15 @@ class RowNeeds(NamedTuple):
     teacher_prompt: bool = True
 
 
+class RowLengths(NamedTuple):
+    """Tokens of the longest texts of some rows; each may be of another row."""
+
+    prompt: int = 0
+    teacher_prompt: int = 0
+    demonstration: int = 0
+    context: int = 0
+
+
 class PromptBatch(NamedTuple):
     """Tokenized prompts of both roles for B rows, and the demonstration as a target.
 
@@ -345,6 +354,7 @@ class TaskData(Protocol):
         grade_thoughts: Whether graders also get the thoughts of an answer.
         held_out: Graded sets beside the task, by name.
         batch_size: Prompts of a training micro-batch on one device.
+        eval_batch_size: Questions that are answered at once in validation.
         retained_new_tokens: Longest answer to a row to retain; 0 where there are no such rows.
         retains_evenly: Whether every process has as many of these rows in each micro-batch.
     """
@@ -353,6 +363,7 @@ class TaskData(Protocol):
     grade_thoughts: bool = False
     held_out: Mapping[str, Any] = MappingProxyType({})
     batch_size: int = 1
+    eval_batch_size: int = 1
     retained_new_tokens: int = 0
     retains_evenly: bool = True
 
@@ -369,6 +380,11 @@ class TaskData(Protocol):
     def training_rows(self) -> list[Demonstration]:
         """The training rows that fit, after `setup("fit")`."""
         return []
+
+    @property
+    def longest_rows(self) -> RowLengths:
+        """The longest texts of the training rows that fit, after `setup("fit")`."""
+        return RowLengths()
 
     def graded(self, command: str) -> dict[str, bool]:
         """The tasks whose answers a command grades.

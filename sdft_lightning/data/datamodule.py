@@ -56,7 +56,7 @@ from sdft_lightning.models.tokenization import (
     load_tokenizer,
     vocabulary_size,
 )
-from sdft_lightning.types import Demonstration, PromptBatch, RowNeeds
+from sdft_lightning.types import Demonstration, PromptBatch, RowLengths, RowNeeds
 
 log = logging.getLogger(__name__)
 
@@ -326,8 +326,14 @@ class DemonstrationDataModule(ModelDataModule):
 
     def training_lengths(self) -> tuple[int, int, int, int]:
         """Longest prompt, teacher prompt and demonstration in tokens, and rows left out or cut."""
-        prompt, teacher, target, _ = map(max, zip(*self._sets["train"].rows.lengths(), strict=True))
-        return prompt, teacher, target, self._left_out["train"]
+        longest = self.longest_rows
+        return *longest[:3], self._left_out["train"]
+
+    @property
+    def longest_rows(self) -> RowLengths:
+        """The longest texts of the training rows that fit, in tokens; 0 without such rows."""
+        lengths = self._sets["train"].rows.lengths() if "train" in self._sets else []
+        return RowLengths(*map(max, zip(*lengths, strict=True))) if lengths else RowLengths()
 
     def check_model_takes(self, new_tokens: int, eval_new_tokens: int) -> None:
         """Refuse or tell what has no room in the model, after `setup`.

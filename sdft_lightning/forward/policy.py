@@ -12,18 +12,21 @@ from torch import nn
 
 from sdft_lightning.errors import UserError, check_choice
 from sdft_lightning.forward.forward_paths import find_paths, name_decoder_
+from sdft_lightning.forward.fused import is_known_kind
 from sdft_lightning.forward.hidden import check_output_head
 from sdft_lightning.models.lora import (
     LoRA,
     adapter_parameters,
     add_adapter_,
     check_adapters_are_called,
+    count_adapter_weights,
 )
 from sdft_lightning.models.precision import Quantization, quantization_options
 from sdft_lightning.models.randomness import check_no_randomness, turn_off_randomness_
 from sdft_lightning.models.tokenization import (
     check_attention,
     check_causal,
+    config_value,
     load_config,
     load_stop_ids,
     load_tokenizer,
@@ -126,12 +129,7 @@ def _load_model(policy: Policy) -> Any:
     options = quantization_options(policy.quantization)
     if policy.attn_implementation is not None:
         options["attn_implementation"] = policy.attn_implementation
-    check_attention(policy.attn_implementation, "model.policy.attn_implementation")
-    config = load_config(policy.name, policy.revision)
-    check_causal(policy.name, policy.revision)
-    check_attention(
-        getattr(config, "_attn_implementation", None), f"model.policy.name: {policy.name}"
-    )
+    _checked_config(policy)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             resolve_model(policy.name),
@@ -160,6 +158,21 @@ def _load_model(policy: Policy) -> Any:
             f"{missing[0]}, which would be drawn at random. Use a complete folder."
         )
     return model
+
+
+def _checked_config(policy: Policy) -> Any:
+    """The config of a policy's model.
+
+    Raises:
+        UserError: If there is no such model, or it is not one that is trained here.
+    """
+    check_attention(policy.attn_implementation, "model.policy.attn_implementation")
+    config = load_config(policy.name, policy.revision)
+    check_causal(policy.name, policy.revision)
+    check_attention(
+        getattr(config, "_attn_implementation", None), f"model.policy.name: {policy.name}"
+    )
+    return config
 
 
 def check_vocabulary(model: Any, ends: list[int], model_name: str) -> None:
@@ -224,3 +237,97 @@ def moved_not_cast(model: nn.Module) -> Iterator[None]:
         part._buffers[name] = value.to(moved.device)
     for name, parameter in adapter_parameters(model).items():
         parameter.data = adapters[name].to(parameter.device)
+
+
+_SIZES = (
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_hidden_layers",
+    "intermediate_size",
+    "head_dim",
+)
+
+
+class ModelSizes(NamedTuple):
+    """Sizes of a model, counted on a model without memory.
+
+    Attributes:
+        weights: All parameters; tied ones count once.
+        linear: Those of the linear layers but the head.
+        head: V · D, those of the output head.
+        largest: Those of the largest parameter.
+        adapters: Of the run's adapters; 0 without.
+        small_adapters: Of adapters of rank 8 on all linear layers; 0 where there can be none.
+        layers: L.
+        width: D.
+        inner: F, the width of the MLP.
+        queries: H · E, heads times their size.
+        keys: K · E, heads of keys times their size.
+        vocabulary: V.
+        is_known: Whether fused blocks know the architecture.
+        tied: Whether the head is the embedding.
+    """
+
+    weights: int
+    linear: int
+    head: int
+    largest: int
+    adapters: int
+    small_adapters: int
+    layers: int
+    width: int
+    inner: int
+    queries: int
+    keys: int
+    vocabulary: int
+    is_known: bool
+    tied: bool = False
+
+
+def model_sizes(policy: Policy) -> ModelSizes:
+    """Count a policy's parameters from its config, without memory for them.
+
+    Args:
+        policy: Which model, in which form.
+
+    Raises:
+        UserError: If there is no such model, or it cannot have these adapters.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    config = _checked_config(policy)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise unloadable("model", policy.name, error) from error
+    head = model.get_output_embeddings()
+    kinds = nn.Linear | Conv1D
+    linear = [part for part in model.modules() if isinstance(part, kinds) and part is not head]
+    counts = [parameter.numel() for parameter in model.parameters()]
+    given = {name: config_value(config, name) for name in _SIZES}
+    known = {name: size for name, size in given.items() if isinstance(size, int)}
+    table = model.get_input_embeddings().weight  # (V, D)
+    width, heads = known.get("hidden_size", table.shape[1]), known.get("num_attention_heads", 1)
+    size = known.get("head_dim", width // heads)
+    sizes = ModelSizes(
+        weights=sum(counts),
+        linear=sum(part.weight.numel() for part in linear),
+        head=0 if head is None else head.weight.numel(),
+        largest=max(counts),
+        adapters=0,
+        small_adapters=8 * sum(sum(part.weight.shape) for part in linear),
+        layers=known.get("num_hidden_layers", 1),
+        width=width,
+        inner=known.get("intermediate_size", 4 * width),
+        queries=heads * size,
+        keys=known.get("num_key_value_heads", heads) * size,
+        vocabulary=table.shape[0] if head is None else head.weight.shape[0],
+        is_known=is_known_kind(model.base_model),
+        tied=head is not None and head.weight is table,
+    )
+    if policy.lora is None:
+        return sizes
+    return sizes._replace(adapters=count_adapter_weights(model, policy.lora))

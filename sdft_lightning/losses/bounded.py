@@ -105,9 +105,20 @@ def _chunk_tokens(
 ) -> int:
     if elements is not None:
         return max(1, elements // vocabulary)
-    device = head.weight.device.type
+    known = gradient_form(token_loss, head.softcap) is not None
+    return chunk_tokens(vocabulary, head.weight.device.type, known)
+
+
+def chunk_tokens(vocabulary: int, device: str, known: bool) -> int:
+    """Tokens whose logits exist at once.
+
+    Args:
+        vocabulary: V.
+        device: Type of the device.
+        known: Whether the gradient of the loss is written down.
+    """
     tokens = max(1, by_device(CHUNK_ELEMENTS, device) // vocabulary)
-    if gradient_form(token_loss, head.softcap) is None:
+    if not known:
         return tokens
     return max(tokens, min(_ENOUGH_TOKENS, by_device(_KNOWN_CHUNK_ELEMENTS, device) // vocabulary))
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from argparse import Namespace
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from lightning.pytorch.callbacks import Timer
 
 from sdft_lightning.errors import UserError, check_at_least
 from sdft_lightning.files.whole_windows import check_whole_windows
+from sdft_lightning.forward.memory import MemoryPlan, MemorySetting, plan_memory
 from sdft_lightning.models.sharding import check_strategy, strategy_options
 from sdft_lightning.modules.monitors import check_monitors
+from sdft_lightning.modules.student_checks import device_memory, memory_setting
 from sdft_lightning.types import TaskData
+
+log = logging.getLogger(__name__)
 
 # Callbacks of Lightning that cannot work here, and what to do instead.
 _CALLBACKS = {
@@ -124,6 +130,7 @@ def check_run(module: Any, data: TaskData | None, trainer: Any, command: str) ->
     check_monitors(module, trainer, data)
     ends = trainer.max_steps != -1 or trainer.max_epochs not in (None, -1)
     module.schedule.check_end(ends)
+    check_memory(module, data, trainer)
 
 
 def check_values(options: object, name: str = "") -> None:
@@ -251,3 +258,145 @@ def _check_nodes(nodes: int) -> None:
             "would wait for the others. Start it on each with torchrun or srun, or with "
             "MASTER_ADDR and NODE_RANK set."
         )
+
+
+def check_memory(module: Any, data: TaskData | None, trainer: Any) -> None:
+    """Print what memory a step takes; refuse a run that cannot fit, warn of one that may not.
+
+    Refused is what holds more in weights, gradients, averages, teachers and copies alone than the
+    GPU has free, or than the whole machine has where it trains on the CPU. Nothing is looked at
+    where the model is loaded already, or processes are about to be forked, which must not have seen
+    the GPU.
+
+    Args:
+        module: The `PolicyModule`.
+        data: Its data module, set up; None for one that is not asked.
+        trainer: Who fits.
+
+    Raises:
+        UserError: Names the options that would save memory, and how much.
+    """
+    device = trainer.strategy.root_device
+    forks = getattr(getattr(trainer.strategy, "launcher", None), "_start_method", "") == "fork"
+    if module.student is not None or (device.type == "cuda" and forks):
+        return
+    setting = memory_setting(module, data, trainer)
+    plan, memory = plan_memory(setting), device_memory(device)
+    if device.type == "cpu":  # which all processes of this machine share
+        memory = memory.shared_by(trainer.num_devices)
+    trainer.print(plan.table(memory.free))
+    limit = memory.total if device.type == "cpu" else memory.free
+    if limit is not None and plan.certain > limit:
+        raise UserError(
+            f"memory: {device} has {_gb(limit)}, and weights, gradients, averages, teachers and "
+            f"copies alone take {_gb(plan.certain)}, whatever the rows are like. "
+            f"{_advice(setting, limit)}"
+        )
+    if memory.free is not None and plan.peak > memory.free:
+        log.warning(
+            f"memory: {device} has {_gb(memory.free)} free, and a step of the longest rows takes "
+            f"about {_gb(plan.peak)}. {_advice(setting, memory.free)}"
+        )
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+def _advice(setting: MemorySetting, free: int) -> str:
+    """What each option would save, and which of them are enough."""
+    found = remedies(setting)
+    if not found:
+        return "Use a smaller model, or a larger device."
+    options = "; ".join(
+        f"{each.option} saves {_gb(each.saved)}"
+        + (f", and {_gb(each.plan.peak)} fit" if each.plan.peak <= free else "")
+        for each in found
+    )
+    together: list[str] = []
+    while plan_memory(setting).peak > free and (more := remedies(setting)):
+        setting = more[0].setting
+        together.append(more[0].option)
+    peak = plan_memory(setting).peak
+    if len(together) < 2:
+        return f"What would save memory: {options}."
+    outcome = f"{_gb(peak)} fit" if peak <= free else f"still {_gb(peak)}: use a smaller model, too"
+    return f"What would save memory: {options}. Together ({'; '.join(together)}): {outcome}."
+
+
+class Remedy(NamedTuple):
+    """An option that saves memory.
+
+    Attributes:
+        option: As it is given.
+        saved: Bytes.
+        plan: What a step takes with it.
+        setting: The run with it.
+    """
+
+    option: str
+    saved: float
+    plan: MemoryPlan
+    setting: MemorySetting
+
+
+def remedies(setting: MemorySetting) -> list[Remedy]:
+    """Options that would save a hundredth or more, the one that saves most first.
+
+    Args:
+        setting: The run's.
+    """
+    now = plan_memory(setting)
+    found = []
+    for option, changed in _changes(setting):
+        plan = plan_memory(changed)
+        saved = max(now.peak - plan.peak, now.certain - plan.certain)
+        if saved > 0.01 * now.peak:
+            found.append(Remedy(option, saved, plan, changed))
+    return sorted(found, key=lambda remedy: -remedy.saved)
+
+
+# What AdamW in 8 bits keeps of a weight: two numbers, and for each block of 256 a scale.
+_EIGHT_BIT_AVERAGES = 2 * (1 + 4 / 256)
+
+
+def _changes(setting: MemorySetting) -> Iterable[tuple[str, MemorySetting]]:
+    """Options that the run does not have, and the run with each."""
+    sizes, alone = setting.sizes, setting.shards == 1
+    if not sizes.adapters and alone and setting.optimizer != "LowMemoryAdamW":
+        yield (
+            "--config configs/model/low_memory.yaml behind the other files",
+            replace(
+                setting,
+                weight_bytes=2,
+                average_bytes=_EIGHT_BIT_AVERAGES,
+                optimizer="LowMemoryAdamW",
+                foreach=False,
+                copied_bytes=0,
+            ),
+        )
+    if not sizes.adapters and alone and sizes.small_adapters:
+        adapted = sizes._replace(adapters=sizes.small_adapters)
+        yield "--model.policy.lora.r=8", replace(setting, sizes=adapted, whole_copies=0)
+    if sizes.adapters and setting.weight_bytes == 4:
+        rounded = replace(setting, weight_bytes=2, copied_bytes=0)
+        yield "--model.policy.weights_dtype=bfloat16", rounded
+    if setting.foreach:
+        fused = replace(setting, foreach=False, fused=True)
+        yield "--model.optimizer.init_args.fused=true", fused
+    if setting.copied_bytes and alone:
+        yield "--model.policy.sampling_dtype=same", replace(setting, copied_bytes=0)
+    if setting.engine_bytes:
+        own = replace(setting, engine_bytes=0, samples=True)
+        yield "--model.engine=TransformersEngine", own
+    if setting.buckets:
+        views = replace(setting, buckets=False, buckets_are_gradients=True)
+        yield "gradient_as_bucket_view of DDPStrategy, as in configs/trainer/ddp.yaml", views
+    if not setting.checkpointing and not setting.is_fused:
+        again = replace(setting, checkpointing=True)
+        yield "--model.policy.gradient_checkpointing=true", again
+    if setting.batch > 1:
+        batch = setting.batch // 2
+        accumulate = -(-setting.batch * setting.accumulate // batch)
+        option = f"--data.batch_size={batch} --trainer.accumulate_grad_batches={accumulate}"
+        yield option, replace(setting, batch=batch, accumulate=accumulate)

@@ -362,6 +362,11 @@ class SDFTModule(PolicyModule):
         return [*super().step_names, *names, *(f"perf/{phase}_seconds" for phase in phases)]
 
     @property
+    def token_loss(self) -> Divergence:
+        """What is summed over tokens."""
+        return self.divergence
+
+    @property
     def new_tokens(self) -> int:
         """Longest completion that is sampled in training."""
         return self.sampling.max_new_tokens

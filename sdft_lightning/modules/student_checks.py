@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
 from torch import nn
 from torch.optim import Optimizer
 
 from sdft_lightning.errors import UserError, printable
 from sdft_lightning.forward.hidden import autocast_if_needed_
-from sdft_lightning.forward.policy import Policy, check_model
+from sdft_lightning.forward.memory import MemorySetting
+from sdft_lightning.forward.policy import Policy, check_model, model_sizes
 from sdft_lightning.forward.probe import NotComputed
+from sdft_lightning.losses.bounded import gradient_form
+from sdft_lightning.losses.divergence import cross_entropy
 from sdft_lightning.models.lora import ALL_LINEAR, LoRA, frozen_matrices
 from sdft_lightning.models.precision import product_dtype, takes_float32
 from sdft_lightning.models.sharding import check_takes_shards
+from sdft_lightning.rollout.decode_mode import packing_pays
 from sdft_lightning.rollout.student import has_native_bfloat16
+from sdft_lightning.teacher import EMATeacher, LiveTeacher
+from sdft_lightning.types import RowLengths, TaskData
 
 if TYPE_CHECKING:
     from sdft_lightning.modules.base import PolicyModule
@@ -153,3 +163,216 @@ def warn_of_slow_precision(precision: str, device: torch.device, weights: torch.
         f"Use {' and '.join(remedies)} unless memory is short.",
         stacklevel=2,
     )
+
+
+class DeviceMemory(NamedTuple):
+    """Memory of a device in bytes.
+
+    Attributes:
+        free: What this run can have; None where nobody knows.
+        total: What there is; None where nobody knows.
+    """
+
+    free: int | None
+    total: int | None
+
+    def shared_by(self, processes: int) -> DeviceMemory:
+        """What each of several processes can have."""
+        return DeviceMemory(*(None if size is None else size // processes for size in self))
+
+
+def device_memory(device: torch.device) -> DeviceMemory:
+    """The memory of a device, as it is now.
+
+    Args:
+        device: Of a CPU it is what the system can give without swapping, within the limit of a
+            container; of a GPU, what this process holds counts as free.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return DeviceMemory(free + torch.cuda.memory_reserved(device), total)
+    return _system_memory() if device.type == "cpu" else DeviceMemory(None, None)
+
+
+def _system_memory() -> DeviceMemory:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        values = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines}
+        free, total = values["MemAvailable"], values["MemTotal"] + values["SwapTotal"]
+    except (OSError, ValueError, IndexError, KeyError):  # no Linux
+        names = getattr(os, "sysconf_names", {})
+        if not {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= set(names):
+            return DeviceMemory(None, None)
+        return DeviceMemory(None, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    try:  # a container's own limit (cgroups, version 2)
+        limit, used = (
+            int(Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii"))
+            for name in ("max", "current")
+        )
+        free = min(free, max(0, limit - used))
+    except (OSError, ValueError):  # there is none
+        pass
+    return DeviceMemory(free, total)
+
+
+def memory_setting(module: PolicyModule, data: TaskData | None, trainer: Any) -> MemorySetting:
+    """What decides how much memory a step of a run takes; nothing is loaded but the config.
+
+    Args:
+        module: The module.
+        data: Its data module, set up; None for one that is not asked.
+        trainer: Lightning's Trainer.
+
+    Raises:
+        UserError: If there is no such model, or it cannot have the run's adapters.
+    """
+    policy, strategy, device = module.policy, trainer.strategy, trainer.strategy.root_device
+    precision = str(trainer.precision)
+    weights = 2 if "bfloat16" in (policy.weights_dtype, _TRUE.get(precision)) else 4
+    stored = 2 if weights == 2 or "16" in precision else 4
+    product = stored
+    if stored == 2 and product_dtype(torch.bfloat16, device.type) != torch.bfloat16:
+        product = 4
+    spread = trainer.world_size if isinstance(strategy, ModelParallelStrategy) else 1
+    zero = trainer.world_size if isinstance(strategy, DeepSpeedStrategy) else 1
+    setting = MemorySetting(
+        sizes=model_sizes(policy),
+        device=device.type,
+        weight_bytes=weights,
+        stored_bytes=stored,
+        product_bytes=product,
+        four_bits=policy.quantization is not None,
+        checkpointing=policy.gradient_checkpointing,
+        has_teacher=bool(module.teachers),
+        averaged=any(isinstance(each, EMATeacher) for each in module.teachers.values()),
+        whole_copies=_whole_copies(module),
+        accumulate=trainer.accumulate_grad_batches,
+        closed_form=gradient_form(getattr(module, "token_loss", cross_entropy), None) is not None,
+        shards=spread,
+        average_shards=zero,
+    )
+    setting = _with_rows(setting, module, data, trainer)
+    setting = _with_sampler(setting, module, device)
+    if type(strategy) is DDPStrategy:
+        views = bool(strategy._ddp_kwargs.get("gradient_as_bucket_view"))
+        setting = replace(setting, buckets=not views, buckets_are_gradients=views)
+    return _with_optimizer(setting, module)
+
+
+_TRUE = {"bf16-true": "bfloat16", "16-true": "bfloat16"}  # casts of the student's weights
+
+
+def _whole_copies(module: PolicyModule) -> int:
+    """Float32 copies of the whole model that stay as it was."""
+    if module.policy.lora is not None:
+        return int(hasattr(module, "original"))
+    moving = (EMATeacher, LiveTeacher)
+    frozen = [each for each in module.teachers.values() if not isinstance(each, moving)]
+    return len(frozen) + module.retained_rows.needs_copy
+
+
+def _with_rows(
+    setting: MemorySetting, module: PolicyModule, data: TaskData | None, trainer: Any
+) -> MemorySetting:
+    """With batches and the longest texts."""
+    longest = RowLengths() if data is None else data.longest_rows
+    needs, given = module.row_needs, longest.demonstration
+    if needs.context:
+        longest, given = RowLengths(prompt=1), longest.context
+    sampling = getattr(module, "sampling", None)
+    answered = data is not None and trainer.limit_val_batches != 0 and data.graded("validate")
+    return replace(
+        setting,
+        batch=1 if data is None else data.batch_size,
+        completions=1 if sampling is None else sampling.completions_per_prompt,
+        prompt=longest.prompt,
+        teacher_prompt=longest.teacher_prompt if needs.teacher_prompt else longest.prompt,
+        new_tokens=max(module.new_tokens or given, module.retained_rows.new_tokens),
+        answers=data.eval_batch_size if data is not None and answered else 0,
+        answer=module.evaluation.max_new_tokens,
+    )
+
+
+def _with_sampler(
+    setting: MemorySetting, module: PolicyModule, device: torch.device
+) -> MemorySetting:
+    """With who samples, and with what."""
+    policy, rollouts = module.policy, getattr(module, "rollouts", None)
+    samples = rollouts is not None and rollouts.engine.is_trainer
+    share = 0.0 if rollouts is None else rollouts.engine.device_share
+    total = device_memory(device).total if share and device.type == "cuda" else None
+    takes_copy = policy.sampling_dtype == "bfloat16" or (
+        policy.sampling_dtype == "auto" and has_native_bfloat16(device)
+    )
+    copied = 2 if takes_copy and setting.weight_bytes == 4 and policy.quantization is None else 0
+    if setting.shards > 1:
+        copied = copied or setting.weight_bytes
+    if not (samples or setting.answers):
+        copied = 0
+    dtype = torch.bfloat16 if 2 in (copied, setting.weight_bytes) else torch.float32
+    rows = setting.rows * setting.accumulate
+    lays_out = samples and setting.device == "cpu" and packing_pays(dtype, rows, setting.new_tokens)
+    # See `StudentPasses`: both multiply in one dtype, and the student's own text is sampled.
+    alike = product_dtype(dtype).itemsize == setting.product_bytes
+    from_teacher = getattr(module, "generate_from_teacher", False)
+    return replace(
+        setting,
+        samples=samples,
+        engine_bytes=int(share * (total or 0)),
+        copied_bytes=copied,
+        lays_out=lays_out,
+        stores_rollout=lays_out and alike and not from_teacher and setting.is_fused,
+    )
+
+
+def _with_optimizer(setting: MemorySetting, module: PolicyModule) -> MemorySetting:
+    """With what the optimizer keeps and works with."""
+    optimizer = module.trial_optimizer()
+    dtype = torch.float32 if setting.trained_bytes == 4 else torch.bfloat16
+    known = type(optimizer).__module__.partition(".")[0] in ("torch", "sdft_lightning")
+    kept = average_bytes(module.optimizer_factory, dtype)
+    options = optimizer.defaults
+    fused = bool(options.get("fused"))
+    at_once = options.get("foreach", False)
+    if at_once is None:  # torch's choice
+        at_once = setting.device == "cuda" and not fused
+    return replace(
+        setting,
+        optimizer=type(optimizer).__name__,
+        average_bytes=kept or 0.0,
+        averages="exact" if known and kept is not None else "about",
+        foreach=bool(at_once),
+        fused=fused,
+    )
+
+
+def average_bytes(make: OptimizerFactory, dtype: torch.dtype) -> float | None:
+    """Bytes that an optimizer keeps of each weight, from steps over two small matrices.
+
+    Args:
+        make: Called with the parameters.
+        dtype: Of the weights.
+
+    Returns:
+        None where it makes no step here.
+    """
+    found = []
+    for width in (256, 512):
+        weight = nn.Parameter(torch.zeros(256, width, dtype=dtype))
+        weight.grad = torch.zeros_like(weight)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                optimizer = make([weight])
+                optimizer.step()
+        except Exception:  # for GPUs only, or one that asks for a closure
+            return None
+        states = optimizer.state.values()
+        found.append(sum(_bytes(value) for state in states for value in state.values()))
+    return (found[1] - found[0]) / (256 * 256)
+
+
+def _bytes(value: Any) -> int:
+    """Of a tensor; of one that is made of others, of all of them."""
+    if hasattr(value, "__tensor_flatten__"):
+        return sum(_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0

@@ -28,6 +28,11 @@ class SupervisedModule(PolicyModule):
     row_needs: ClassVar[RowNeeds] = RowNeeds(target=True, teacher_prompt=False)
 
     @property
+    def token_loss(self) -> TokenLoss:
+        """What is summed over tokens."""
+        return cross_entropy
+
+    @property
     def step_names(self) -> list[str]:
         """With what `log_step` logs."""
         logged = ("loss", "cross_entropy", "student_entropy", "completion_length")
@@ -113,6 +118,11 @@ class DFTModule(SupervisedModule):
     the weight takes that division back, so that unlikely tokens no longer dominate.
     """
 
+    @property
+    def token_loss(self) -> TokenLoss:
+        """Cross-entropy times the token's probability."""
+        return probability_weighted
+
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         """Each token of the demonstration costs −sg[π(y)] · log π(y)."""
         target, keep = batch.demonstration_ids, batch.demonstration_mask  # (B, T)
@@ -178,6 +188,11 @@ class SFTKLModule(SupervisedModule):
     def step_names(self) -> list[str]:
         """With the penalty's."""
         return [*super().step_names, "train/kl", "perf/teacher_seconds"]
+
+    @property
+    def token_loss(self) -> TokenLoss:
+        """Cross-entropy with the penalty."""
+        return self.penalised
 
     def load_teacher(self) -> None:
         """Keep the model that the policy starts from."""

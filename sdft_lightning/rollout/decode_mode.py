@@ -197,13 +197,24 @@ def packed_linears(model: Any, rows: int, steps: int) -> Iterator[None]:
 def can_pack(model: Any, rows: int, steps: int) -> bool:
     """Whether laying weights out pays and is possible; arguments as of `packed_linears`."""
     first = next(model.parameters())
-    if first.device.type != "cpu":
-        return False
-    # Where the plain product is slow at any size, laying out always pays.
-    if product_dtype(first.dtype) == first.dtype and (rows > _MOST_ROWS or steps < _FEWEST_STEPS):
+    if first.device.type != "cpu" or not packing_pays(first.dtype, rows, steps):
         return False
     # Autocast would have cast the weights that are laid out.
-    return torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
+    return not torch.is_autocast_enabled("cpu")
+
+
+def packing_pays(dtype: torch.dtype, rows: int, steps: int) -> bool:
+    """Whether weights on a CPU are laid out for so many rows and steps.
+
+    Args:
+        dtype: Of the weights.
+        rows: Rows of a decoding step.
+        steps: Most decoding steps.
+    """
+    # Where the plain product is slow at any size, laying out always pays.
+    if product_dtype(dtype) == dtype and (rows > _MOST_ROWS or steps < _FEWEST_STEPS):
+        return False
+    return bool(torch.backends.mkldnn.is_available())
 
 
 def _layers(model: Any) -> list[Any]:

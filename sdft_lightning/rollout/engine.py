@@ -28,11 +28,13 @@ class Engine(ABC):
         truncates_log_probs: Whether `sampled_log_probs` are those after top-k, top-p and min-p, and
             not before.
         takes_shards: Whether it samples from a model that is spread over processes (fsdp2).
+        device_share: Part of the device's memory that it reserves beside the trainer.
     """
 
     is_trainer: ClassVar[bool] = False
     truncates_log_probs: ClassVar[bool] = False
     takes_shards: ClassVar[bool] = True
+    device_share: float = 0.0
 
     def check(self, sampling: Sampling, quantized: bool) -> None:  # noqa: B027 - most need none
         """Refuse, before a model is loaded, what the engine cannot do.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sdft_lightning.forward.fused import (
+    MOST_BYTES,
     Decoder,
     ReadPrompts,
     decoder_of,
@@ -38,9 +39,6 @@ from sdft_lightning.rollout.generate import (
 )
 from sdft_lightning.rollout.sampling import row_uniforms
 from sdft_lightning.types import OutputHead, Rollout, Tokens
-
-# What may be stored for later micro-batches of a window; the first one's is used at once.
-_MOST_BYTES = 3 * 2**28
 
 
 class StudentPasses:
@@ -118,7 +116,7 @@ class StudentPasses:
             limits=request.limits,
         )
         rollouts = split_rollout(rollout, requests)
-        give_back_memory()
+        give_back_memory(_device(sampler))
         return rollouts
 
     def hidden(self, prompts: Tokens, completions: Tokens, keep: Tensor) -> Tensor:
@@ -162,10 +160,7 @@ class StudentPasses:
         if self._copy is None or _device(self._copy) != _device(model):
             # Never as inference tensors, or the copy could not be refreshed later.
             with torch.inference_mode(False), torch.no_grad():
-                self._copy = copy.deepcopy(model).eval().requires_grad_(False)
-                # Parameters only: rounded rotary frequencies would turn far positions astray.
-                for parameter in self._copy.parameters():
-                    parameter.data = parameter.data.to(torch.bfloat16)
+                self._copy = _rounded_copy(model)
                 join_(self._copy)
         elif weights != self._copied:
             with torch.inference_mode(False), torch.no_grad():
@@ -226,7 +221,7 @@ class StudentPasses:
             return None
         self._stored_by = self._weights()
         found: list[ReadPrompts] = []
-        left, each = _MOST_BYTES, 0.0  # bytes left, bytes of a token
+        left, each = MOST_BYTES, 0.0  # bytes left, bytes of a token
         for request in requests:
             needed = each * int(request.prompts.mask.sum())
             keep = not found or (left >= needed and len(self._stored) == len(found))
@@ -283,16 +278,37 @@ def has_native_bfloat16(device: torch.device) -> bool:
     return False
 
 
+def _rounded_copy(model: nn.Module) -> Any:
+    """A copy with bfloat16 parameters, rounded one by one: no float32 copy is made on the way.
+
+    Parameters only: rounded rotary frequencies would turn far positions astray.
+
+    Args:
+        model: One on a single device.
+    """
+    # What deepcopy finds in its memo it does not copy.
+    memo: dict[int, Any] = {
+        id(each): nn.Parameter(each.detach().to(torch.bfloat16, copy=True), requires_grad=False)
+        for each in model.parameters()
+    }
+    return copy.deepcopy(model, memo).eval()
+
+
 def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def give_back_memory() -> None:
-    """Return freed memory to the system where the C library can (glibc); else do nothing.
+def give_back_memory(device: torch.device) -> None:
+    """Return freed memory: to a GPU, and to the system where the C library can (glibc).
 
     What a rollout has freed lies in pieces between what lives on, and what comes next does not fit
-    into them. A call takes some hundredths of a second.
+    into them. On a CPU a call takes some hundredths of a second.
+
+    Args:
+        device: Where a rollout was sampled.
     """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
         if trim is not None:

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 pytestmark = pytest.mark.slow
+
+# Three micro-batches an epoch: a window of two, and one of one that weighs as much.
+WINDOWS = (
+    "--trainer.accumulate_grad_batches=2",
+    "--model.sampling.max_new_tokens=24",
+    "--trainer.max_steps=4",
+)
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def test_two_processes_do_what_one_does_with_the_same_global_batch(fit: Any) -> None:
@@ -25,10 +35,7 @@ def test_two_processes_do_what_one_does_with_the_same_global_batch(fit: Any) -> 
 
 
 def test_windows_of_two_processes_log_and_weigh_what_those_of_one_do(fit: Any) -> None:
-    # Three micro-batches an epoch: a window of two, and one of one that weighs as much.
-    windows = "--trainer.accumulate_grad_batches=2"
-    short = ["--model.sampling.max_new_tokens=24", "--trainer.max_steps=4"]
-    one, two = (fit(f"windows-{n}", n, windows, *short) for n in (1, 2))
+    one, two = (fit(f"windows-{n}", n, *WINDOWS) for n in (1, 2))
     assert one.completions() == two.completions()
     for name in (
         *("loss", "kl", "student_entropy", "teacher_entropy", "top1_agreement"),
@@ -40,6 +47,19 @@ def test_windows_of_two_processes_log_and_weigh_what_those_of_one_do(fit: Any) -
     first, second = one.weights(), two.weights()
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, atol=1e-4, rtol=1e-4)
+
+
+def test_ddp_whose_buckets_are_the_gradients_trains_as_with_copies_of_them(fit: Any) -> None:
+    text = (CONFIGS / "trainer" / "ddp.yaml").read_text(encoding="utf-8")
+    strategy = yaml.safe_load(text)["trainer"]["strategy"]
+    assert strategy["init_args"] == {"gradient_as_bucket_view": True}
+    copies = fit("windows-2", 2, *WINDOWS)
+    views = fit("views", 2, *WINDOWS, strategy=json.dumps(strategy))
+    assert views.completions() == copies.completions()
+    first, second = copies.weights(), views.weights()
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, atol=0, rtol=0)
 
 
 def test_rows_to_retain_are_shared_by_two_processes_as_one_has_them(

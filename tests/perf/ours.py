@@ -13,14 +13,16 @@ from typing import Any
 
 import lightning as L
 import torch
-from workload import Workload, make_rows, report, write_rows
+from workload import Workload, make_rows, report, resident_gigabytes, write_rows
 
 from sdft_lightning.data import DemonstrationDataModule
 from sdft_lightning.data.prompts import PromptStyle
 from sdft_lightning.errors import quieten
-from sdft_lightning.forward.policy import Policy
+from sdft_lightning.forward.memory import plan_memory
+from sdft_lightning.forward.policy import Policy, model_sizes
 from sdft_lightning.modules import SDFTModule, SFTModule
 from sdft_lightning.modules.schedule import Schedule
+from sdft_lightning.modules.student_checks import average_bytes, memory_setting
 from sdft_lightning.rollout import Sampling
 from sdft_lightning.teacher import EMATeacher, FrozenTeacher
 
@@ -113,8 +115,21 @@ def main(method: str, workload: Workload) -> None:
         enable_model_summary=False,
         callbacks=[clock],
     )
-    trainer.fit(build(method, workload), datamodule=data)
-    report(clock.ends, clock.phases, tokens=clock.tokens[1:], losses=clock.losses)
+    module = build(method, workload)
+    # What they import belongs to the libraries.
+    model_sizes(module.policy)
+    average_bytes(module.optimizer_factory, torch.float32)
+    before = resident_gigabytes()
+    trainer.fit(module, datamodule=data)
+    plan = plan_memory(memory_setting(module, data, trainer))
+    report(
+        clock.ends,
+        clock.phases,
+        tokens=clock.tokens[1:],
+        losses=clock.losses,
+        before_gigabytes=before,
+        planned_gigabytes=plan.peak / 1e9,
+    )
 
 
 if __name__ == "__main__":

@@ -14,12 +14,7 @@ import torch
 
 from sdft_lightning.data.sources import read_rows
 from sdft_lightning.models.tokenization import load_tokenizer, resolve_model
-from sdft_lightning.rollout.student import has_native_bfloat16
 
-# What Python, torch and the other libraries hold before any model is there, in bytes.
-LIBRARIES = 5e8
-# What is kept at most of later micro-batches' prompts, and of their completions, in bytes.
-LATER = 3 * 2**28
 # One turn: the question, then the demonstration. TRL's default template, and ours for these runs.
 TEACHER_TEMPLATE = "{prompt}\n\n{privileged_context}"
 
@@ -114,8 +109,12 @@ def write_rows(rows: list[dict[str, str]]) -> Path:
     return path
 
 
-def random_model() -> Path:
-    """A folder with a model of SmolLM2-360M's sizes, random weights and the embedded tokenizer."""
+def random_model(**changes: int) -> Path:
+    """A folder with a model of SmolLM2-360M's sizes, random weights and the embedded tokenizer.
+
+    Args:
+        changes: Other sizes of the config.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     source, folder = resolve_model("embedded"), Path(tempfile.mkdtemp(prefix="sdft-perf-model-"))
@@ -127,6 +126,7 @@ def random_model() -> Path:
         "num_attention_heads": 15,
         "num_key_value_heads": 5,
         "head_dim": 64,
+        **changes,
     }
     config.update(sizes)
     torch.manual_seed(0)
@@ -135,42 +135,18 @@ def random_model() -> Path:
     return folder
 
 
-def needed_gigabytes(workload: Workload) -> float:
-    """The formula of docs/performance.md, for a step on the CPU.
-
-    Args:
-        workload: One with an EMA teacher and without activation checkpointing.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(resolve_model(workload.model))
-    with torch.device("meta"):
-        weights = AutoModelForCausalLM.from_config(config).num_parameters()
-    width, vocabulary = config.hidden_size, config.vocab_size
-    heads = config.num_attention_heads + 2 * config.num_key_value_heads
-    head_size = getattr(config, "head_dim", None) or width // config.num_attention_heads
-    number = 4 if workload.precision == "float32" else 2  # bytes of a number that is kept
-    copied = number == 2 and has_native_bfloat16(torch.device("cpu"))
-    multiplied = 2 if copied else 4
-    tokens = workload.micro_batch * (workload.prompt_tokens + workload.new_tokens)
-    kept = (4 + number) * width + number * (heads * head_size + 2 * config.intermediate_size)
-    activations = tokens * config.num_hidden_layers * kept
-    later = workload.micro_batch * (workload.accumulate - 1) * config.num_hidden_layers * kept
-    kept_for_later = sum(
-        min(LATER, later * count) for count in (workload.prompt_tokens, workload.new_tokens)
-    )
-    gradients = 4 * weights if workload.accumulate > 1 else 0
-    chunk = 4 * vocabulary * min(512, workload.micro_batch * workload.new_tokens)
-    loss = (6 if copied else 4) * vocabulary * width + chunk
-    models = (18 if copied else 16) * weights
-    last = max(multiplied * weights, loss)
-    parts = (LIBRARIES, models, gradients, activations, kept_for_later, last)
-    return sum(map(float, parts)) / 1e9
+def resident_gigabytes() -> float:
+    """Memory that this process holds, in GB."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * resource.getpagesize() / 1e9
 
 
 def peak_gigabytes() -> float:
     """The most memory that this process has held, in GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    # Not `ru_maxrss`, which a process takes over from the one that started it.
+    text = Path("/proc/self/status").read_text(encoding="ascii")
+    (line,) = (line for line in text.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024 / 1e9
 
 
 def report(step_ends: list[float], phases: dict[str, list[float]], **more: Any) -> None:

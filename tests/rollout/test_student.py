@@ -196,7 +196,7 @@ def test_what_is_stored_for_later_micro_batches_is_bounded(
     first = passes._read(model, requests[:1])
     assert first is not None
     limit = int(most * first[0].nbytes) if most == 1.5 else int(most)
-    monkeypatch.setattr(student, "_MOST_BYTES", limit)
+    monkeypatch.setattr(student, "MOST_BYTES", limit)
     read = passes._read(model, requests)
     assert read is not None
     assert len(read) == 3

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from sdft_lightning.forward.forward_paths import paths_of
 from sdft_lightning.rollout import Sampling, StudentPasses, generate_rollout
 from sdft_lightning.rollout import student as student_file
 from sdft_lightning.types import Tokens
@@ -34,6 +37,44 @@ def test_the_copy_is_bfloat16_in_eval_mode_and_the_student_stays_as_it_is(model:
     assert equals_student(copied, model)
     assert model.training
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+
+
+class Created(TorchDispatchMode):
+    """Counts the elements of new memory by dtype."""
+
+    def __init__(self, known: nn.Module) -> None:
+        super().__init__()
+        self.elements: Counter[torch.dtype] = Counter()
+        self.found = [each.untyped_storage() for each in known.parameters()]  # kept alive
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for each in made if isinstance(made, tuple | list) else [made]:
+            places = {storage.data_ptr() for storage in self.found}
+            if isinstance(each, torch.Tensor) and each.untyped_storage().data_ptr() not in places:
+                self.elements[each.dtype] += each.numel()
+                self.found.append(each.untyped_storage())
+        return made
+
+
+def test_no_float32_copy_is_made_on_the_way_to_the_bfloat16_one(model: Any) -> None:
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    buffers = sum(buffer.numel() for buffer in model.buffers())
+    paths_of(model)  # which computes some tokens
+    with Created(model) as created:
+        copied = StudentPasses("bfloat16").at(model, 0).sampler()
+    assert equals_student(copied, model)
+    assert created.elements[torch.bfloat16] >= weights
+    assert created.elements[torch.float32] <= buffers
+    assert {id(each) for each in copied.parameters()}.isdisjoint(map(id, model.parameters()))
+
+
+def test_the_copy_of_a_bfloat16_part_is_a_tensor_of_its_own(model: Any) -> None:
+    model.model.norm.weight.data = model.model.norm.weight.data.to(torch.bfloat16)
+    copied = StudentPasses("bfloat16").at(model, 0).sampler()
+    assert copied.model.norm.weight.data_ptr() != model.model.norm.weight.data_ptr()
 
 
 def test_the_copy_is_refreshed_when_step_or_weights_have_changed_and_only_then(

@@ -6,8 +6,14 @@ work on tokens without padding, keep less for the backward pass, and equal the m
 """
 
 from sdft_lightning.forward.fused.decoding import DecodingSteps
-from sdft_lightning.forward.fused.reuse import ReadPrompts, read_prompts
-from sdft_lightning.forward.fused.structure import Decoder, decoder_of, join_, training_dtype
+from sdft_lightning.forward.fused.reuse import MOST_BYTES, ReadPrompts, read_prompts
+from sdft_lightning.forward.fused.structure import (
+    Decoder,
+    decoder_of,
+    is_known_kind,
+    join_,
+    training_dtype,
+)
 from sdft_lightning.forward.fused.trunk import (
     StoredPrompt,
     completion_states,
@@ -16,12 +22,14 @@ from sdft_lightning.forward.fused.trunk import (
 )
 
 __all__ = [
+    "MOST_BYTES",
     "Decoder",
     "DecodingSteps",
     "ReadPrompts",
     "StoredPrompt",
     "completion_states",
     "decoder_of",
+    "is_known_kind",
     "join_",
     "read_prompts",
     "states_after",

@@ -142,8 +142,9 @@ def read_prompts(
     return ReadPrompts(decoder, rows, keys, values, decoder.norm(hidden), layers, dtype)
 
 
-# Bytes that may be stored of rows of later micro-batches; those of the first are used at once.
-_MOST_BYTES = 3 * 2**28
+# Bytes that may be stored of rows of later micro-batches, of their prompts and of their completions
+# each; those of the first are used at once.
+MOST_BYTES = 3 * 2**28
 
 # Of a layer and the rows of a step: scale, products and result of its attention, and of its MLP.
 StepResults = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -169,7 +170,7 @@ class Recording:
         Args:
             rows: `(S,)` ascending; some may have ended, and are never asked for.
         """
-        if self._bytes > _MOST_BYTES and self.recorded > self.first:
+        if self._bytes > MOST_BYTES and self.recorded > self.first:
             self.recorded, self._bytes = self.first, 0
             counts = [int((rows < self.first).sum()) for rows in self._rows]
             for place, steps in enumerate(self._layers):

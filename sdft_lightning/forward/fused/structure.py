@@ -73,12 +73,10 @@ def decoder_of(model: Any) -> Decoder | None:
         model: A causal language model of transformers.
     """
     base = model.base_model
-    if type(base).__name__ not in _KINDS or not type(base).__module__.startswith("transformers."):
+    if not is_known_kind(base):
         return None
     config = base.config
-    if getattr(base.rotary_emb, "rope_type", "default") in _CHANGING_ANGLES:
-        return None
-    if config.hidden_act != "silu" or (model.training and config.attention_dropout):
+    if model.training and config.attention_dropout:
         return None
     if is_sharded(model) or not takes_own_mask(model) or _is_changed(base, model.training):
         return None
@@ -93,6 +91,18 @@ def decoder_of(model: Any) -> Decoder | None:
         config.num_key_value_heads,
         size,
     )
+
+
+def is_known_kind(base: Any) -> bool:
+    """Whether the blocks know an architecture; see `decoder_of` for what else they ask.
+
+    Args:
+        base: A base model of transformers, with weights or on the meta device.
+    """
+    if type(base).__name__ not in _KINDS or not type(base).__module__.startswith("transformers."):
+        return False
+    changing = getattr(base.rotary_emb, "rope_type", "default") in _CHANGING_ANGLES
+    return not changing and base.config.hidden_act == "silu"
 
 
 def training_dtype(model: Any) -> torch.dtype | None:

@@ -77,9 +77,36 @@ def add_adapter_(model: Any, lora: LoRA, seed: int) -> None:
     Raises:
         UserError: If peft is missing, a target is no linear layer inside the model, or none is.
     """
-    peft = _peft()
+    _peft()
     _check_targets(model, lora)
     model.base_fingerprint = fingerprint(model)  # before the layers get other names
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        _inject(model, lora)
+    for parameter in adapter_parameters(model).values():
+        parameter.data = parameter.data.float()  # peft took the dtype of the layer
+
+
+def count_adapter_weights(model: Any, lora: LoRA) -> int:
+    """How many weights the adapters of a model have.
+
+    Args:
+        model: A model on the meta device; it gets the adapters.
+        lora: The options.
+
+    Raises:
+        UserError: As `add_adapter_`.
+    """
+    _peft()
+    _check_targets(model, lora)
+    with torch.device("meta"):
+        _inject(model, lora)
+    return sum(each.numel() for each in adapter_parameters(model).values())
+
+
+def _inject(model: Any, lora: LoRA) -> None:
+    """Let peft put adapters into a model, drawn from torch's global random numbers."""
+    peft = _peft()
     experts = _fused_experts(model) if lora.target_modules == ALL_LINEAR else []
     config = peft.LoraConfig(
         r=lora.r,
@@ -93,17 +120,13 @@ def add_adapter_(model: Any, lora: LoRA, seed: int) -> None:
         bias="none",
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        try:
-            peft.inject_adapter_in_model(config, model, ADAPTER)
-        except (ValueError, TypeError, NotImplementedError) as error:
-            raise UserError(
-                f"lora.target_modules: {type(model).__name__} cannot be adapted with "
-                f"{lora.target_modules}: {error}. {_allowed(model)}"
-            ) from error
-    for parameter in adapter_parameters(model).values():
-        parameter.data = parameter.data.float()  # peft took the dtype of the layer
+    try:
+        peft.inject_adapter_in_model(config, model, ADAPTER)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(
+            f"lora.target_modules: {type(model).__name__} cannot be adapted with "
+            f"{lora.target_modules}: {error}. {_allowed(model)}"
+        ) from error
 
 
 def is_adapted(model: Any) -> bool:

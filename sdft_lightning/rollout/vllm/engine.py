@@ -79,7 +79,7 @@ class VLLMEngine(ExternalEngine):
                 "0 < gpu_memory_utilization <= 1."
             )
         self.dtype: EngineDtype = dtype
-        self.gpu_memory_utilization = gpu_memory_utilization
+        self.gpu_memory_utilization = self.device_share = gpu_memory_utilization
         self.max_model_len = max_model_len
         self.tensor_parallel_size = tensor_parallel_size
         self.enforce_eager = enforce_eager

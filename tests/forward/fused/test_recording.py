@@ -109,7 +109,7 @@ def test_states_and_gradients_are_the_models_and_nothing_is_computed_twice(
 def test_later_micro_batches_are_recorded_while_they_fit(
     build: Make, batch: Make, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
-    monkeypatch.setattr(reuse, "_MOST_BYTES", most)
+    monkeypatch.setattr(reuse, "MOST_BYTES", most)
     model, given = build("llama"), batch()
     rollout, read = sampled(model, given, 2, [2, 2, 1], keep=2)
     assert [part.completions is not None for part in read] == [True, most > 0, False]

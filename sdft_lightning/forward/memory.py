@@ -66,7 +66,6 @@ class MemorySetting:
         buckets: DDP keeps a copy of all gradients.
         buckets_are_gradients: DDP's buckets are the gradients, and are never given back.
         shards: Devices that weights, gradients, averages and teachers are spread over.
-        average_shards: Devices that gradients and averages alone are spread over (DeepSpeed).
     """
 
     sizes: ModelSizes
@@ -101,7 +100,6 @@ class MemorySetting:
     buckets: bool = False
     buckets_are_gradients: bool = False
     shards: int = 1
-    average_shards: int = 1
 
     @property
     def is_fused(self) -> bool:
@@ -250,20 +248,19 @@ def _models(setting: MemorySetting) -> list[Part]:
     sizes, spread = setting.sizes, setting.shards
     quantized = sizes.linear if setting.four_bits else 0
     weights = setting.weight_bytes * (sizes.weights - quantized) + _FOUR_BITS * quantized
-    share = setting.trained / (spread * setting.average_shards)
+    share = setting.trained / spread
     gradients, averages = setting.trained_bytes * share, setting.average_bytes * share
-    kind: Kind = "about" if setting.average_shards > 1 else "exact"
     when = PHASES if setting.buckets_are_gradients else ("backward", *setting.later, "step")
     averaged = 4 * setting.trained * setting.averaged
     return [
         _held(f"weights, {_named(setting)}", weights / spread, "exact"),
         _held("adapters, float32", 4 * sizes.adapters, "exact"),
-        _held("gradients", gradients, kind, when),
-        _held("DDP's buckets, a copy of gradients", gradients * setting.buckets, kind),
+        _held("gradients", gradients, "exact", when),
+        _held("DDP's buckets, a copy of gradients", gradients * setting.buckets, "exact"),
         _held(
             f"averages of {setting.optimizer}",
             averages,
-            "about" if setting.average_shards > 1 else setting.averages,
+            setting.averages,
         ),
         _held("teacher, an average in float32", averaged / spread, "exact"),
         _held(

@@ -287,7 +287,8 @@ class PairedTrack:
             elif (test := paired_test(before, now)) is not None:
                 found[key.name] = test
         if not self._base:
-            self._tell("nothing was measured before the first step")
+            if not in_fit:  # a fit without benchmarks measures nothing before its first step
+                self._tell("nothing was measured before the first step")
         elif absent or other:
             lines = [f"it lacks {_some(absent)}"] if absent else []
             self._tell("; ".join(lines + ([f"other items of {_some(other)}"] if other else [])))

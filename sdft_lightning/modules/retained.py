@@ -101,14 +101,14 @@ class RetainedRows:
         return ["train/retained_kl", "train/retained_truncated", "perf/retained_seconds"]
 
     @property
-    def needs_copy(self) -> bool:
-        """Whether no teacher of the module is the model as it was before training."""
+    def holds_initial(self) -> bool:
+        """Whether a run keeps the model as it was beside the teachers of its method."""
         return bool(self.new_tokens) and self._module.teacher_before_training is None
 
     def load(self) -> None:
         """Keep the model as it is, before training, where no teacher of the module does."""
         module = self._module
-        if not self.needs_copy or module.initial is not None:
+        if not self.holds_initial or module.initial is not None:
             return
         module.initial = FrozenTeacher()
         module.initial.copy_from(module.student)

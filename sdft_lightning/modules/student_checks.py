@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.optim import Optimizer
 
@@ -234,7 +234,6 @@ def memory_setting(module: PolicyModule, data: TaskData | None, trainer: Any) ->
     if stored == 2 and product_dtype(torch.bfloat16, device.type) != torch.bfloat16:
         product = 4
     spread = trainer.world_size if isinstance(strategy, ModelParallelStrategy) else 1
-    zero = trainer.world_size if isinstance(strategy, DeepSpeedStrategy) else 1
     setting = MemorySetting(
         sizes=model_sizes(policy),
         device=device.type,
@@ -249,7 +248,6 @@ def memory_setting(module: PolicyModule, data: TaskData | None, trainer: Any) ->
         accumulate=trainer.accumulate_grad_batches,
         closed_form=gradient_form(getattr(module, "token_loss", cross_entropy), None) is not None,
         shards=spread,
-        average_shards=zero,
     )
     setting = _with_rows(setting, module, data, trainer)
     setting = _with_sampler(setting, module, device)
@@ -268,7 +266,7 @@ def _whole_copies(module: PolicyModule) -> int:
         return int(hasattr(module, "original"))
     moving = (EMATeacher, LiveTeacher)
     frozen = [each for each in module.teachers.values() if not isinstance(each, moving)]
-    return len(frozen) + module.retained_rows.needs_copy
+    return len(frozen) + module.retained_rows.holds_initial
 
 
 def _with_rows(

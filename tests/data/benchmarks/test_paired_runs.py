@@ -140,7 +140,7 @@ def without_base(args: list[str]) -> list[str]:
     return [*args[:place], *args[place + 2 :]]
 
 
-def test_where_nothing_was_measured_before_nothing_is_logged_and_one_line_says_why(
+def test_where_nothing_was_measured_before_nothing_is_logged_and_validate_says_why(
     run_cli: RunCli,
     graded_args: Callable[..., list[str]],
     tmp_path: Path,
@@ -150,6 +150,8 @@ def test_where_nothing_was_measured_before_nothing_is_logged_and_one_line_says_w
     found = validations(tmp_path / "runs" / "a")
     assert [r["step"] for r in found] == [1, 2, 3, 4]
     assert not [name for record in found for name in record if "/paired/" in name]
+    assert "not compared item by item" not in capsys.readouterr().err
+    run_cli("validate", *without_base(graded_args())[1:])
     told = [x for x in capsys.readouterr().err.splitlines() if "not compared item by item" in x]
     assert len(told) == 1
     assert "nothing was measured before the first step. model.evaluation.compare_with" in told[0]

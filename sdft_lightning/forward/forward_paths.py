@@ -56,6 +56,8 @@ class ForwardPaths(NamedTuple):
         shares_prefix: A prefix can be computed apart and be used by several rows.
         keeps_prompts: The cache is keys and values alone, which can be kept and put together anew.
         packs: Attention takes a mask of its user's own, so that rows can stand side by side.
+        ends_to_end: Sequences can lie end to end in one row, told apart by their lengths, where the
+            attention kernel takes these.
     """
 
     pads_left: bool = True
@@ -65,11 +67,12 @@ class ForwardPaths(NamedTuple):
     shares_prefix: bool = True
     keeps_prompts: bool = True
     packs: bool = True
+    ends_to_end: bool = True
 
 
 # Of a model that is spread over processes nothing is found out, as all would have to take part; nor
 # of one whose weights have diverged, or that cannot be computed from these tokens.
-_UNKNOWN = ForwardPaths(shares_prefix=False, keeps_prompts=False)
+_UNKNOWN = ForwardPaths(shares_prefix=False, keeps_prompts=False, ends_to_end=False)
 
 
 def paths_of(model: Any) -> ForwardPaths:
@@ -130,6 +133,20 @@ def sees_all_before(model: Any) -> bool:
     )
 
 
+def kernel_takes_lengths(model: Any) -> bool:
+    """Whether attention is a kernel that takes cumulative lengths in place of a mask.
+
+    Those for which transformers forms no mask where nothing is padded: flash attention of any
+    version, and kernels that others have registered alike.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
+
+    if takes_float32(model):  # sdpa, eager, flex
+        return False
+    mask = ALL_MASK_ATTENTION_FUNCTIONS.get(model.config._attn_implementation)
+    return mask is flash_attention_mask
+
+
 def name_decoder_(model: Any) -> None:
     """Let `base_model` be the decoder below the head where its name leads back to the model."""
     if model.base_model is not model:
@@ -178,6 +195,7 @@ def _find_paths(model: Any) -> ForwardPaths:
             shares_prefix=shares,
             keeps_prompts=shares and probe.plain_cache,
             packs=left and probe.is_right(probe.side_by_side),
+            ends_to_end=probe.is_right(probe.end_to_end),
         )
 
 

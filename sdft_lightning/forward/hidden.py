@@ -154,7 +154,7 @@ def completion_hidden_states(
         completions: `(B · n, T)`, padded on the right: n of each prompt.
         keep: `(B · n, T)` tokens of which the state is wanted.
         share_prefix: Compute what all prompts begin with only once, see `layout`.
-        pack: Lay short rows side by side instead of padding them, see `layout`.
+        pack: Lay rows side by side or end to end instead of padding them, see `layout`.
         fuse: Compute known decoders in fewer operations where that is faster, see `fused`.
         rounded: The same model in bfloat16, where there is a copy: it spares fused decoders to cast
             their weights under bfloat16 autocast where that is multiplied, and is not used

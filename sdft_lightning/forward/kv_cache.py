@@ -45,6 +45,34 @@ def cache_of(output: Any) -> Any:
     return getattr(output, OLD) if found is None else found
 
 
+class Lengths(NamedTuple):
+    """Sequences that lie end to end in one row.
+
+    Attributes:
+        ends: `(R + 1,)` int32, 0 and the cumulative lengths.
+        longest: Tokens of the longest one.
+    """
+
+    ends: Tensor
+    longest: int
+
+    @staticmethod
+    def of(lengths: Tensor) -> Lengths:
+        """Of `(R,)` lengths, on the device where they are."""
+        ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)  # (R + 1,)
+        return Lengths(ends, int(lengths.max()))
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments by which transformers hands them to an attention kernel."""
+        ends, longest = self.ends, self.longest
+        return {
+            "cu_seq_lens_q": ends,
+            "cu_seq_lens_k": ends,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+
+
 class Inputs(NamedTuple):
     """Arguments of a pass over rows.
 
@@ -54,12 +82,15 @@ class Inputs(NamedTuple):
             where rows begin in column 0 and each token sees all before it.
         positions: `(G, L)`; None where the mask is.
         cache: Keys and values of K columns before; None without any.
+        lengths: Of sequences that lie end to end in the only row, whose positions start anew with
+            each; without mask and cache.
     """
 
     ids: Tensor
     mask: Tensor | None = None
     positions: Tensor | None = None
     cache: Any = None
+    lengths: Lengths | None = None
 
     @staticmethod
     def behind(tokens: Tokens, before: Tensor | None = None, cache: Any = None) -> Inputs:
@@ -81,6 +112,13 @@ class Inputs(NamedTuple):
             part: Which is called.
             fill: Return keys and values, those of the cache among them.
         """
+        if self.lengths is not None:
+            return {
+                "input_ids": self.ids,
+                "position_ids": self.positions,
+                "use_cache": False,
+                **self.lengths.arguments(),
+            }
         if self.mask is None:
             return {"input_ids": self.ids, **without_cache(part)}
         mask = self.mask.long() if self.mask.dtype == torch.bool else self.mask

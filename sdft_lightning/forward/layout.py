@@ -3,6 +3,8 @@
 - `padded`: a prompt with its completion in each row;
 - `packed`: several of these side by side, where that saves padding. The attention mask separates
   them, and positions start anew with each;
+- `end_to_end`: all of them in one row without padding or mask, for attention kernels that take
+  their lengths (flash attention);
 - `alone`: rows that begin in column 0, for models that do not read left padding;
 - `after`: completions behind prompts whose keys and values are known.
 
@@ -18,13 +20,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sdft_lightning.forward.forward_paths import paths_of, sees_all_before
-from sdft_lightning.forward.kv_cache import Inputs, cache_of, run
+from sdft_lightning.forward.forward_paths import (
+    kernel_takes_lengths,
+    paths_of,
+    sees_all_before,
+)
+from sdft_lightning.forward.kv_cache import Inputs, Lengths, cache_of, run
+from sdft_lightning.losses.bounded import by_device
+from sdft_lightning.losses.masking import position_ids
 from sdft_lightning.models.sharding import is_sharded
 from sdft_lightning.types import Tokens
 
-# Below this many shared tokens an extra forward pass is not worth its overhead.
-SHORTEST = 8
+# Below this many shared tokens an extra forward pass is not worth its overhead. On a GPU it
+# launches all kernels of the model once more, a time for a hundred tokens and more (reckoned, not
+# measured).
+SHORTEST = {"cpu": 8, "cuda": 128}
 # Rows may grow to this many tokens: longer ones pack better, and pay it back in attention.
 WIDTH = 256
 # Packed only where it saves at least this part of the tokens.
@@ -67,6 +77,11 @@ def takes_own_mask(model: Any) -> bool:
     return sees_all_before(model) and paths_of(model).packs
 
 
+def takes_lengths(model: Any) -> bool:
+    """Whether the model's attention tells sequences that lie end to end apart by their lengths."""
+    return kernel_takes_lengths(model) and paths_of(model).ends_to_end
+
+
 def _checkpoints_activations(model: Any) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
@@ -99,7 +114,7 @@ def split_if_worth(prompts: Tokens) -> SplitPrompts:
     """
     if prompts.ids.shape[0] > 1:
         found = split_prompts(prompts)
-        if found.prefix_ids.numel() >= SHORTEST:
+        if found.prefix_ids.numel() >= by_device(SHORTEST, prompts.ids.device.type):
             return found
     return SplitPrompts.whole(prompts)
 
@@ -185,8 +200,10 @@ def layout_of(model: Any, split: SplitPrompts, completions: Tokens, pack: bool) 
         model: A causal language model of transformers.
         split: R prompts.
         completions: `(R, T)`, padded on the right.
-        pack: Lay short rows side by side where that saves padding.
+        pack: Lay short rows side by side where that saves padding, or end to end.
     """
+    if pack and takes_lengths(model):
+        return end_to_end(split, completions)
     if not paths_of(model).pads_left:
         return alone(split, completions)
     rows = pack_if_worth(split, completions) if pack and takes_own_mask(model) else None
@@ -214,6 +231,29 @@ def packed(model: Any, split: SplitPrompts, rows: PackedRows) -> Layout:
         encode_prefix(model, split.prefix_ids, rows.ids.shape[0]),
     )
     return Layout(inputs, rows.row, rows.columns)
+
+
+def end_to_end(split: SplitPrompts, completions: Tokens) -> Layout:
+    """All sequences in one row, without padding and mask.
+
+    Args:
+        split: R prompts, without a prefix.
+        completions: `(R, T)`, padded on the right.
+    """
+    prompts = split.rest
+    ids = torch.cat([prompts.ids, completions.ids[:, :-1]], dim=1)  # (R, P + T - 1)
+    # A token is an input where another one follows.
+    mask = torch.cat([prompts.mask, completions.mask[:, 1:]], dim=1)  # (R, P + T - 1)
+    lengths = mask.sum(dim=1)  # (R,)
+    starts = lengths.cumsum(0) - lengths  # (R,)
+    inputs = Inputs(
+        ids[mask].unsqueeze(0),  # (1, L)
+        positions=position_ids(mask)[mask].unsqueeze(0),
+        lengths=Lengths.of(lengths),
+    )
+    first = (starts + prompts.mask.sum(dim=1) - 1).unsqueeze(1)  # (R, 1)
+    # No state is asked for behind the end of a completion, where columns are not its own.
+    return Layout(inputs, torch.zeros_like(lengths), first + _steps(completions))
 
 
 def alone(split: SplitPrompts, completions: Tokens) -> Layout:

@@ -13,8 +13,10 @@ from sdft_lightning.forward.kv_cache import (
     Appending,
     CachedSteps,
     Inputs,
+    Lengths,
     cache_argument,
     cache_of,
+    run,
     without_cache,
 )
 from sdft_lightning.losses.masking import position_ids
@@ -221,6 +223,19 @@ class Probe:
             (state, plain)
             for state, plain in zip(states.split([*map(len, self.rows)]), self.states, strict=True)
         ]
+
+    def end_to_end(self) -> list[tuple[Tensor, Tensor]]:
+        """Both rows in one, told apart by their lengths and by positions that start anew."""
+        counts = [*map(len, self.rows)]
+        inputs = Inputs(
+            torch.cat(self.rows)[None],
+            positions=torch.cat([torch.arange(count) for count in counts])[None].to(
+                self.after.device
+            ),
+            lengths=Lengths.of(torch.tensor(counts, device=self.after.device)),
+        )
+        states = run(self.model, inputs).last_hidden_state[0]  # (L, D)
+        return list(zip(states.split(counts), self.states, strict=True))
 
 
 def _distances(ours: Tensor, plain: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -38,13 +38,27 @@ def decode_mode(model: Any, rows: int, steps: int) -> Iterator[Decoder | None]:
     Yields:
         The model's parts where its steps are to be fused, and nothing of it was changed.
     """
-    with eval_mode(model), _own_precision(model):
+    with _dropping_casts(), eval_mode(model), _own_precision(model):
         decoder = decoder_of(model) if can_pack(model, rows, steps) else None
         if decoder is not None and model.dtype in _FUSED:
             yield decoder
             return
         with _contiguous_head(model), packed_linears(model, rows, steps), decode_attention(model):
             yield None
+
+
+@contextmanager
+def _dropping_casts() -> Iterator[None]:
+    """Empty autocast's cache at the end.
+
+    Weights that were cast while no gradients were wanted are stored there, by older releases of
+    torch (2.13 is not one) without a graph. A training pass in the same autocast context would use
+    them, and the weights would get no gradient. Lightning 2.6 turns the cache off.
+    """
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 @contextmanager

@@ -13,10 +13,9 @@ from torch.nn.functional import pad
 from sdft_lightning.errors import UserError
 from sdft_lightning.forward.forward_paths import paths_of
 from sdft_lightning.forward.fused import ReadPrompts
-from sdft_lightning.forward.kv_cache import Decoding
 from sdft_lightning.rollout.decode import prefill
 from sdft_lightning.rollout.decode_mode import decode_mode
-from sdft_lightning.rollout.sampling import Sampling, StopTexts, choose_tokens
+from sdft_lightning.rollout.sampling import Sampling, StopTexts, choose_tokens, on_device
 from sdft_lightning.types import Rollout, Tokens
 
 # Finished rows are dropped from the batch when at least this fraction of it is finished.
@@ -142,40 +141,119 @@ def generate_rollout(
     paths_of(model)  # found out before anything of the model is changed for decoding
     samples = sampling.completions_per_prompt
     rows = prompts.ids.shape[0] * samples
-    shape = (rows, sampling.max_new_tokens)
-    device = prompts.ids.device
-    ids = torch.full(shape, pad_id, dtype=torch.long, device=device)  # (R, T)
-    mask = torch.zeros(shape, dtype=torch.bool, device=device)  # (R, T)
-    log_probs = torch.zeros(shape, dtype=torch.float32, device=device)  # (R, T)
-    stops = torch.tensor(stop_ids, device=device)  # (S,)
-    truncated = torch.zeros(rows, dtype=torch.bool, device=device)  # (R,)
-    alive = torch.arange(rows, device=device)  # rows that are still sampled
-    most = torch.full((rows,), sampling.max_new_tokens, device=device)  # (R,)
-    if limits is not None:
-        most = torch.tensor(limits, device=device)
-    length = 0
+    found = _Completions(
+        rows, sampling.max_new_tokens, stop_ids, pad_id, limits, prompts.ids.device
+    )
+    if uniforms is not None:
+        uniforms = on_device(
+            uniforms, prompts.ids.device
+        )  # once, as each copy waits for the device
     with decode_mode(model, rows, sampling.max_new_tokens) as fused:
         prompts = Tokens(prompts.ids, prompts.mask.bool())
         decoding = prefill(model, prompts, samples, sampling.max_new_tokens, fused, read)
-        logits, going_on = decoding.logits, _Rows(decoding)  # (R, V)
+        logits = decoding.logits  # (S, V)
         for step in range(sampling.max_new_tokens):
-            numbers = None if uniforms is None else uniforms[alive.cpu(), step]
-            tokens, chosen = choose_tokens(logits, sampling, numbers)  # (A,)
-            ids[alive, step], mask[alive, step], log_probs[alive, step] = tokens, True, chosen
-            length = step + 1
-            ended = torch.isin(tokens, stops)  # (A,)
-            if stop_texts is not None:
-                ended |= stop_texts.found(ids[alive, :length])
-            cut = ~ended & (most[alive] == length)
-            truncated[alive[cut]] = True
-            going = ~(ended | cut)
-            alive, tokens = alive[going], tokens[going]
-            if alive.numel() == 0:
+            numbers = None if uniforms is None else uniforms[found.rows, step]  # (S,)
+            tokens = found.add(*choose_tokens(logits, sampling, numbers), stop_texts)  # (S,)
+            going = found.count_going()
+            if going == 0:
                 break
-            logits = going_on.step(tokens, going)  # (A, V)
-        decoding.finish(Tokens(ids[:, :length], mask[:, :length]))
-    _check_finite(log_probs)
-    return Rollout(ids[:, :length], mask[:, :length], log_probs[:, :length], truncated)
+            if decoding.drops_rows and going <= (1 - _COMPACT_AT) * len(tokens):
+                slots = found.compact(going)  # (A,)
+                decoding.keep(slots)
+                tokens = tokens[slots]  # (A,)
+            logits = decoding.step(tokens)  # (S, V)
+        decoding.finish(Tokens(*found.tokens()))
+    _check_finite(found.log_probs)
+    return Rollout(*found.tokens(), found.log_probs[:, : found.length], found.truncated)
+
+
+class _Completions:
+    """R growing completions, and the S of them that are still in the batch, each in a slot.
+
+    Finished rows stay in the batch until enough of them can be dropped at once, or to the end where
+    the model's cache cannot drop any. What is decided about rows is computed where they are: the
+    host asks only how many go on, once a token, and nothing else waits for the device.
+
+    Args:
+        rows: R.
+        longest: Most tokens of a completion.
+        stop_ids: Ids of which any ends a completion.
+        pad_id: Id that fills the rest of a row.
+        limits: Longest of each completion; `longest` without it.
+        device: Where the model is.
+
+    Attributes:
+        rows: `(S,)` which of the completions is in which slot.
+        log_probs: `(R, longest)` of the tokens.
+        truncated: `(R,)` completions that were cut off.
+        length: Tokens of the longest completion so far.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        longest: int,
+        stop_ids: list[int],
+        pad_id: int,
+        limits: list[int] | None,
+        device: torch.device,
+    ) -> None:
+        shape, self.length = (rows, longest), 0
+        self._ids = torch.full(shape, pad_id, dtype=torch.long, device=device)  # (R, T)
+        self._mask = torch.zeros(shape, dtype=torch.bool, device=device)  # (R, T)
+        self.log_probs = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.truncated = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.rows = torch.arange(rows, device=device)
+        self._pad = pad_id
+        self._going = torch.ones(rows, dtype=torch.bool, device=device)  # (S,)
+        self._stops = torch.tensor(stop_ids, dtype=torch.long, device=device)  # (E,)
+        self._limits = torch.tensor(limits or [longest] * rows, device=device)  # (R,)
+
+    def add(self, tokens: Tensor, log_probs: Tensor, stop_texts: StopTexts | None) -> Tensor:
+        """Append a token to each row that goes on, and see which of them end with it.
+
+        Args:
+            tokens: `(S,)`.
+            log_probs: `(S,)` of these tokens.
+            stop_texts: Texts that end a completion; to look for them the host waits twice more.
+
+        Returns:
+            `(S,)` what is to be appended: the tokens, and 0 in rows that have ended.
+        """
+        going, step = self._going, self.length
+        self._ids[self.rows, step] = tokens.where(going, self._pad)
+        self._mask[self.rows, step] = going
+        self.log_probs[self.rows, step] = log_probs.where(going, 0.0)
+        self.length = step + 1
+        ended = (tokens.unsqueeze(1) == self._stops).any(dim=1)  # (S,)
+        if stop_texts is not None:
+            ended |= stop_texts.found(self._ids[self.rows, : self.length])
+        cut = going & ~ended & (self._limits[self.rows] == self.length)  # (S,)
+        self.truncated[self.rows] |= cut
+        self._going = going & ~ended & ~cut
+        return tokens.where(self._going, 0)
+
+    def count_going(self) -> int:
+        """How many rows go on; the one question a token for which the host waits."""
+        return int(self._going.sum())
+
+    def compact(self, count: int) -> Tensor:
+        """Drop the slots of finished rows.
+
+        Args:
+            count: How many rows go on.
+
+        Returns:
+            `(count,)` the slots that are left, ascending.
+        """
+        slots = (~self._going).long().argsort(stable=True)[:count]  # those that go on come first
+        self.rows, self._going = self.rows[slots], self._going[slots]
+        return slots
+
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """Ids and mask `(R, length)`."""
+        return self._ids[:, : self.length], self._mask[:, : self.length]
 
 
 def _check_finite(log_probs: Tensor) -> None:
@@ -188,41 +266,3 @@ def _check_finite(log_probs: Tensor) -> None:
             "overflows. Go on from an earlier checkpoint (--ckpt_path) with a lower learning rate "
             "(--model.optimizer.init_args.lr), or set --trainer.precision to bf16-mixed or 32-true."
         )
-
-
-class _Rows:
-    """The rows that go on, among those that are still computed.
-
-    Finished rows stay in the batch until enough of them can be dropped at once, or to the end where
-    the model's cache cannot drop any.
-
-    Args:
-        decoding: Appends tokens to R rows.
-    """
-
-    def __init__(self, decoding: Decoding) -> None:
-        self.decoding = decoding
-        self.going = torch.ones(len(decoding.logits), dtype=torch.bool)  # (A,)
-
-    def step(self, tokens: Tensor, going: Tensor) -> Tensor:
-        """Append one token to each row that goes on.
-
-        Args:
-            tokens: `(A,)` for the rows that go on.
-            going: Which of the rows of the last call they are.
-
-        Returns:
-            Logits `(A, V)`.
-        """
-        slots = self.going.to(going.device).nonzero().squeeze(-1)[going]  # (A,) places in the batch
-        size = self.going.numel()
-        if self.decoding.drops_rows and slots.numel() <= (1 - _COMPACT_AT) * size:
-            self.decoding.keep(slots)
-            size = slots.numel()
-            slots = torch.arange(size, device=slots.device)
-        self.going = torch.zeros(size, dtype=torch.bool, device=slots.device)
-        self.going[slots] = True
-        inputs = torch.zeros(size, dtype=torch.long, device=slots.device)  # (S,)
-        inputs[slots] = tokens
-        logits = self.decoding.step(inputs)  # (S, V)
-        return logits if slots.numel() == size else logits[slots]  # (A, V)

@@ -104,10 +104,8 @@ def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
     Returns:
         `(B,)` token ids, never one with probability zero.
     """
-    # float64 where the device has it: in float32 the sum over a vocabulary blurs rare tokens.
-    dtype = torch.float32 if probs.device.type == "mps" else torch.float64
-    size = probs.shape[1]
-    uniforms = uniforms.to(probs.device, dtype).unsqueeze(-1)  # (B, 1)
+    dtype, size = _sum_dtype(probs.device), probs.shape[1]
+    uniforms = on_device(uniforms, probs.device).unsqueeze(-1)  # (B, 1)
     # First the block of tokens, then the token in it: few numbers are summed up in float64.
     whole = size - size % _BLOCK
     sums = probs[:, :whole].unflatten(1, (-1, _BLOCK)).sum(dim=-1, dtype=dtype)  # (B, V / b)
@@ -118,6 +116,16 @@ def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
     inside = probs.gather(1, columns.clamp(max=size - 1)).to(dtype) * (columns < size)  # (B, b)
     tokens = blocks * _BLOCK + _passed(inside, rest)[0]  # (B, 1)
     return tokens.squeeze(-1).clamp(max=size - 1)  # NaN is behind the last; `generate` says so
+
+
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    """float64 where the device has it: in float32 the sum over a vocabulary blurs rare tokens."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def on_device(uniforms: Tensor, device: torch.device) -> Tensor:
+    """Uniform numbers where `inverse_cdf` wants them, in its dtype; those that are there stay."""
+    return uniforms.to(device, _sum_dtype(device))
 
 
 def _passed(masses: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,7 @@ def test_adapters_change_nothing(make_adapted: Callable[..., Any]) -> None:
 
 def test_steps_of_a_state_space_model_get_no_mask_and_its_rows_stay() -> None:
     found = paths_of(state_space_model())
-    assert found == ForwardPaths(True, "unmasked", False, False, False, False, False)
+    assert found == ForwardPaths(True, "unmasked", False, False, False, False, False, False)
 
 
 def test_it_is_found_once_and_copies_remember_it(

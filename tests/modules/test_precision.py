@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdft_lightning.forward.hidden import completion_hidden_states
 from sdft_lightning.forward.policy import Policy
@@ -157,3 +159,54 @@ def test_float16_still_refuses_to_clip_for_an_optimizer_that_divides_by_the_scal
     assert float(weight.grad.norm()) == pytest.approx(1.0)
     with pytest.raises(RuntimeError, match="fused"):  # outside all is Lightning's again
         unscaled.clip_gradients(fused, 1.0)
+
+
+class CachingAutocast(MixedPrecision):
+    """Casts each weight once in a whole training step, rollout included."""
+
+    def autocast_context_manager(self) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, cache_enabled=True)
+
+
+class Casts(TorchDispatchMode):
+    """Counts tensors of each shape that are cast to bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: Counter[tuple[int, ...]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16:
+            self.shapes[tuple(args[0].shape)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("bfloat16_products")
+def test_a_rollout_under_autocast_leaves_the_weights_their_gradients(
+    fit_module: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # transformers' own layers, as fused ones cast their weights themselves
+    monkeypatch.setattr("sdft_lightning.forward.hidden.training_dtype", lambda model: None)
+    casts = Casts()
+    found: dict[str, torch.Tensor] = {}
+
+    class Watched(SDFTModule):
+        def student_hidden(self, *args: Any) -> torch.Tensor:
+            with casts:
+                return super().student_hidden(*args)
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            named = self.student.named_parameters()
+            found.update({name: p.grad.clone() for name, p in named if p.grad is not None})
+
+    fit_module(Watched, plugins=[MixedPrecision("bf16-mixed", "cpu")])
+    expected = dict(found)
+    found.clear()
+    casts.shapes.clear()
+    fit_module(Watched, plugins=[CachingAutocast("bf16-mixed", "cpu")])
+    # Gate and up of two layers: anew behind the rollout, and then once.
+    assert casts.shapes[(64, 32)] == 4
+    assert expected.keys() == found.keys()
+    assert len(found) > 10
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, msg=name)

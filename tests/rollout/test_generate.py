@@ -197,7 +197,7 @@ def test_prefix_sharing_changes_nothing(
     )
     found = []
     for shortest in (1, 12, 13):
-        monkeypatch.setattr(layout, "SHORTEST", shortest)
+        monkeypatch.setattr(layout, "SHORTEST", {"cpu": shortest, "cuda": 0})
         rollout = generate_rollout(model, Tokens(ids, mask), sampling, numbers, STOPS, PAD)
         found.append(completions(rollout))
         assert (rows[0] == 1) == (shortest <= 12)  # the prefix is read once, for one row

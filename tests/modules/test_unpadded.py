@@ -137,6 +137,15 @@ def test_states_and_gradients_are_those_of_padded_rows(model: Any) -> None:
     torch.testing.assert_close(grads, plain_grads, atol=1e-4, rtol=1e-4)
 
 
+def test_recomputed_activations_are_told_the_lengths_again(model: Any) -> None:
+    _, plain_grads = pass_of(model, ANY)
+    model.train().gradient_checkpointing_enable()
+    _, grads = pass_of(model, ANY)
+    assert len(CALLS) == 4  # two layers, forward and again
+    assert all(call.lengths is not None for call in CALLS)
+    torch.testing.assert_close(grads, plain_grads)
+
+
 def test_in_bfloat16_they_are_within_its_noise(model: Any) -> None:
     model.bfloat16()
     plain, plain_grads = pass_of(model, "sdpa")

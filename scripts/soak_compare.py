@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from sdft_lightning.files.run_folder import resolve_checkpoint
+
 _ENTERED = ("ready", "started")
 COMPARED = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "loops", "callbacks")
 # What a kill changes and no later step reads: Lightning counts an epoch that is entered again, and
@@ -19,8 +21,13 @@ NOT_COMPARED = (
 
 
 def checkpoint(run: Path) -> dict[str, Any]:
-    """The content of last.ckpt."""
-    path = run / "checkpoints" / "last.ckpt"
+    """The content of what `--ckpt_path=last` stands for.
+
+    That is last.ckpt, but for a run that was killed after the file of its last step was written and
+    before last.ckpt was: it is over, and nothing writes last.ckpt anew.
+    """
+    path = resolve_checkpoint("last", run)
+    assert path is not None
     content: dict[str, Any] = torch.load(path, weights_only=True)
     return content
 

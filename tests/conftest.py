@@ -374,3 +374,22 @@ def hostile() -> Iterator[Any]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     yield from module.running()
+
+
+@pytest.fixture(scope="session")
+def config_of_7b(tokenizer: Any) -> Any:
+    """Qwen2.5-7B-Instruct's published sizes, with the stop token of the small tokenizer."""
+    from transformers import Qwen2Config
+
+    return Qwen2Config(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        max_position_embeddings=32768,
+        tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id,
+        architectures=["Qwen2ForCausalLM"],
+    )

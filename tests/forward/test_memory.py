@@ -44,21 +44,10 @@ def most(setting: MemorySetting, name: str) -> float:
 
 
 @pytest.fixture(scope="module")
-def qwen_7b(tmp_path_factory: pytest.TempPathFactory) -> ModelSizes:
+def qwen_7b(tmp_path_factory: pytest.TempPathFactory, config_of_7b: Any) -> ModelSizes:
     """The sizes of Qwen2.5-7B-Instruct, from the config that it is published with."""
-    from transformers import Qwen2Config
-
     folder = tmp_path_factory.mktemp("shape")
-    Qwen2Config(
-        vocab_size=152064,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        max_position_embeddings=32768,
-        tie_word_embeddings=False,
-    ).save_pretrained(folder)
+    config_of_7b.save_pretrained(folder)
     return model_sizes(Policy(str(folder)))
 
 

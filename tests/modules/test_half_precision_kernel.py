@@ -29,7 +29,7 @@ def naive(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
 
 
 def half_only(module: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> Any:
-    """As transformers' flash attention: what rotary positions have promoted is cast back."""
+    """Casts back what rotary positions have promoted, like transformers' flash attention."""
     dtype = get_target_dtype(q, module) or q.dtype
     return naive(module, q.to(dtype), k.to(dtype), v.to(dtype), *args, **kwargs)
 

@@ -22,23 +22,12 @@ Check = Callable[..., MemorySetting]
 
 
 @pytest.fixture(scope="module")
-def folder_of_7b(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+def folder_of_7b(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, config_of_7b: Any
+) -> Path:
     """A folder with the sizes of Qwen2.5-7B-Instruct, a small tokenizer, and no weights."""
-    from transformers import Qwen2Config
-
     folder = tmp_path_factory.mktemp("shape") / "model"
-    Qwen2Config(
-        vocab_size=152064,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        max_position_embeddings=32768,
-        tie_word_embeddings=False,
-        eos_token_id=tokenizer.eos_token_id,
-        architectures=["Qwen2ForCausalLM"],
-    ).save_pretrained(folder)
+    config_of_7b.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

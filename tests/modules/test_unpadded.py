@@ -70,7 +70,7 @@ def unpadded(
 
 
 def half_only(module: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> Any:
-    """As transformers' flash attention: what rotary positions have promoted is cast back."""
+    """Casts back what rotary positions have promoted, like transformers' flash attention."""
     dtype = get_target_dtype(q, module) or q.dtype
     if dtype == torch.float32:
         raise RuntimeError("only supports fp16 and bf16")

@@ -77,7 +77,7 @@ class DemonstrationDataModule(ModelDataModule):
         predict: Questions for the predict command; as train, grades and demonstrations not needed.
         retain: Prompts whose answers training must not change, without demonstrations; as train.
             The student answers them, and is held to what it would have said before training.
-        retain_share: Their part of every batch; the batch keeps its size (docs/retain.md).
+        retain_share: Their part of every batch; the batch keeps its size.
         retain_max_new_tokens: Longest answer to one of them; long enough that most end, or the
             model learns not to end.
         obtain: How to get the files of the four; told where one is needed and not given.

@@ -11,6 +11,7 @@ from sdft_lightning.data.json_rows import MAX_MEGABYTES, Reading, RowList, Rows,
 from sdft_lightning.errors import UserError, printable
 
 EXAMPLE_PREFIX = "example:"
+PRESET_PREFIX = "preset:"
 _EXAMPLES = Path(__file__).parent / "examples"
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 _ROWS_A_BATCH = 1024
@@ -124,6 +125,34 @@ def example_path(source: str, option: str) -> Path:
         known = sorted(p.relative_to(_EXAMPLES).as_posix() for p in _EXAMPLES.rglob("*.jsonl"))
         raise UserError(f"{option}: this package ships no {source!r}. It ships {', '.join(known)}.")
     return path
+
+
+def presets_folder() -> Path:
+    """Folder of the configs that this package ships; in a checkout, those of the repository."""
+    packaged = Path(__file__).parents[1] / "configs"
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "configs"
+
+
+def preset_path(name: str, option: str) -> Path:
+    """The file of options, of a plan or of a benchmark's settings that this package ships.
+
+    Args:
+        name: `preset:<name>`, e.g. `preset:quickstart` or `preset:model/sft`.
+        option: Where it was named.
+
+    Raises:
+        UserError: If it ships no such file.
+    """
+    folder = presets_folder()
+    files = sorted(folder.rglob("*.yaml"))
+    known = {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
+    wanted = name.removeprefix(PRESET_PREFIX).removesuffix(".yaml")
+    if wanted not in known:
+        raise UserError(
+            f"{option}: this package ships no {printable(name)!r}. It ships "
+            f"{', '.join(known) or 'none'}; a file of yours is named by its path."
+        )
+    return known[wanted]
 
 
 def example_tasks() -> dict[str, Path]:

@@ -84,7 +84,7 @@ class DemonstrationDataModule(ModelDataModule):
         name: Name of the task in logs: val/task/<name>/accuracy.
         grader: How completions are graded: contains, exact, choice, token_f1, tool_call (strict),
             tool_call_released (as the paper's code), or by a judge: medical, knowledge,
-            knowledge_lenient; nothing is graded without one.
+            knowledge_lenient; or package.module.function, yours. Nothing is graded without one.
         judge: The model that the graders medical, knowledge and knowledge_lenient ask.
         held_out: Further graded sets by name, validated and tested beside the task.
         benchmarks: Tasks of lm-evaluation-harness, validated and tested beside them.

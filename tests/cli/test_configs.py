@@ -311,7 +311,12 @@ def test_paper_batch_is_32_prompts_and_its_other_settings_stand(
     model = config["model"]["init_args"]
     assert config["data"]["batch_size"] * config["trainer"]["accumulate_grad_batches"] == 32
     assert config["trainer"]["gradient_clip_val"] == 1
-    assert model["schedule"] == {"name": "cosine", "warmup_ratio": 0.1, "warmup_steps": None}
+    assert model["schedule"] == {
+        "name": "cosine",
+        "warmup_ratio": 0.1,
+        "warmup_steps": None,
+        "options": None,
+    }
     assert model["sampling"]["max_new_tokens"] == 1024
     assert (model["sampling"]["temperature"], model["sampling"]["top_p"]) == (1.0, 1.0)
     assert model["sampling"]["completions_per_prompt"] == 1

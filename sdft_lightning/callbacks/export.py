@@ -22,7 +22,7 @@ from sdft_lightning.models.embedded import MARKER_NAME
 from sdft_lightning.models.lora import is_adapted, merged_copy, save_adapter
 from sdft_lightning.models.randomness import base_config
 from sdft_lightning.models.sharding import is_sharded, whole_state_dict
-from sdft_lightning.models.tokenization import EMBEDDED, load_tokenizer, resolve_model
+from sdft_lightning.models.tokenization import EMBEDDED, load_config, load_tokenizer, resolve_model
 from sdft_lightning.types import task_data
 
 ExportFormat = Literal["merged", "adapter"]
@@ -179,6 +179,8 @@ _TOKENIZERS = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model"}
 # Neither weights nor code: what else belongs to a model, by suffix and by beginning.
 _SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+# What transformers and this package set in a config while they use it.
+_NOT_COMPARED = {"dtype", "torch_dtype", "transformers_version", "use_cache", "_name_or_path"}
 _OTHERS = {_CONFIG, MARKER_NAME, "trainer_state.json", "training_args.json"}
 
 
@@ -227,7 +229,7 @@ def _keep_base_files(module: Any, folder: Path, format: ExportFormat) -> list[st
         return changed
     if config is not None:
         changed += _keep_generation(module.student, config.parent, generation, folder)
-        changed += _keep_config(config, folder / _CONFIG)
+        changed += _keep_config(policy, config, folder / _CONFIG)
     return changed
 
 
@@ -257,11 +259,13 @@ def _keep_generation(model: Any, base: Path, file: Path | None, folder: Path) ->
     return []
 
 
-def _keep_config(base: Path, written: Path) -> list[str]:
+def _keep_config(policy: Any, base: Path, written: Path) -> list[str]:
     """Leave the base's config.json as it is, but for the dtype of the weights."""
     before, after = (json.loads(path.read_text(encoding="utf-8")) for path in (base, written))
-    if any(before.get(name) != after.get(name) for name in ("model_type", "architectures")):
-        return [f"{_CONFIG} (of the part of the base that was trained)"]
+    fresh = json.loads(load_config(policy.name, policy.revision).to_json_string())
+    compared = (fresh.keys() | after.keys()) - _NOT_COMPARED
+    if any(fresh.get(name) != after.get(name) for name in compared):
+        return [f"{_CONFIG} (as transformers writes it: another part of the base, or changed)"]
     key = "torch_dtype" if "torch_dtype" in before else "dtype"
     dtype = after.get("dtype", after.get("torch_dtype"))
     if before.get(key) == dtype:

@@ -204,6 +204,7 @@ class SDFTCLI(LightningCLI):
         if self._command not in (None, subcommand):  # reading the classes' options takes seconds
             return self.init_parser(**kwargs)
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        assert isinstance(parser, RunParser)
         parser.command = subcommand
         if "verbose" in self._subcommand_method_arguments[subcommand]:
             # `ResultTable` prints one table; Lightning would print one for each loader.

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from sdft_lightning.callbacks.export import base_files, model_card, origin_of
+from sdft_lightning.callbacks.export import base_files, export_model, model_card, origin_of
+from sdft_lightning.modules import SFTModule
 
 RunCli = Callable[..., None]
 
@@ -104,14 +105,37 @@ def test_fit_and_export_leave_the_bases_files_and_a_card_with_the_runs_figures(
 def test_card_of_a_script_without_records_says_that_nothing_was_measured(
     module_options: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> None:
-    from sdft_lightning.modules import SFTModule
-
     module = SFTModule(**module_options({}))
     card = model_card(module, "merged", origin_of(None), [])
     assert "Nothing was measured." in card
     assert "optimizer steps that nobody has counted" in card
     assert re.search(r"\| `optimizer\.lr` \| `2e-05` \|", card)
     assert "are those of the base, without exception." in card
+
+
+def test_what_a_script_has_changed_is_written_anew_and_named(
+    base: Path, module_options: Callable[[dict[str, Any]], dict[str, Any]], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    module = SFTModule(**module_options({"policy": {"name": str(base)}}))
+    module.configure_model()
+    module.tokenizer.add_tokens(["<new>"])
+    module.student.resize_token_embeddings(280)
+    module.student.generation_config.temperature = 0.1
+    export_model(module, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.vocab_size == 280
+    assert model.generation_config.temperature == 0.1
+    assert "<new>" in AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    for words in (
+        "the files of the tokenizer (as",
+        "generation_config.json (changed",
+        "config.json (as",
+    ):
+        assert words in card
+    assert (tmp_path / "out" / "LICENSE").read_bytes() == (base / "LICENSE").read_bytes()
 
 
 def test_base_files_are_neither_weights_nor_code_nor_of_other_programs(base: Path) -> None:

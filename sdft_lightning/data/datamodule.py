@@ -71,7 +71,7 @@ class DemonstrationDataModule(ModelDataModule):
             it. The command line sets it from model.policy.name.
         revision: Its branch, tag or commit on the Hub; the module's without it.
         train: Demonstrations: a .jsonl, .json or .parquet file, a save_to_disk folder,
-            `example:<name>/<file>`, or {repo, split} on the Hub.
+            `example:<name>/<file>`, hub:<owner>/<name>:<split>, or {repo, split} with more options.
         validation: Questions that are answered and graded during training; as train.
         test: Questions for the test command; as train.
         predict: Questions for the predict command; as train, grades and demonstrations not needed.

@@ -9,14 +9,14 @@ VERMIN := .venv/bin/vermin -q -t=3.11- --no-tips --violations --eval-annotations
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model test test-vllm soak models demo perf lint clean
+.PHONY: help setup model test test-min test-vllm soak models demo perf lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv with all that is needed (first time 2-5 minutes, then nothing)
 
-$(STAMP): pyproject.toml scripts/setup.sh
+$(STAMP): pyproject.toml setup.py scripts/setup.sh requirements/tested.txt
 	@bash scripts/setup.sh
 	@touch $(STAMP)
 
@@ -25,6 +25,9 @@ model: $(STAMP) ## fetch and convert the embedded model into the cache (first ti
 
 test: model ## run all tests on the CPU (15 to 35 minutes)
 	$(PYTHON_BIN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+test-min: ## run a few tests with the oldest packages allowed, in .venv-min (5 to 10 minutes)
+	bash scripts/test_min.sh
 
 test-vllm: model ## sample with vLLM in .venv-vllm: weight refresh, a server and its faults (10 to 20 minutes)
 	bash scripts/test_vllm.sh
@@ -52,8 +55,8 @@ lint: $(STAMP) ## check style, format, types and the oldest Python (about 1 minu
 	$(PYTHON_BIN) -m ruff check .
 	$(PYTHON_BIN) -m ruff format --check .
 	$(PYTHON_BIN) -m mypy
-	$(VERMIN) sdft_lightning tests scripts cli.py
+	$(VERMIN) sdft_lightning tests scripts cli.py setup.py
 
 clean: ## remove .venv, caches and builds; runs/ and the model cache stay (seconds)
-	rm -rf .venv .venv-vllm build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-vllm .venv-min build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Make .venv and install this package into it, editable, with its development tools.
-# `make setup` calls it. Choose the interpreter with PYTHON=/path/to/python.
+# `make setup` calls it. Choose the interpreter with PYTHON=/path/to/python. Installed are the tested
+# versions (requirements/tested.txt, by their hashes); SDFT_REQUIREMENTS=latest takes the newest that
+# pyproject.toml allows instead.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -53,6 +55,21 @@ install_torch() {
 }
 
 install_package() {
+  case ${SDFT_REQUIREMENTS:-tested} in
+    tested)
+      say "installing sdft-lightning[dev] with the versions of requirements/tested.txt"
+      install --no-deps --require-hashes --requirement requirements/tested.txt
+      install --no-deps --editable .
+      ;;
+    latest) install_latest ;;
+    *)
+      say "SDFT_REQUIREMENTS: got '$SDFT_REQUIREMENTS', allowed are tested (default) and latest" >&2
+      return 1
+      ;;
+  esac
+}
+
+install_latest() {
   local constraint
   constraint=$(mktemp)
   # With the installed torch as a constraint, pip cannot trade it for a CUDA build.
@@ -71,6 +88,7 @@ fi
 install --upgrade pip
 install_torch
 install_package
+echo "${SDFT_REQUIREMENTS:-tested}" >.venv/.requirements
 # What every command imports is compiled now, so that later starts find it whatever they may write.
 "$python" -c 'import sdft_lightning.cli'
 say "done in $SECONDS s; run .venv/bin/sdft --help, or make test"

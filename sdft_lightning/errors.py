@@ -110,6 +110,18 @@ class UserError(ValueError):
         super().__init__(harmless(str(text)))
 
 
+def extra_remedy(name: str) -> str:
+    """The sentence that tells how an extra of this package is installed.
+
+    Args:
+        name: The extra, e.g. lora. The sentence ends without a full stop.
+    """
+    return (
+        f"Install the extra {name}: pip install -e '.[{name}]' in a checkout, or the wheel with "
+        f"[{name}] behind its file name"
+    )
+
+
 def check_choice(option: str, value: object, allowed: Iterable[object], remedy: str = "") -> None:
     """Raise unless `value` is one of `allowed`.
 

@@ -17,12 +17,12 @@ PAGE = (ROOT / "docs" / "baselines.md").read_text(encoding="utf-8")
 
 
 def commands() -> list[list[str]]:
-    """The arguments of each `python cli.py`, with $D filled in."""
+    """The arguments of each `sdft`, with $D filled in."""
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)).replace("\\\n", " ")
     data = re.search(r'^D="(.*)"$', blocks, re.MULTILINE)
     assert data is not None
-    lines = [line for line in blocks.splitlines() if line.startswith("python cli.py ")]
-    return [shlex.split(line.replace("$D", data[1]))[2:] for line in lines]
+    lines = [line for line in blocks.splitlines() if line.startswith("sdft ")]
+    return [shlex.split(line.replace("$D", data[1]))[1:] for line in lines]
 
 
 def shortened(command: list[str], model_folder: Path) -> list[str]:

@@ -7,6 +7,7 @@ import io
 import logging
 import signal
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,97 @@ _TERMINATED = 128 + signal.SIGTERM
 _DATA_MODULES: dict[str, type[ModelDataModule]] = {
     each.__name__: each for each in (DemonstrationDataModule, BenchmarkDataModule)
 }
+
+
+# What a help page begins with: option, its value, what it says where the parser has no such option.
+# Their order is that in which a first command is written.
+_COMMON = (
+    ("--config", "FILE", ""),
+    ("--run.name", "NAME", ""),
+    ("--model", "CLASS", "The method: SDFTModule, SFTModule, DFTModule and others."),
+    ("--model.policy.name", "NAME", "The model: a folder, a name on the Hub, or embedded."),
+    ("--data.train", "FILE", ""),
+    ("--data.validation", "FILE", ""),
+    ("--data.test", "FILE", ""),
+    ("--data.predict", "FILE", ""),
+    ("--data.grader", "NAME", ""),
+    ("--data.batch_size", "N", ""),
+    ("--trainer.accumulate_grad_batches", "N", "Batches that make one optimizer step."),
+    ("--trainer.max_epochs", "N", "Passes over the data; one, unless epochs or steps are given."),
+    ("--model.optimizer.init_args.lr", "RATE", "The learning rate."),
+    ("--rows", "N", ""),
+    ("--ckpt_path", "PATH", "A checkpoint, or last for the newest of this run."),
+    ("--output_dir", "FOLDER", ""),
+    ("--format", "NAME", ""),
+)
+_OF_TRAINING = {
+    "--data.train",
+    "--data.batch_size",
+    "--trainer.accumulate_grad_batches",
+    "--trainer.max_epochs",
+    "--model.optimizer.init_args.lr",
+}
+_NOT_COMMON = {
+    "fit": {"--data.test", "--data.predict"},
+    "validate": {*_OF_TRAINING, "--data.test", "--data.predict"},
+    "test": {*_OF_TRAINING, "--data.validation", "--data.predict"},
+    "predict": {*_OF_TRAINING, "--data.validation", "--data.test", "--data.grader"},
+    "preflight": {"--data.test", "--data.predict", "--trainer.max_epochs"},
+    "export": {
+        *_OF_TRAINING,
+        "--data.validation",
+        "--data.test",
+        "--data.predict",
+        "--data.grader",
+    },
+}
+
+
+class RunParser(LightningArgumentParser):
+    """Lightning's parser, whose help begins with the options that most commands are made of."""
+
+    command: str | None = None
+
+    def format_help(self, *args: Any) -> str:
+        """The common options in a line each, then all of them with types and defaults."""
+        self.prog = self.prog.replace(" [options]", "")
+        for group in self._action_groups:
+            names = sorted((action.dest for action in group._group_actions), key=len)
+            begin = names[0] if names else ""
+            together = begin and all(f"{name}.".startswith(f"{begin}.") for name in names)
+            if together and group.title and not group.title.startswith("--"):
+                group.title = f"--{begin}: {group.title}"
+        text = super().format_help(*args)
+        if self.command is None:
+            return text
+        _usage, _, text = text.partition("\n\n")  # a page of all options
+        description, _, text = text.partition("\n\n")
+        usage = f"usage: {self.prog} [--config FILE]... [--OPTION=VALUE]..."
+        return f"{usage}\n\n{description}\n\n{self._common_options()}\n{text}"
+
+    def _common_options(self) -> str:
+        known = {word: action for action in self._actions for word in action.option_strings}
+        lines = ["common options:"]
+        for option, value, told in _COMMON:
+            of_model = option.startswith("--model.")  # of the class that --model names
+            if option in _NOT_COMMON[str(self.command)] or not (of_model or option in known):
+                continue
+            if not told:
+                told = " ".join(str(known[option].help).split()).partition(". ")[0]
+                told = f"{told.rstrip('.')}."
+            lines += textwrap.wrap(
+                told,
+                width=98,
+                initial_indent=f"  {f'{option} {value}':<37} ",
+                subsequent_indent=" " * 40,
+            )
+        lines += [
+            "",
+            "`--config` may be repeated, later files and options win; preset:<name> is a file that",
+            "this package ships. `--print_config` shows what a command comes to, and",
+            f"`{self.prog} --model.help=SDFTModule` the options of a method. All options follow.",
+        ]
+        return "\n".join(lines) + "\n"
 
 
 class SDFTCLI(LightningCLI):
@@ -112,6 +204,8 @@ class SDFTCLI(LightningCLI):
         if self._command not in (None, subcommand):  # reading the classes' options takes seconds
             return self.init_parser(**kwargs)
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        assert isinstance(parser, RunParser)
+        parser.command = subcommand
         if "verbose" in self._subcommand_method_arguments[subcommand]:
             # `ResultTable` prints one table; Lightning would print one for each loader.
             parser.set_defaults({"verbose": False})
@@ -275,10 +369,12 @@ def _run_cli(args: ArgsType, command: str | None) -> None:
         PolicyModule,
         data_module,
         subclass_mode_model=True,
+        parser_class=RunParser,
         trainer_class=RunTrainer,
         trainer_defaults={"callbacks": default_callbacks(checkpoints=False)},
         save_config_callback=SaveRunConfig,
         parser_kwargs={
+            "prog": "sdft",
             "description": INTRODUCTION,
             "exit_on_error": False,  # which prints a page of options before the error
             **{

@@ -6,11 +6,12 @@ import argparse
 import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdft_lightning.cli import main as run_command
+from sdft_lightning.data.sources import presets_folder
 from sdft_lightning.errors import print_anything
 from sdft_lightning.files.run_folder import unused_path
 
@@ -189,14 +190,18 @@ def run_demo(
     return result
 
 
-def main() -> None:
-    """Run the demo and print its table."""
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the demo and print its table.
+
+    Args:
+        args: Its options; those of the process without it.
+    """
     print_anything()
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="sdft demo", description=__doc__)
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--configs", type=Path, default=Path("configs"))
+    parser.add_argument("--configs", type=Path, default=presets_folder())
     parser.add_argument("--root", type=Path, default=Path("runs/demo"))
-    options = parser.parse_args()
+    options = parser.parse_args(args)
     root = unused_path(options.root)
     print(
         f"Teaching sixteen facts to a 135M model on this CPU, by SDFT and by SFT, into {root}. "

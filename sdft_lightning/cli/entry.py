@@ -10,6 +10,7 @@ import ast
 import errno
 import signal
 import sys
+import warnings
 from argparse import ArgumentError, ArgumentParser
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -18,12 +19,41 @@ from typing import TYPE_CHECKING, NoReturn
 
 import yaml
 
+from sdft_lightning import __version__
+from sdft_lightning.data.sources import PRESET_PREFIX, preset_path
 from sdft_lightning.errors import UserError, harmless, print_anything, printable, quieten_notices
 from sdft_lightning.files.texts import check_yaml
 from sdft_lightning.files.whole_files import no_room
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import ArgsType
+
+
+# The options that take files of options; a plan's only the first.
+_CONFIG = ("--config", "-c")
+
+
+def _preset_or_same(text: str) -> str:
+    return str(preset_path(text, "config")) if text.startswith(PRESET_PREFIX) else text
+
+
+def with_presets(words: Sequence[str]) -> list[str]:
+    """The command line with the paths of the files that `--config preset:<name>` stands for.
+
+    Args:
+        words: The command line.
+
+    Raises:
+        UserError: If this package ships no such file.
+    """
+    found = list(words)
+    for place, word in enumerate(words):
+        name, equals, given = word.partition("=")
+        if name in _CONFIG and equals:
+            found[place] = f"{name}={_preset_or_same(given)}"
+        elif place and words[place - 1] in _CONFIG:
+            found[place] = _preset_or_same(word)
+    return found
 
 
 _KEYS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
@@ -65,7 +95,7 @@ def check_config_files(words: Sequence[str]) -> None:
 def _config_files(words: Sequence[str]) -> Iterator[Path]:
     for place, word in enumerate(words):
         name, equals, given = word.partition("=")
-        if name not in ("--config", "-c"):
+        if name not in _CONFIG:
             continue
         text = given if equals else next(iter(words[place + 1 : place + 2]), "")
         if len(text) < 4096 and "\n" not in text and Path(text).is_file():
@@ -152,7 +182,7 @@ def trainer_names() -> set[str]:
 INTRODUCTION = "Self-distillation fine-tuning: a new skill, old ones kept."
 # Commands that build a model, a data module and a trainer.
 DESCRIPTIONS = {
-    "fit": "Train: see configs/ for whole runs, e.g. --config configs/quickstart.yaml.",
+    "fit": "Train, e.g. --config preset:quickstart, a whole run that this package ships.",
     "validate": "Accuracy of student and teacher on the validation split, and on held-out sets.",
     "test": "Accuracy of student and teacher on the test split, and on held-out sets.",
     "predict": "Answer the questions of data.predict greedily, into predictions.jsonl.",
@@ -163,6 +193,7 @@ DESCRIPTIONS = {
 _OTHERS = {
     "continual": "Methods x stages x seeds from one YAML; started again, it goes on where it was.",
     "report": "Tables, plots, paired tests and one HTML page from results of `continual`.",
+    "demo": "Teach a small model that is shipped, by SDFT and by SFT, and compare what was kept.",
 }
 # Options that may stand before a command: LightningCLI reads them.
 _BEFORE = ("-c", "--config", "--print_config")
@@ -208,8 +239,15 @@ def _dispatch(words: list[str], args: ArgsType) -> None:
     if command in ("-h", "--help"):
         print(_help(), end="")
         raise SystemExit(0)
+    if command == "--version":
+        print(f"sdft {__version__}")
+        raise SystemExit(0)
+    named, words = words, with_presets(words)
+    if words != named:
+        args = words
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     check_config_files(words)
-    # Two commands without a model and a trainer, which LightningCLI would build.
+    # Three commands without a model and a trainer, which LightningCLI would build.
     if command == "continual":
         from sdft_lightning.continual import run_continual
 
@@ -218,6 +256,10 @@ def _dispatch(words: list[str], args: ArgsType) -> None:
         from sdft_lightning.continual.report import report_command
 
         report_command(words[1:])
+    elif command == "demo":
+        from sdft_lightning.cli.demo import main as run_demo
+
+        run_demo(words[1:])
     elif command in DESCRIPTIONS:
         check_trainer_names(words)
         _run_command(args, command)
@@ -258,13 +300,15 @@ def _help() -> str:
     parser.add_argument(
         "-c",
         "--config",
-        help="file of options, in YAML, that names the command and holds its options",
+        help="file of options, in YAML, that names the command and holds its options; "
+        "preset:<name> is one that this package ships",
     )
     parser.add_argument(
         "--print_config",
         nargs="?",
         help="print the options of that file with all defaults, and end",
     )
+    parser.add_argument("--version", action="store_true", help="print the version, and end")
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", description="`sdft COMMAND --help` lists its options."
     )

@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.cli import SaveConfigCallback
 
-from sdft_lightning.callbacks.export import ExportFormat, check_format, export_model
+from sdft_lightning.callbacks.export import ExportFormat, Origin, check_format, export_model
 from sdft_lightning.data import DemonstrationDataModule, ModelDataModule
 from sdft_lightning.errors import UserError
 from sdft_lightning.files.checkpoint_io import load_whole_checkpoint
@@ -18,6 +18,7 @@ from sdft_lightning.files.run_folder import LOCK, begun_elsewhere, is_requeued, 
 from sdft_lightning.files.texts import json_text
 from sdft_lightning.models.tokenization import load_max_length
 from sdft_lightning.modules import PolicyModule
+from sdft_lightning.modules.checkpoints import IDENTITY_KEY
 from sdft_lightning.preflight import Limits, Report, judge, run_preflight
 
 _EVENTS = "events.out.tfevents"
@@ -157,7 +158,10 @@ class RunTrainer(L.Trainer):
         model.configure_model()
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
-        export_model(model, folder, format)
+        ours = path.parent.name == "checkpoints"  # of a run's folder, whose records are read
+        run = path.resolve().parents[1] if ours else None
+        rows = checkpoint[IDENTITY_KEY].get("training_rows")
+        export_model(model, folder, format, origin=Origin(run, checkpoint.get("global_step"), rows))
         print(f"Exported {path} to {folder}")
         return folder
 

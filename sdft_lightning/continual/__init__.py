@@ -31,14 +31,17 @@ def plan_parser() -> ArgumentParser:
     """The command's own options; those of the plan follow in the help."""
     about = (ContinualPlan.__doc__ or "").partition("Args:")[2]
     parser = ArgumentParser(
-        prog="continual",
+        prog="sdft continual",
         description=DESCRIPTION,
         epilog=f"options of the plan, in YAML or as --name=value:{about}",
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", action="append", required=True, help="the plan; may be repeated, later wins"
+        "--config",
+        action="append",
+        required=True,
+        help="the plan, a file or preset:<name>; may be repeated, later wins",
     )
     parser.add_argument(
         "--dry_run", action="store_true", help="print the plan and its state, and write nothing"

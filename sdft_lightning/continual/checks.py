@@ -11,7 +11,7 @@ from typing import Any
 
 from sdft_lightning.continual.plan import ContinualPlan, chains_of, plan_folder
 from sdft_lightning.continual.plan_file import evaluation_options, fit_options, stage_data
-from sdft_lightning.data.sources import EXAMPLE_PREFIX, example_path
+from sdft_lightning.data.sources import EXAMPLE_PREFIX, HUB_PREFIX, example_path
 from sdft_lightning.errors import UserError, shown
 from sdft_lightning.files.whole_files import check_can_make, held_lock, write_whole
 
@@ -133,7 +133,7 @@ def local_path(source: Any, option: str) -> Path | None:
     Raises:
         UserError: If it should lie here and does not.
     """
-    if isinstance(source, Mapping):
+    if isinstance(source, Mapping) or str(source).startswith(HUB_PREFIX):
         return None
     if not isinstance(source, str):
         raise UserError(f"{option}: got {shown(source)}; name a file, a folder or {{repo, split}}.")

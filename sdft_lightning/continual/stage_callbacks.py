@@ -11,7 +11,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from sdft_lightning.callbacks import CollapseGuard, TokenBudget
-from sdft_lightning.callbacks.export import export_model
+from sdft_lightning.callbacks.export import export_model, origin_of
 from sdft_lightning.errors import UserError
 from sdft_lightning.files.checkpoint_io import load_checkpoint
 from sdft_lightning.files.run_folder import run_folder, unused_path
@@ -103,7 +103,7 @@ class StageEnd(L.Callback):
             return
         # One that was interrupted while it was written may lie there.
         exported = unused_path(folder / "exported" / f"step-{selected}")
-        export_model(module, exported, weights=weights)
+        export_model(module, exported, weights=weights, origin=origin_of(trainer, selected))
         (tokens,) = (each.trained for each in trainer.callbacks if isinstance(each, TokenBudget))
         found = {
             "updates": step,

@@ -71,20 +71,20 @@ class DemonstrationDataModule(ModelDataModule):
             it. The command line sets it from model.policy.name.
         revision: Its branch, tag or commit on the Hub; the module's without it.
         train: Demonstrations: a .jsonl, .json or .parquet file, a save_to_disk folder,
-            `example:<name>/<file>`, or {repo, split} on the Hub.
+            `example:<name>/<file>`, hub:<owner>/<name>:<split>, or {repo, split} with more options.
         validation: Questions that are answered and graded during training; as train.
         test: Questions for the test command; as train.
         predict: Questions for the predict command; as train, grades and demonstrations not needed.
         retain: Prompts whose answers training must not change, without demonstrations; as train.
             The student answers them, and is held to what it would have said before training.
-        retain_share: Their part of every batch; the batch keeps its size (docs/retain.md).
+        retain_share: Their part of every batch; the batch keeps its size.
         retain_max_new_tokens: Longest answer to one of them; long enough that most end, or the
             model learns not to end.
         obtain: How to get the files of the four; told where one is needed and not given.
         name: Name of the task in logs: val/task/<name>/accuracy.
         grader: How completions are graded: contains, exact, choice, token_f1, tool_call (strict),
             tool_call_released (as the paper's code), or by a judge: medical, knowledge,
-            knowledge_lenient; nothing is graded without one.
+            knowledge_lenient; or package.module.function, yours. Nothing is graded without one.
         judge: The model that the graders medical, knowledge and knowledge_lenient ask.
         held_out: Further graded sets by name, validated and tested beside the task.
         benchmarks: Tasks of lm-evaluation-harness, validated and tested beside them.

@@ -245,7 +245,7 @@ def _parse_messages(value: Any, origin: str, column: str) -> list[Message]:
             raise UserError(
                 f"{origin}: a message in column {column!r} has {unread[0]}, which would be lost: "
                 "only content is read. Write the call into the content as the model shall write "
-                "it (docs/graders.md shows a form), and take the key out."
+                "it, and take the key out."
             )
         messages.append({"role": role, "content": content})
     return messages

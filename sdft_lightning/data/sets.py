@@ -21,6 +21,7 @@ from sdft_lightning.graders import (
     gold_self_test,
     gold_text,
     grader_names,
+    is_dotted,
     judged_answers,
 )
 from sdft_lightning.models.chat_template import Markers, without_thoughts
@@ -108,7 +109,11 @@ class TaskSets(NamedTuple):
         for option, grader in graders.items():
             if grader is None:
                 continue
-            check_choice(option, grader, grader_names())
+            if is_dotted(grader):
+                get_grader(grader)  # is imported, or refused
+            else:
+                remedy = "Choose one, or give package.module.function, a function of yours."
+                check_choice(option, grader, grader_names(), remedy)
             if grader in JUDGED and not judge.model:
                 get_grader(grader)  # says what is missing
         odd = next((name for name in self.held_out if not name or not name.isprintable()), None)

@@ -11,6 +11,8 @@ from sdft_lightning.data.json_rows import MAX_MEGABYTES, Reading, RowList, Rows,
 from sdft_lightning.errors import UserError, printable
 
 EXAMPLE_PREFIX = "example:"
+PRESET_PREFIX = "preset:"
+HUB_PREFIX = "hub:"
 _EXAMPLES = Path(__file__).parent / "examples"
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 _ROWS_A_BATCH = 1024
@@ -58,7 +60,7 @@ def read_rows(
     Args:
         source: A .jsonl, .json or .parquet file, a folder written by `save_to_disk` (its split
             behind a colon if it has several), `example:<name>/<file>` for a data set that this
-            package ships, or a `HubSource`.
+            package ships, `hub:<owner>/<name>:<split>`, or a `HubSource`.
         option: Name of the option, for messages.
         wanted: The columns to read; all without it. Others are not decoded, whatever they hold.
         max_megabytes: Most memory for the rows.
@@ -70,10 +72,24 @@ def read_rows(
         UserError: If there is no such source, or it is malformed, empty or too large.
     """
     reading = Reading(option, wanted, max_megabytes)
+    source = _of_hub(source, option)
     found = _read(source, reading) if isinstance(source, str) else _read_hub(source, reading)
     if not found.rows:
         raise UserError(f"{option}: {found.name} has no rows. Give a file with at least one.")
     return found
+
+
+def _of_hub(source: Source, option: str) -> Source:
+    """`hub:owner/name:split` as the `HubSource` that it is short for; others as they are."""
+    if not isinstance(source, str) or not source.startswith(HUB_PREFIX):
+        return source
+    repo, colon, split = source.removeprefix(HUB_PREFIX).partition(":")
+    if not colon or not split or not all(repo.split("/")) or repo.count("/") > 1:
+        raise UserError(
+            f"{option}: got {printable(source)}; a data set on the Hub is hub:owner/name:split, "
+            "e.g. hub:openai/gsm8k:train, or {repo, split, config, revision, where, percent}."
+        )
+    return {"repo": repo, "split": split}
 
 
 def _read(source: str, reading: Reading) -> Rows:
@@ -105,7 +121,8 @@ def _resolve(source: str, option: str) -> tuple[Path, str | None]:
             return Path(folder).expanduser(), split
     raise UserError(
         f"{option}: there is no file or folder {printable(source)} (looked in {Path.cwd()}). "
-        "Correct the path; a data set on the Hub is given as {repo: owner/name, split: train}."
+        "Correct the path; a data set on the Hub is given as hub:owner/name:train, or as "
+        "{repo: owner/name, split: train}."
     )
 
 
@@ -124,6 +141,34 @@ def example_path(source: str, option: str) -> Path:
         known = sorted(p.relative_to(_EXAMPLES).as_posix() for p in _EXAMPLES.rglob("*.jsonl"))
         raise UserError(f"{option}: this package ships no {source!r}. It ships {', '.join(known)}.")
     return path
+
+
+def presets_folder() -> Path:
+    """Folder of the configs that this package ships; in a checkout, those of the repository."""
+    packaged = Path(__file__).parents[1] / "configs"
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "configs"
+
+
+def preset_path(name: str, option: str) -> Path:
+    """The file of options, of a plan or of a benchmark's settings that this package ships.
+
+    Args:
+        name: `preset:<name>`, e.g. `preset:quickstart` or `preset:model/sft`.
+        option: Where it was named.
+
+    Raises:
+        UserError: If it ships no such file.
+    """
+    folder = presets_folder()
+    files = sorted(folder.rglob("*.yaml"))
+    known = {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
+    wanted = name.removeprefix(PRESET_PREFIX).removesuffix(".yaml")
+    if wanted not in known:
+        raise UserError(
+            f"{option}: this package ships no {printable(name)!r}. It ships "
+            f"{', '.join(known) or 'none'}; a file of yours is named by its path."
+        )
+    return known[wanted]
 
 
 def example_tasks() -> dict[str, Path]:

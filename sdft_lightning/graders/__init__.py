@@ -19,6 +19,7 @@ from sdft_lightning.graders.registry import (
     gold_text,
     grade_rows,
     grader_names,
+    is_dotted,
     judged_answers,
 )
 from sdft_lightning.graders.rubrics import JUDGED
@@ -39,6 +40,7 @@ __all__ = [
     "gold_text",
     "grade_rows",
     "grader_names",
+    "is_dotted",
     "judged_answers",
     "mcnemar",
     "paired_test",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sdft_lightning.errors import UserError, key_from, mask, printable, shown
+from sdft_lightning.errors import UserError, extra_remedy, key_from, mask, printable, shown
 from sdft_lightning.files.endpoints import LONGEST_TIMEOUT, check_address, check_variable_name
 from sdft_lightning.graders.rubrics import (
     JUDGED,
@@ -344,8 +344,7 @@ def _client(settings: JudgeSettings) -> openai.OpenAI:
         import openai
     except ImportError as error:
         raise UserError(
-            "data.judge: asking a judge needs the package openai. Install it with "
-            "`pip install 'sdft-lightning[judge]'`."
+            f"data.judge: asking a judge needs the package openai. {extra_remedy('judge')}."
         ) from error
     from sdft_lightning.graders.transport import BoundedTransport
 

@@ -1,9 +1,10 @@
 """The graders by name, the check of a row's reference, and of gold answers, before training."""
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any, NamedTuple
 
-from sdft_lightning.errors import UserError
+from sdft_lightning.errors import UserError, printable
 from sdft_lightning.graders.choice import choice, reference_letter
 from sdft_lightning.graders.judge import Answer, Judge
 from sdft_lightning.graders.rubrics import JUDGED, judge_reference, token_f1
@@ -47,8 +48,12 @@ def grader_names() -> list[str]:
 def get_grader(name: str) -> Grader:
     """Return the grader called `name`, of those that need no judge.
 
+    Args:
+        name: one of `grader_names()`, or the dotted path of a function of the user's own,
+            `package.module.function`, which is imported.
+
     Raises:
-        UserError: no grader has that name.
+        UserError: no grader has that name, or the path leads to no function.
     """
     if name in JUDGED:
         raise UserError(
@@ -56,13 +61,39 @@ def get_grader(name: str) -> Grader:
             f"base_url unless it is OpenAI's), or use {JUDGED[name].offline!r}, which needs no "
             "endpoint."
         )
-    if name not in GRADERS:
+    if name in GRADERS:
+        return GRADERS[name]
+    if is_dotted(name):
+        return _imported(name)
+    raise UserError(
+        f"grader must be one of {', '.join(grader_names())}; got {name!r}. "
+        "Correct the option `grader`, give the dotted path of a function of your own "
+        "(package.module.function), or add it to sdft_lightning.graders.GRADERS under that name."
+    )
+
+
+def is_dotted(name: object) -> bool:
+    """Whether a grader's name is the path of a function, as Python writes it."""
+    parts = name.split(".") if isinstance(name, str) else []
+    return len(parts) > 1 and all(part.isidentifier() for part in parts)
+
+
+def _imported(name: str) -> Grader:
+    module, _, function = name.rpartition(".")
+    try:
+        found = getattr(import_module(module), function)
+    except (ImportError, AttributeError) as error:
         raise UserError(
-            f"grader must be one of {', '.join(grader_names())}; got {name!r}. "
-            "Correct the option `grader`, or add your own function to "
-            "sdft_lightning.graders.GRADERS under that name."
+            f"grader: {name} cannot be imported: {printable(str(error))}. Give package.module."
+            "function of a module that this Python finds (PYTHONPATH=. finds those in this folder)."
+        ) from error
+    if not callable(found):
+        raise UserError(
+            f"grader: {name} is a {type(found).__name__}, and no function. It is called with "
+            "(completion text, reference) and returns a score in [0, 1]."
         )
-    return GRADERS[name]
+    grader: Grader = found
+    return grader
 
 
 def grade_rows(

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdft_lightning.errors import extra_remedy
+
 try:
     from torchao.optim import AdamW8bit
     from torchao.optim.subclass_8bit import OptimState8bit
 except ImportError as error:
     raise ImportError(
-        "model.optimizer: LowMemoryAdamW needs torchao. Install the extra: pip install "
-        "'sdft-lightning[low-memory]'."
+        f"model.optimizer: LowMemoryAdamW needs torchao. {extra_remedy('low-memory')}."
     ) from error
 
 

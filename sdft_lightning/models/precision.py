@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from sdft_lightning.errors import UserError, check_choice
+from sdft_lightning.errors import UserError, check_choice, extra_remedy
 
 # Of transformers' implementations of attention these take float32; of others it is tried.
 _TAKE_FLOAT32 = (None, "eager", "sdpa", "flex_attention")
@@ -103,9 +103,8 @@ def quantization_options(quantization: Quantization | None) -> dict[str, Any]:
     check_choice("model.policy.quantization", quantization, get_args(Quantization))
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
-            f"model.policy.quantization: {quantization} needs the package bitsandbytes. Install "
-            "the extra: pip install 'sdft-lightning[qlora]'; or train plain adapters, without "
-            "quantization."
+            f"model.policy.quantization: {quantization} needs the package bitsandbytes. "
+            f"{extra_remedy('qlora')}; or train plain adapters, without quantization."
         )
     if not torch.cuda.is_available():
         raise UserError(

@@ -168,6 +168,7 @@ class PolicyModule(L.LightningModule):
             UserError: If the optimizer refuses its options, or takes no gradients of ours.
         """
         check_optimizer(self.optimizer_factory)
+        self.schedule.check_options(self.trial_optimizer())
 
     def trial_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer over a parameter of no meaning."""

@@ -11,6 +11,7 @@ from sdft_lightning.files.checkpoint_io import check_finite_checkpoint
 from sdft_lightning.forward.policy import Policy
 from sdft_lightning.models.lora import adapter_identity
 from sdft_lightning.models.tokenization import config_value, load_config, load_tokenizer
+from sdft_lightning.types import task_data
 
 if TYPE_CHECKING:
     from sdft_lightning.modules.base import PolicyModule
@@ -63,7 +64,15 @@ class Checkpoints:
             **self._identity(),
             "teacher": self._teacher,
             "optimizer": type(module.trial_optimizer()).__name__,
+            "training_rows": self._training_rows(),
         }
+
+    def _training_rows(self) -> int | None:
+        """Rows of the fit under way; None outside of one."""
+        trainer: Any = self._module._trainer
+        data = task_data(trainer)
+        fits = trainer is not None and trainer.state.fn == "fit"
+        return len(data.training_rows()) if data is not None and fits else None
 
     def check(self, checkpoint: dict[str, Any], trains: bool) -> None:
         """Refuse, before a model is loaded, a checkpoint that cannot be used here.

@@ -28,7 +28,7 @@ _LEAST_START = 0.02
 _CAUSES = (
     "Likely causes: the engine samples with old weights, or another run refreshes the same server; "
     "it serves another model or another dtype than the student's; its own sampling defaults are at "
-    "work. See docs/vllm.md"
+    "work. The documentation's page on vLLM tells more"
 )
 
 

@@ -365,7 +365,7 @@ def _changes(setting: MemorySetting) -> Iterable[tuple[str, MemorySetting]]:
     sizes, alone = setting.sizes, setting.shards == 1
     if not sizes.adapters and alone and setting.optimizer != "LowMemoryAdamW":
         yield (
-            "--config configs/model/low_memory.yaml behind the other files",
+            "--config preset:model/low_memory behind the other files",
             replace(
                 setting,
                 weight_bytes=2,
@@ -391,7 +391,7 @@ def _changes(setting: MemorySetting) -> Iterable[tuple[str, MemorySetting]]:
         yield "--model.engine=TransformersEngine", own
     if setting.buckets:
         views = replace(setting, buckets=False, buckets_are_gradients=True)
-        yield "gradient_as_bucket_view of DDPStrategy, as in configs/trainer/ddp.yaml", views
+        yield "gradient_as_bucket_view of DDPStrategy, as in preset:trainer/ddp", views
     if not setting.checkpointing and not setting.is_fused:
         again = replace(setting, checkpointing=True)
         yield "--model.policy.gradient_checkpointing=true", again

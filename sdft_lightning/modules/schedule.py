@@ -17,7 +17,20 @@ from sdft_lightning.types import task_data
 
 log = logging.getLogger(__name__)
 
-ScheduleName = Literal["cosine", "linear", "constant"]
+# Those of transformers that need no measure of a validation; constant is its constant_with_warmup.
+ScheduleName = Literal[
+    "cosine",
+    "linear",
+    "constant",
+    "constant_with_warmup",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "polynomial",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+]
+_WITHOUT_END = ("constant", "constant_with_warmup", "inverse_sqrt")
 
 # The paper's shortest runs have some hundred optimizer steps.
 _FEW_STEPS = 10
@@ -28,14 +41,18 @@ class Schedule:
     """How the learning rate moves over the run; the defaults are the paper's.
 
     Args:
-        name: cosine or linear to 0 at the last step, or constant; each after the warm-up.
+        name: One of transformers' schedules, e.g. cosine or linear to 0 at the last step, or
+            constant; each after the warm-up.
         warmup_ratio: Part of the run in which the rate rises from 0.
         warmup_steps: The same in optimizer steps; instead of the ratio.
+        options: What the schedule takes besides, e.g. {min_lr_rate: 0.1} of cosine_with_min_lr,
+            {num_decay_steps: 20} of warmup_stable_decay.
     """
 
     name: ScheduleName = "cosine"
     warmup_ratio: float | None = None
     warmup_steps: int | None = None
+    options: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Refuse unknown names, both ways of warm-up at once, and values out of range."""
@@ -53,6 +70,10 @@ class Schedule:
             raise UserError(
                 f"schedule.warmup_steps: got {self.warmup_steps}, allowed are 0 and more."
             )
+        if self.options and self.name in ("constant", "constant_with_warmup"):
+            raise UserError(
+                f"schedule.options: got {self.options}, and {self.name} takes none. Leave them out."
+            )
 
     def warmup(self, total_steps: int) -> int:
         """Optimizer steps of warm-up in a run of `total_steps`."""
@@ -63,7 +84,7 @@ class Schedule:
     @property
     def needs_an_end(self) -> bool:
         """Whether the rate at a step depends on how many steps there will be."""
-        return self.name != "constant" or bool(self.warmup_ratio)
+        return self.name not in _WITHOUT_END or bool(self.warmup_ratio)
 
     def check_end(self, has_end: bool) -> None:
         """Refuse a rate that is planned over a run whose length nobody knows.
@@ -81,6 +102,17 @@ class Schedule:
                 "trainer.max_steps, or --model.schedule.name=constant with warmup_steps if you "
                 "like; trainer.max_time and a stop by a callback leave the length open."
             )
+
+    def check_options(self, optimizer: Optimizer) -> None:
+        """Refuse options that the schedule does not have, or lacks, before a model is loaded.
+
+        Args:
+            optimizer: One of no meaning, which is not used afterwards.
+
+        Raises:
+            UserError: If transformers refuses them.
+        """
+        self.build(optimizer, 10_000 + (self.warmup_steps or 0))
 
     def build(self, optimizer: Optimizer, total_steps: int | None) -> Any:
         """The scheduler, stepped once an optimizer step (transformers' `get_scheduler`).
@@ -101,12 +133,19 @@ class Schedule:
                 f"model.schedule.warmup_steps: got {warmup}, and the run has {total_steps} steps: "
                 "the learning rate never comes to the optimizer's lr. Lower it."
             )
-        return get_scheduler(
-            "constant_with_warmup" if self.name == "constant" else self.name,
-            optimizer,
-            num_warmup_steps=warmup,
-            num_training_steps=total_steps,
-        )
+        try:
+            return get_scheduler(
+                "constant_with_warmup" if self.name == "constant" else self.name,
+                optimizer,
+                num_warmup_steps=warmup,
+                num_training_steps=total_steps,
+                scheduler_specific_kwargs=self.options,
+            )
+        except (TypeError, ValueError) as error:  # of options that it does not have, or lacks
+            raise UserError(
+                f"model.schedule.options: got {self.options}, and {self.name} refuses: {error}. "
+                "transformers' documentation of its schedules says what each takes."
+            ) from error
 
 
 def total_steps(trainer: L.Trainer) -> int | None:

@@ -55,7 +55,7 @@ class SDFTModule(PolicyModule):
         num_loss_tokens_to_skip: Tokens at the start of each answer that the loss leaves out.
         generate_from_teacher: Sample the completions from the teacher instead; not on-policy.
         engine: Who samples in training: TransformersEngine (default), VLLMEngine or
-            VLLMServerEngine (docs/vllm.md); evaluation is always done by transformers.
+            VLLMServerEngine; evaluation is always done by transformers.
         mismatch: What is done about an engine whose probabilities are not quite the student's.
         kwargs: `PolicyModule`'s.
 

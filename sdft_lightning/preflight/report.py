@@ -136,7 +136,7 @@ class Report(NamedTuple):
         if self.drifts and self.retaining_options:
             options = " ".join(self.retaining_options)
             lines.append(
-                f"Recommended, against forgetting: {options} (docs/retain.md). Even with another "
+                f"Recommended, against forgetting: {options}. Even with another "
                 f"row's demonstration the teacher is {self.kl_of_manner:.2f} nats a token from the "
                 f"student, above {DRIFT}: the student will take over its manner also where nobody "
                 "trains it."

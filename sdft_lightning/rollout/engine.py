@@ -119,7 +119,7 @@ def check_one_truncation(sampling: Sampling, engine: str) -> None:
 
 _REMEDY = (
     "Nothing of it was trained on. Use vLLM, version 0.32 or newer, with the model that is trained "
-    "(docs/vllm.md), and look into its log."
+    "(see the documentation's page on vLLM), and look into its log."
 )
 # Log-probabilities of sampled tokens: rounding may lift one above 0, and vLLM writes -9999 for the
 # logarithm of 0, which no sampled token has.

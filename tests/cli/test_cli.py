@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,27 @@ def test_print_config_round_trips_through_config(
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "export"])
+RUN = ["--config", "--run.name", "--model", "--model.policy.name"]
+COMMON = {
+    "fit": [
+        *RUN,
+        "--data.train",
+        "--data.validation",
+        "--data.grader",
+        "--data.batch_size",
+        "--trainer.accumulate_grad_batches",
+        "--trainer.max_epochs",
+        "--model.optimizer.init_args.lr",
+        "--ckpt_path",
+    ],
+    "validate": [*RUN, "--data.validation", "--data.grader", "--ckpt_path"],
+    "test": [*RUN, "--data.test", "--data.grader", "--ckpt_path"],
+    "predict": [*RUN, "--data.predict", "--ckpt_path"],
+    "export": [*RUN, "--ckpt_path", "--output_dir", "--format"],
+}
+
+
+@pytest.mark.parametrize("command", COMMON)
 def test_help_exits_with_0_and_explains_the_options(
     command: str, run_cli: RunCli, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,6 +135,13 @@ def test_help_exits_with_0_and_explains_the_options(
     flat = " ".join(text.split())
     for word in words:
         assert word in flat
+    assert text.startswith(f"usage: sdft {command} [--config FILE]... [--OPTION=VALUE]...\n\n")
+    head = text.partition("common options:\n")[2].partition("\n\n")[0]
+    assert text.index("common options:") < 300
+    named = re.findall(r"^  (--[\w.]+) [A-Z]+ +\S", head, re.MULTILINE)
+    assert named == COMMON[command]
+    assert len(head.splitlines()) < 25
+    assert "--trainer: Lightning's Trainer" in text
 
 
 def test_help_of_a_method_explains_its_options(

@@ -13,7 +13,7 @@ import lightning as L
 import pytest
 
 import sdft_lightning
-from sdft_lightning.cli.entry import check_trainer_names, trainer_names
+from sdft_lightning.cli.entry import check_trainer_names, trainer_names, with_presets
 from sdft_lightning.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -78,8 +78,47 @@ def test_help_lists_all_commands(tmp_path: Path) -> None:
     code, printed = ran_light(["--help"], tmp_path)
     assert code == 0
     commands = printed.partition("commands:")[2]
-    for name in "fit validate test predict preflight export continual report".split():
+    for name in "fit validate test predict preflight export continual report demo".split():
         assert f"\n    {name} " in commands
+
+
+PROGRAMS = {
+    "all": (["--help"], "usage: sdft [-h]"),
+    "version": (["--version"], f"sdft {sdft_lightning.__version__}\n"),
+    "continual": (["continual", "--help"], "usage: sdft continual [-h]"),
+    "report": (["report", "--help"], "usage: sdft report [-h]"),
+    "demo": (["demo", "--help"], "usage: sdft demo [-h]"),
+}
+
+
+@pytest.mark.parametrize("case", PROGRAMS)
+def test_help_and_version_name_the_program_and_import_nothing_slow(
+    case: str, tmp_path: Path
+) -> None:
+    words, begin = PROGRAMS[case]
+    code, printed = ran_light(words, tmp_path)
+    assert code == 0
+    assert printed.startswith(begin)
+
+
+def test_presets_are_found_wherever_a_config_may_stand_and_other_words_stay() -> None:
+    quickstart, sft = (
+        str(ROOT / "configs" / f"{name}.yaml") for name in ("quickstart", "model/sft")
+    )
+    words = ["fit", "--config", "preset:quickstart", "-c=preset:model/sft.yaml"]
+    assert with_presets(words) == ["fit", "--config", quickstart, f"-c={sft}"]
+    same = [
+        "fit",
+        "--config",
+        "a//b.yaml",
+        "--config={a: //b}",
+        "--run.name=preset:quickstart",
+        "-c",
+    ]
+    assert with_presets(same) == same
+    for name in ("preset:none", "preset:../cli", "preset:", "preset:/etc/passwd"):
+        with pytest.raises(UserError, match=r"ships no .* It ships .*quickstart"):
+            with_presets(["fit", f"--config={name}"])
 
 
 WRONG = {
@@ -88,6 +127,7 @@ WRONG = {
     "option_before_the_command": (["--trainer.foo=1"], "unrecognized arguments: --trainer.foo=1"),
     "option_of_no_trainer": (["fit", "--trainer.foo=1"], "unrecognized arguments: --trainer.foo=1"),
     "broken_yaml": (["fit", "--config=broken.yaml"], "broken.yaml, line 2 is no YAML"),
+    "no_preset": (["continual", "--config=preset:nix"], "this package ships no 'preset:nix'"),
     "name_twice": (["fit", "--config", "twice.yaml"], "twice.yaml, line 2: seed stands twice"),
     "plan_that_is_not_there": (["continual", "--config=nix.yaml"], "there is no file nix.yaml"),
     "option_of_no_plan": (["continual", "--config=plan.yaml", "--foo=1"], "foo"),

@@ -188,3 +188,11 @@ def test_hub_rows_are_read_with_split_config_and_revision(monkeypatch: pytest.Mo
     assert asked == [(("owner/name", "small"), {"split": "dev", "revision": "abc"})]
     assert found.rows == ROWS
     assert found.name == "owner/name, split dev"
+    assert read_rows("hub:owner/name:train[:10%]", "data.train").rows == ROWS
+    assert asked[1] == (("owner/name", None), {"split": "train[:10%]", "revision": None})
+
+
+@pytest.mark.parametrize("source", ["hub:owner/name", "hub:o/name:", "hub:a/b/c:train", "hub::x"])
+def test_a_hub_name_without_a_split_or_owner_is_refused(source: str) -> None:
+    with pytest.raises(UserError, match=r"data\.train: got hub:.* is hub:owner/name:split, e\.g\."):
+        read_rows(source, "data.train")

@@ -151,13 +151,13 @@ def test_export_appears_whole(
 
     module = fit_module()
     seen: list[list[str]] = []
-    save = module.tokenizer.save_pretrained
+    save = module.student.save_pretrained
 
-    def watched(folder: Path) -> None:
+    def watched(folder: Path, **options: Any) -> None:
         seen.append(names(tmp_path / "exported"))
-        save(folder)
+        save(folder, **options)
 
-    monkeypatch.setattr(module.tokenizer, "save_pretrained", watched, raising=False)
+    monkeypatch.setattr(module.student, "save_pretrained", watched, raising=False)
     export_model(module, tmp_path / "exported" / "final")
     assert seen == [[f".final.{os.getpid()}.part"]]
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(

@@ -1,5 +1,7 @@
 """Graders by name, and the check of references before training."""
 
+from pathlib import Path
+
 import pytest
 
 from sdft_lightning.graders import GRADERS, check_reference, get_grader, gold_self_test
@@ -50,6 +52,27 @@ def test_a_grader_of_the_users_own_is_found_and_not_checked(
     monkeypatch.setitem(GRADERS, "length", lambda text, reference: float(len(text) == reference))
     check_reference("length", 3, "train.jsonl, row 0")
     assert get_grader("length")("abc", 3) == 1.0
+
+
+def test_a_dotted_path_is_imported_and_graded_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_graders.py").write_text(
+        "half = 0.5\n\n\ndef length(text, reference):\n    return float(len(text) == reference)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert get_grader("my_graders.length")("abc", 3) == 1.0
+    assert gold_self_test("my_graders.length", [3, 4], ["abc", "abc"]).failing == [1]
+    check_reference("my_graders.length", 3, "train.jsonl, row 0")
+    for name, words in (
+        ("my_graders.none", "cannot be imported: module 'my_graders' has no attribute 'none'"),
+        ("not_there.length", "cannot be imported: No module named 'not_there'"),
+        ("my_graders.half", "is a float, and no function"),
+        ("my graders.length", "grader must be one of"),
+        (".length", "grader must be one of"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            get_grader(name)
 
 
 def test_gold_self_test_counts_and_names_the_failing_rows() -> None:

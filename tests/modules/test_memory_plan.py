@@ -122,7 +122,7 @@ def test_float32_with_adamw_is_refused_with_what_would_make_it_fit(check: Check)
     message = str(told.value)
     assert "cuda:0 has 141.0 GB" in message
     assert "alone take 167.5 GB" in message  # 22 bytes a weight: 20, and the copy to sample with
-    assert "configs/model/low_memory.yaml behind the other files saves " in message
+    assert "preset:model/low_memory behind the other files saves " in message
     assert "--model.policy.lora.r=8 saves " in message
     fits = [part for part in message.split(";") if " fit" in part]
     assert any("low_memory.yaml" in part for part in fits)

@@ -231,7 +231,7 @@ def main() -> int:
     if args.steps is not None and args.steps < 2:
         parser.error(f"--steps {args.steps}: at least 2, since the first is not counted")
     if "trl" in args.parts and find_spec("trl") is None:
-        parser.error("trl is not installed: pip install 'sdft-lightning[perf]', or `make perf`")
+        parser.error("trl is not installed: pip install -e '.[perf]', or `make perf`")
     args.output.mkdir(parents=True, exist_ok=True)
     print(f"steps in {args.precision}")
     if args.precision == "float32":

@@ -31,7 +31,7 @@ def report_command(args: Sequence[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="report",
+        prog="sdft report",
         description="Tables, plots, paired tests and one HTML page from results of `continual`.",
         allow_abbrev=False,
     )

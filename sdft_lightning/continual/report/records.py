@@ -50,7 +50,7 @@ class Measure(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One line of a results file; docs/report.md has the format.
+    """One line of a results file.
 
     Attributes:
         source: File and line, for messages.

@@ -67,7 +67,7 @@ class Benchmarks:
         cache_requests: Let the harness keep its requests on disk between runs
             (LM_HARNESS_CACHE_PATH). Its key knows the task's name only: not for files that change.
         allow_code_execution: Run code that the model wrote, in our sandbox, for the task files
-            that use it (configs/benchmarks/humaneval.yaml).
+            that use it (preset:benchmarks/humaneval).
         allow_task_code: Import and run Python code that task YAMLs of your own name (`!function`,
             metrics of `evaluate`), outside any sandbox. Only for files that you have read.
     """

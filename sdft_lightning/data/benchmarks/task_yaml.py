@@ -13,7 +13,13 @@ from typing import Any
 import yaml
 from jinja2.sandbox import SandboxedEnvironment
 
-from sdft_lightning.data.sources import EXAMPLE_PREFIX, example_path, example_tasks
+from sdft_lightning.data.sources import (
+    EXAMPLE_PREFIX,
+    PRESET_PREFIX,
+    example_path,
+    example_tasks,
+    preset_path,
+)
 from sdft_lightning.errors import UserError, printable
 from sdft_lightning.files.texts import check_yaml
 
@@ -224,11 +230,14 @@ def task_file(name: str) -> Path | None:
     """The task YAML that a name of `data.benchmarks.tasks` stands for.
 
     Args:
-        name: A path that ends in .yaml or .yml, or a task that this package ships.
+        name: A path that ends in .yaml or .yml, `preset:benchmarks/<name>`, or a task that this
+            package ships.
 
     Returns:
         The file; None where the name is the harness's, or nobody's.
     """
+    if name.startswith(PRESET_PREFIX):
+        return preset_path(name, "data.benchmarks.tasks")
     path = Path(name).expanduser()
     return path if path.suffix in _SUFFIXES else example_tasks().get(name)
 
@@ -353,7 +362,7 @@ def _origin(
         raise UserError(
             f"{path}: same_as: the harness's {base} cannot be loaded: {_told(error)}. Install the "
             "package that is missing, if one is; or leave same_as out and write the settings into "
-            "the file, as configs/benchmarks/humaneval.yaml does."
+            "the file, as preset:benchmarks/humaneval does."
         ) from error
     return found
 

@@ -264,7 +264,7 @@ def explained(name: str, source: str) -> Iterator[None]:
             f"data.benchmarks.tasks: the data of {name} ({printable(str(source))}) cannot be had: "
             f"{printable(str(error))} Remedy: correct a malformed file; run once "
             "with network (the data set then stays in the Hugging Face cache), or name a task YAML "
-            "with local files, as configs/benchmarks/hellaswag.yaml does."
+            "with local files, as preset:benchmarks/hellaswag does."
         ) from error
     except ImportError as error:
         raise UserError(
@@ -295,8 +295,8 @@ def _check_code(
     if not ours:
         raise UserError(
             f"data.benchmarks.tasks: {name} would run code that the model wrote outside our "
-            "sandbox. Name configs/benchmarks/humaneval_hub.yaml (data from the Hub) or "
-            "configs/benchmarks/humaneval.yaml (a local file), or a YAML of your own with "
+            "sandbox. Name preset:benchmarks/humaneval_hub (data from the Hub) or "
+            "preset:benchmarks/humaneval (a local file), or a YAML of your own with "
             f"process_results: !function {SANDBOXED}.results."
         )
     if not options.allow_code_execution:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sdft_lightning.errors import UserError, check_choice
+from sdft_lightning.errors import UserError, check_choice, extra_remedy
 
 ALL_LINEAR: Literal["all-linear"] = "all-linear"
 # peft's own name for the only adapter of a model; it is part of the parameters' names.
@@ -240,8 +240,7 @@ def _peft() -> Any:
         return importlib.import_module("peft")
     except ImportError as error:
         raise UserError(
-            f"model.policy.lora: adapters need the package peft ({error}). Install the extra: pip "
-            "install 'sdft-lightning[lora]'."
+            f"model.policy.lora: adapters need the package peft ({error}). {extra_remedy('lora')}."
         ) from error
 
 

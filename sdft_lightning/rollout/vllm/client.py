@@ -106,7 +106,7 @@ class VLLMClient:
         if status == 404:
             remedy = (
                 "Start it with VLLM_SERVER_DEV_MODE=1 in its environment, which opens the paths "
-                "that refresh weights, and with vLLM 0.32 or newer (docs/vllm.md)."
+                "that refresh weights, and with vLLM 0.32 or newer."
             )
         if status in (401, 403):
             remedy = f"Put its key into the environment variable {self.api_key_variable}."

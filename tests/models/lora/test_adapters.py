@@ -145,7 +145,7 @@ except UserError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "model.policy.lora" in done.stdout
-    assert "sdft-lightning[lora]" in done.stdout
+    assert "pip install -e '.[lora]'" in done.stdout
 
 
 def test_fingerprint_tells_base_models_apart_and_not_their_dtypes(make_model: Make) -> None:

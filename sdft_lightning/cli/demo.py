@@ -115,12 +115,14 @@ class DemoResult(NamedTuple):
         teacher: Accuracy of the teacher, which sees source text and answer.
         runs: By the name of the method, those that there are.
         stored: What was read from stored runs: names of methods, `base`.
+        seed: Of these runs.
     """
 
     base: Measured
     teacher: float
     runs: dict[str, Run]
     stored: list[str]
+    seed: int
 
     @property
     def main(self) -> Measured:
@@ -166,10 +168,6 @@ class Stored(NamedTuple):
 
     base: tuple[Measured, float] | None  # the model before training, its teacher's accuracy
     runs: dict[int, dict[str, Run]]  # by seed, then by the name of the method
-
-    def of(self, seed: int) -> dict[str, Run]:
-        """The runs of a seed, or of the first one where it has none."""
-        return self.runs.get(seed) or next(iter(self.runs.values()), {})
 
 
 def load_stored(path: Path) -> Stored:
@@ -219,8 +217,9 @@ def table(result: DemoResult) -> str:
     told = [
         "In brackets 95 % intervals; ▼ and ▲: worse and better than base, item by item, p at most",
         "0.05. SFT's checkpoints are those of nearest new ability.",
-        *([f"From stored runs, not measured now: {stored}."] if stored else []),
     ]
+    if stored:
+        told.append(f"From stored runs of seed {result.seed}, not measured now: {stored}.")
     return "\n".join([*lines, "", *told, "", *findings(result)])
 
 
@@ -351,22 +350,23 @@ def run_demo(
         command: Runs a command line.
         stored: File of stored runs.
     """
+    root.mkdir(parents=True)
     course, held = _Course(configs, root, seed, command), load_stored(stored)
     if held.base is None or BASE in train:
-        title = "the model before training, and its teacher"
-        base = course.measure(BASE, "demo_sdft", 0, title)
+        base = course.measure(BASE, "demo_sdft", 0, "the model before training, and its teacher")
         record = read_records(root / BASE / "test-0" / "metrics.jsonl")[-1]
         held = held._replace(base=(base, float(record[f"test/task/{TASK}/teacher_accuracy"])))
     assert held.base is not None
     trained: dict[str, Run] = {}
-    others = {name: run for name, run in held.of(seed).items() if name not in train}
+    near = seed if seed in held.runs else next(iter(held.runs), seed)
+    others = {name: run for name, run in held.runs.get(near, {}).items() if name not in train}
     for name in (MAIN, *(name for name in METHODS if name != MAIN)):
         if name in train:
             new = (trained | others)[MAIN].measured.share("new").value if name != MAIN else None
             trained[name] = course.train(name, new)
     runs = {name: (trained | others)[name] for name in METHODS if name in trained | others}
     named = [*([] if (root / BASE).exists() else [BASE]), *(n for n in runs if n not in trained)]
-    result = DemoResult(*held.base, runs, named)
+    result = DemoResult(*held.base, runs, named, near)
     (root / "table.md").write_text(table(result) + "\n", encoding="utf-8")
     draw(result, root / "demo.png")
     return result

@@ -43,8 +43,8 @@ models: $(STAMP) ## compare every architecture of transformers with plain passes
 	$(PYTHON_BIN) tests/models/sweep/models_page.py .models
 	rm -rf .models
 
-demo: model ## teach the embedded model facts on the CPU (16 to 24 minutes)
-	$(PYTHON_BIN) -m sdft_lightning.cli.demo
+demo: model ## teach the embedded model facts on the CPU (about 20 minutes)
+	$(PYTHON_BIN) -m sdft_lightning.cli.demo $(DEMO)
 
 perf: model ## time our step, loss and sampling against TRL's and plain ones (one to two hours)
 	$(PYTHON_BIN) -m pip freeze --exclude-editable > .venv/.installed # none of these may change

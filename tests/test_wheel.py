@@ -52,12 +52,12 @@ class FirstStep(Exception):
 
 
 def command(words):
-    main([*words, *small, "--data.eval_batch_size=8"])
+    main([*words, *small, "--data.eval_batch_size=8", "--data.benchmarks.limit=1"])
     raise FirstStep
 
 
 try:
-    run_demo(presets_folder(), Path("runs/demo"), 42, command)
+    run_demo(presets_folder(), Path("runs/demo"), 42, ("base", "sdft_retain"), command)
 except FirstStep:
     print("first step of the demo is done")
 """

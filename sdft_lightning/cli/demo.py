@@ -4,190 +4,117 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sdft_lightning.cli import main as run_command
+from sdft_lightning.cli.demo_result import (
+    BASE,
+    MAIN,
+    METHODS,
+    TASK,
+    DemoResult,
+    Measured,
+    Point,
+    Run,
+    draw,
+    load_stored,
+    read_curve,
+    read_measured,
+    store,
+    table,
+)
 from sdft_lightning.data.sources import presets_folder
-from sdft_lightning.errors import print_anything
+from sdft_lightning.errors import UserError, print_anything
 from sdft_lightning.files.run_folder import unused_path
+from sdft_lightning.files.whole_files import read_records
 
-TASK = "front_desk"
-GENERAL = "general"
-
-
-class Point(NamedTuple):
-    """What one checkpoint can do.
-
-    Attributes:
-        step: Optimizer steps.
-        new: Accuracy on unseen wordings of the facts.
-        general: Accuracy on general questions.
-        drift: KL from the base model on general questions, in nats a token.
-    """
-
-    step: int
-    new: float
-    general: float
-    drift: float
-
-
-class DemoResult(NamedTuple):
-    """What the demo measured.
-
-    Attributes:
-        base: The model before training.
-        teacher: Accuracy of the teacher, which sees source text and answer.
-        sdft: SDFT's checkpoints in order; the last is the result.
-        sft: SFT's checkpoints in order.
-    """
-
-    base: Point
-    teacher: float
-    sdft: list[Point]
-    sft: list[Point]
-
-    @property
-    def matched_sft(self) -> Point:
-        """The SFT checkpoint whose new ability is nearest to SDFT's; the earlier of two."""
-        return min(self.sft, key=lambda point: abs(point.new - self.sdft[-1].new))
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl file."""
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
-def points_of(records: list[dict[str, Any]]) -> list[Point]:
-    """The validations among the records of a fit."""
-    return [
-        Point(
-            record["step"],
-            record[f"val/task/{TASK}/accuracy"],
-            record[f"val/task/{GENERAL}/accuracy"],
-            record[f"val/drift/{GENERAL}"],
-        )
-        for record in records
-        if record["stage"] == "validation"
-    ]
-
-
-def read_result(root: Path) -> DemoResult:
-    """Collect the figures of the three runs below a folder."""
-    record = read_records(root / "base" / "test-0" / "metrics.jsonl")[-1]
-    base = Point(
-        0, record[f"test/task/{TASK}/accuracy"], record[f"test/task/{GENERAL}/accuracy"], 0.0
-    )
-    return DemoResult(
-        base,
-        record[f"test/task/{TASK}/teacher_accuracy"],
-        points_of(read_records(root / "sdft" / "metrics.jsonl")),
-        points_of(read_records(root / "sft" / "metrics.jsonl")),
-    )
-
-
-def table(result: DemoResult) -> str:
-    """The comparison as a Markdown table, and what of it holds."""
-    sdft, matched, last = result.sdft[-1], result.matched_sft, result.sft[-1]
-    rows = [
-        ("base", result.base),
-        (f"**SDFT**, {sdft.step} steps", sdft),
-        (f"SFT, {matched.step} steps (nearest new ability)", matched),
-        (f"SFT, {last.step} steps", last),
-    ]
-    lines = [
-        "| | new ability | general ability | KL from base |",
-        "|---|---|---|---|",
-        *(
-            f"| {name} | {p.new:.0%} | {p.general:.0%} | {p.drift:.2f} nats |"
-            for name, p in rows[: 3 if matched == last else 4]
-        ),
-        f"| teacher, with source text and answer | {result.teacher:.0%} | | |",
-    ]
-    return "\n".join([*lines, "", *findings(result)])
-
-
-def findings(result: DemoResult) -> list[str]:
-    """What the demo is meant to show, each line with whether it did."""
-    base, sdft, sft = result.base, result.sdft[-1], result.matched_sft
-    claims = [
-        (sdft.new >= base.new + 0.5, "SDFT's new ability is at least 50 points above base"),
-        (sdft.new >= 0.8 * result.teacher, "SDFT reaches at least 80 % of its teacher"),
-        (sdft.drift <= sft.drift / 3, "its KL from base is at most a third of matched SFT's"),
-        (sdft.general >= base.general - 0.05, "its general ability is at most 5 points under base"),
-        (sdft.general >= sft.general, "its general ability is not below matched SFT's"),
-    ]
-    return [f"- {'shown' if holds else 'NOT shown'}: {text}" for holds, text in claims]
-
-
-def draw(result: DemoResult, path: Path) -> None:
-    """Plot learning curves, and new ability against what was kept.
-
-    Args:
-        result: The figures.
-        path: Where the PNG goes.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 3)
-    for name, points, colour in (
-        ("SDFT", result.sdft, "tab:blue"),
-        ("SFT", result.sft, "tab:orange"),
-    ):
-        curve = [result.base, *points]
-        steps = [p.step for p in curve]
-        new = [100 * p.new for p in curve]
-        axes[0].plot(steps, new, "o-", color=colour, label=name)
-        axes[1].plot([p.drift for p in curve], new, "o-", color=colour, label=name)
-        axes[2].plot(steps, [100 * p.general for p in curve], "o-", color=colour, label=name)
-    axes[0].axhline(100 * result.teacher, color="grey", linestyle=":", label="teacher")
-    axes[2].axhline(100 * result.base.general, color="grey", linestyle=":", label="base")
-    axes[0].set(title="new ability, unseen wording", xlabel="optimizer steps", ylabel="% right")
-    axes[1].set(
-        title="new ability against drift", xlabel="KL from base, nats a token", ylabel="% right"
-    )
-    axes[2].set(title="general questions", xlabel="optimizer steps", ylabel="% right")
-    for each in axes:
-        each.set_ylim(-3, 103)
-        each.grid(alpha=0.3)
-        each.legend()
-    figure.savefig(path, dpi=110)
+STORED = Path(__file__).parents[1] / "data" / "examples" / "demo" / "runs.json"
+# Those that the demo itself trains; of the others stored runs are shown.
+TRAINED = ("sdft", "sdft_retain")
 
 
 def run_demo(
-    configs: Path, root: Path, seed: int, command: Callable[[list[str]], None] = run_command
+    configs: Path,
+    root: Path,
+    seed: int,
+    train: Sequence[str] = TRAINED,
+    command: Callable[[list[str]], None] = run_command,
+    stored: Path = STORED,
 ) -> DemoResult:
-    """Measure the base model, train both methods, and write table and plot.
+    """Measure the base model, train the methods, measure them, and write table and plot.
 
     Args:
-        configs: Folder with demo_sdft.yaml and demo_sft.yaml.
-        root: Folder of the three runs; must not exist.
-        seed: Seed of both runs.
+        configs: Folder with the demo's configs.
+        root: Folder of the runs; must not exist.
+        seed: Seed of all runs.
+        train: Names of the methods to train; of the others stored runs are read.
         command: Runs a command line.
-
-    Returns:
-        What was measured.
+        stored: File of stored runs.
     """
-    common = [f"--run.root={root}", f"--seed_everything={seed}"]
-    for title, name, config, verb in (
-        ("the model before training, and its teacher", "base", "demo_sdft", "test"),
-        ("SDFT", "sdft", "demo_sdft", "fit"),
-        ("SFT", "sft", "demo_sft", "fit"),
-    ):
-        print(f"\n=== {title} ({time.strftime('%H:%M:%S')})", flush=True)
-        command([verb, f"--config={configs / f'{config}.yaml'}", f"--run.name={name}", *common])
-        gc.collect()
-    result = read_result(root)
+    root.mkdir(parents=True)
+    course, held = _Course(configs, root, seed, command), load_stored(stored)
+    if held.base is None or BASE in train:
+        base = course.measure(BASE, "demo_sdft", 0, "the model before training, and its teacher")
+        record = read_records(root / BASE / "test-0" / "metrics.jsonl")[-1]
+        held = held._replace(base=(base, float(record[f"test/task/{TASK}/teacher_accuracy"])))
+    assert held.base is not None
+    trained: dict[str, Run] = {}
+    near = seed if seed in held.runs else next(iter(held.runs), seed)
+    others = {name: run for name, run in held.runs.get(near, {}).items() if name not in train}
+    for name in (MAIN, *(name for name in METHODS if name != MAIN)):
+        if name in train:
+            new = (trained | others)[MAIN].measured.share("new").value if name != MAIN else None
+            trained[name] = course.train(name, new)
+    runs = {name: (trained | others)[name] for name in METHODS if name in trained | others}
+    named = [*([] if (root / BASE).exists() else [BASE]), *(n for n in runs if n not in trained)]
+    result = DemoResult(*held.base, runs, named, near)
     (root / "table.md").write_text(table(result) + "\n", encoding="utf-8")
     draw(result, root / "demo.png")
     return result
+
+
+class _Course(NamedTuple):
+    """The demo's command lines, one after the other."""
+
+    configs: Path
+    root: Path
+    seed: int
+    command: Callable[[list[str]], None]
+
+    def run(self, title: str, verb: str, name: str, files: list[str], options: list[str]) -> None:
+        """Say what comes, and run it."""
+        print(f"\n=== {title} ({time.strftime('%H:%M:%S')})", flush=True)
+        configs = [f"--config={self.configs / f'{file}.yaml'}" for file in files]
+        common = [f"--run.name={name}", f"--run.root={self.root}", f"--seed_everything={self.seed}"]
+        self.command([verb, *configs, *common, *options])
+        gc.collect()
+
+    def measure(self, name: str, config: str, step: int, title: str, *options: str) -> Measured:
+        """Measure a model in a run of its own."""
+        self.run(title, "test", name, [config, "data/demo_measures"], list(options))
+        return read_measured(self.root / name / "test-0", step)
+
+    def train(self, name: str, new: float | None) -> Run:
+        """Train a method and measure its last model, or the checkpoint nearest to a new ability."""
+        method, folder = METHODS[name], self.root / name
+        files = [method.config, *(["data/demo_retain"] if method.retains else [])]
+        options = [f"--checkpoint.save_top_k={-1 if method.nearest else 0}"]
+        if method.retains and method.config == "demo_sft":
+            options.append("--model.initial_copy=true")
+        self.run(method.title, "fit", name, files, options)
+        curve, step, seconds = read_curve(folder)
+        model = f"--model.policy.name={folder / 'exported' / 'final'}"
+        if method.nearest and new is not None:
+            step = min(curve, key=lambda point: abs(point.new - new)).step
+            model = f"--ckpt_path={folder / 'checkpoints' / f'step-{step}.ckpt'}"
+        title = f"{method.title}: what step {step} has kept"
+        measured = self.measure(f"{name}_{step}", "demo_sft", step, title, model)
+        if step > curve[-1].step:
+            curve = [*curve, Point(step, measured.share("new").value, measured.drift)]
+        return Run(curve, measured, seconds)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -201,14 +128,27 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--configs", type=Path, default=presets_folder())
     parser.add_argument("--root", type=Path, default=Path("runs/demo"))
+    text = f"what to measure now, of {', '.join([BASE, *METHODS])}; the rest is read from a file"
+    parser.add_argument("--train", default=",".join(TRAINED), help=text)
+    parser.add_argument("--store", type=Path, help="add what is measured now to this file")
     options = parser.parse_args(args)
+    train = options.train.split(",")
+    allowed = [BASE, *METHODS]
+    unknown = [name for name in train if name not in allowed]
+    if unknown or not (MAIN in train or MAIN in load_stored(STORED).runs.get(options.seed, {})):
+        raise UserError(
+            f"--train: got {options.train}, allowed are {', '.join(allowed)}, separated by commas; "
+            f"{MAIN} among them, unless a run of seed {options.seed} is stored."
+        )
     root = unused_path(options.root)
     print(
-        f"Teaching sixteen facts to a 135M model on this CPU, by SDFT and by SFT, into {root}. "
-        "16 to 24 minutes on two cores."
+        f"Teaching sixteen facts to a 135M model on this CPU into {root}: {', '.join(train)}. "
+        "About 20 minutes on two cores for two methods."
     )
     start = time.monotonic()
-    result = run_demo(options.configs, root, options.seed)
+    result = run_demo(options.configs, root, options.seed, train)
+    if options.store is not None:
+        store(options.store, options.seed, result)
     print(f"\n{table(result)}\n")
     print(f"Plot: {root / 'demo.png'}   TensorBoard: .venv/bin/tensorboard --logdir {root}")
     print(f"{(time.monotonic() - start) / 60:.1f} minutes, seed {options.seed}")

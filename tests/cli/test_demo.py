@@ -2,54 +2,124 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from sdft_lightning.cli.demo import DemoResult, Point, findings, points_of, run_demo, table
+from sdft_lightning.cli.demo import run_demo
+from sdft_lightning.cli.demo_result import (
+    DemoResult,
+    Measured,
+    Point,
+    Run,
+    Stored,
+    findings,
+    load_stored,
+    read_curve,
+    store,
+    table,
+)
+from sdft_lightning.errors import UserError
 
-BASE = Point(0, 0.0, 0.8, 0.0)
-GOOD = Point(80, 0.8, 0.78, 0.3)
+N = {"new": 64, "instructions": 170, "general": 400}
 
 
-def test_matched_sft_is_the_checkpoint_of_nearest_new_ability() -> None:
-    sft = [Point(10, 0.3, 0.7, 0.5), Point(20, 0.75, 0.7, 1.2), Point(30, 0.99, 0.6, 1.9)]
-    assert DemoResult(BASE, 0.95, [GOOD], sft).matched_sft.step == 20
+def measured(
+    step: int, new: int, instructions: int, general: int, text: float, drift: float
+) -> Measured:
+    """A model with so many right items, always the first ones, and so many nats a text."""
+    counts = {"new": new, "instructions": instructions, "general": general}
+    items = {
+        name: {str(i): float(i < counts[name]) for i in range(size)} for name, size in N.items()
+    }
+    items["text"] = {str(i): text - i % 3 for i in range(18)}
+    return Measured(step, drift, 50.0 * 2 ** (-1000.0 - text), items)
+
+
+BASE = measured(0, 0, 60, 260, -1000.0, 0.0)
+GOOD = measured(48, 45, 59, 258, -1000.0, 0.1)
+LOST = measured(24, 44, 30, 200, -1001.0, 1.2)
+
+
+def result_of(main: Measured, sft: Measured | None = None) -> DemoResult:
+    curve = [Point(24, 0.4, 0.2), Point(main.step, main.share("new").value, main.drift)]
+    runs = {"sdft_retain": Run(curve, main, 9.0)}
+    if sft is not None:
+        points = [Point(sft.step, sft.share("new").value, sft.drift)]
+        runs["sft"] = Run(points, sft, 3.0)
+    return DemoResult(BASE, 0.8, runs, ["base", "sft"] if sft else [], 42)
 
 
 def test_each_claim_is_reported_as_shown_or_not() -> None:
-    sft = [Point(20, 0.8, 0.7, 1.2)]
-    assert all(line.startswith("- shown") for line in findings(DemoResult(BASE, 0.95, [GOOD], sft)))
+    assert all(line.startswith("- shown") for line in findings(result_of(GOOD, LOST)))
     worse = {
-        0: GOOD._replace(new=0.49),
-        1: GOOD._replace(new=0.75),
-        2: GOOD._replace(drift=0.41),
-        3: GOOD._replace(general=0.74),
-        4: GOOD._replace(general=0.69),
+        0: measured(48, 35, 59, 258, -1000.0, 0.1),
+        1: measured(48, 40, 59, 258, -1000.0, 0.1),
+        2: measured(48, 45, 59, 258, -1000.0, 0.16),
+        3: measured(48, 45, 40, 258, -1000.0, 0.1),
+        4: measured(48, 45, 59, 200, -1000.0, 0.1),
+        5: measured(48, 45, 59, 258, -1001.0, 0.1),
     }
-    for claim, point in worse.items():
-        lines = findings(DemoResult(BASE, 0.95, [point], sft))
-        assert lines[claim].startswith("- NOT shown"), claim
+    for claim, main in worse.items():
+        assert findings(result_of(main, LOST))[claim].startswith("- NOT shown"), claim
+    kept = measured(24, 44, 60, 260, -1000.0, 1.2)  # drift alone is not two
+    assert findings(result_of(GOOD, kept))[-1].startswith("- NOT shown")
 
 
-def test_table_names_every_model_and_its_figures() -> None:
-    sft = [Point(10, 0.7, 0.7, 1.2), Point(80, 1.0, 0.5, 2.2)]
-    text = table(DemoResult(BASE, 0.95, [Point(40, 0.5, 0.8, 0.2), GOOD], sft))
-    assert "| base | 0% | 80% | 0.00 nats |" in text
-    assert "| **SDFT**, 80 steps | 80% | 78% | 0.30 nats |" in text
-    assert "| SFT, 10 steps (nearest new ability) | 70% | 70% | 1.20 nats |" in text
-    assert "| SFT, 80 steps | 100% | 50% | 2.20 nats |" in text
+def test_a_difference_that_noise_explains_is_no_loss() -> None:
+    few = measured(48, 45, 56, 256, -1000.0, 0.1)  # four items of 170: 2.4 points, p 0.125
+    assert findings(result_of(few, LOST))[3].startswith("- shown")
 
 
-def test_only_validations_become_points() -> None:
-    record = {
-        "stage": "validation",
-        "step": 5,
-        "val/task/front_desk/accuracy": 0.5,
-        "val/task/general/accuracy": 0.7,
-        "val/drift/general": 0.1,
-    }
-    assert points_of([{"stage": "train", "step": 1}, record]) == [Point(5, 0.5, 0.7, 0.1)]
+def test_table_has_every_model_with_intervals_and_marks() -> None:
+    text = table(result_of(GOOD, LOST))
+    assert (
+        "| base | 0 % (0 % to 6 %) | 35 % (29 % to 43 %) | 65 % (60 % to 70 %) | 50.0 | 0.00 nats |"
+        in text
+    )
+    assert "| **SDFT with rows to retain, 48 steps** | 70 % (58 % to 80 %) ▲ | 35 % " in text
+    (sft,) = [line for line in text.splitlines() if line.startswith("| SFT, 24 steps")]
+    assert sft.count("▼") == 3
+    assert "From stored runs of seed 42, not measured now: base, SFT." in text
+
+
+def test_stored_runs_come_back_as_they_were(tmp_path: Path) -> None:
+    path = tmp_path / "demo" / "runs.json"
+    result = result_of(GOOD, LOST)._replace(stored=[])
+    store(path, 43, result)
+    assert load_stored(path) == Stored((BASE, 0.8), {43: result.runs})
+    other = result._replace(base=LOST, stored=["base", "sdft_retain"])
+    store(path, 42, other)
+    held = load_stored(path)
+    assert held == Stored((BASE, 0.8), {42: {"sft": result.runs["sft"]}, 43: result.runs})
+    assert load_stored(tmp_path / "none.json") == Stored(None, {})
+
+
+def test_only_validations_become_points(tmp_path: Path) -> None:
+    records = [
+        {"stage": "train", "step": 1, "perf/step_seconds": 2.0},
+        {
+            "stage": "validation",
+            "step": 5,
+            "val/task/front_desk/accuracy": 0.5,
+            "val/drift/general": 0.1,
+        },
+        {"stage": "train", "step": 6, "perf/step_seconds": 1.0},
+    ]
+    text = "".join(json.dumps(each) + "\n" for each in records)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert read_curve(tmp_path) == ([Point(5, 0.5, 0.1)], 6, 2.0)
+
+
+def test_methods_that_there_are_not_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sdft_lightning.cli.demo import main
+
+    monkeypatch.setattr("sys.argv", ["demo", "--train=sdft_retain,dpo"])
+    with pytest.raises(
+        UserError, match=r"--train: got sdft_retain,dpo, allowed are base, sft, sft_"
+    ):
+        main()
 
 
 def test_demo_runs_from_nothing_to_table_and_plot(
@@ -59,22 +129,52 @@ def test_demo_runs_from_nothing_to_table_and_plot(
 
     monkeypatch.setattr("sys.argv", ["sdft"])
     small = [
-        f"--model.policy.name={model_folder}",
         "--model.evaluation.max_new_tokens=3",
         "--data.eval_batch_size=8",
         "--trainer.limit_val_batches=1",
-        "--trainer.limit_test_batches=1",
         "--data.lengths.teacher_prompt=4096",
     ]
-    small_fit = ["--trainer.max_steps=2", "--trainer.val_check_interval=1", "--data.batch_size=2"]
+    small_fit = ["--trainer.max_steps=2", "--trainer.val_check_interval=1", "--data.batch_size=3"]
+    tiny = f"--model.policy.name={model_folder}"
+
+    examples = Path(__file__).parents[2] / "sdft_lightning" / "data" / "examples"
+    few = {}
+    for name, source in (("general", "front_desk/general"), ("kept", "kept/questions")):
+        lines = (examples / f"{source}.jsonl").read_text("utf-8").splitlines(keepends=True)
+        few[name] = tmp_path / f"{name}.jsonl"
+        few[name].write_text("".join(lines[:8]), "utf-8")
 
     def command(arguments: list[str]) -> None:
-        main([*arguments, *small, *(small_fit if arguments[0] == "fit" else [])])
+        measures = any(each.endswith("demo_measures.yaml") for each in arguments)
+        sets = few if measures else {"general": few["general"]}
+        questions = [f"--data.held_out.{name}.source={path}" for name, path in sets.items()]
+        more = [
+            *questions,
+            *small,
+            *(small_fit if arguments[0] == "fit" else ["--data.benchmarks.limit=2"]),
+        ]
+        if any(each.endswith("demo_retain.yaml") for each in arguments):
+            more.append("--data.retain_max_new_tokens=4")
+        if not any(each.startswith("--model.policy.name") for each in arguments):
+            more.append(tiny)
+        main([*arguments, *more])
 
     configs = Path(__file__).parents[2] / "configs"
-    result = run_demo(configs, tmp_path / "demo", 3, command)
-    assert [point.step for point in result.sdft] == [1, 2]
-    assert [point.step for point in result.sft] == [1, 2]
-    assert result.sft[-1].drift > 0
-    assert "**SDFT**, 2 steps" in (tmp_path / "demo" / "table.md").read_text(encoding="utf-8")
-    assert (tmp_path / "demo" / "demo.png").stat().st_size > 10_000
+    root, stored = tmp_path / "demo", tmp_path / "stored.json"
+    result = run_demo(configs, root, 3, ("sft_retain", "sdft_retain"), command, stored)
+    assert list(result.runs) == ["sft_retain", "sdft_retain"]
+    assert result.runs["sdft_retain"].measured.step == 2
+    assert result.runs["sft_retain"].measured.step == 1  # both points know nothing, as SDFT
+    assert result.stored == []
+    assert result.main.drift > 0
+    assert "**SDFT with rows to retain, 2 steps**" in (root / "table.md").read_text("utf-8")
+    assert (root / "demo.png").stat().st_size > 10_000
+    for name in ("sft_retain", "sdft_retain"):
+        assert "train/retained_kl" in (root / name / "metrics.jsonl").read_text("utf-8")
+    # A second demo reads what the first has stored.
+    store(stored, 3, result)
+    again = run_demo(configs, tmp_path / "again", 3, (), command, stored)
+    assert again == result._replace(stored=["base", "sft_retain", "sdft_retain"])
+    # Of a seed that has none, those of the first that has.
+    other = run_demo(configs, tmp_path / "other", 4, (), command, stored)
+    assert other == again

@@ -33,15 +33,8 @@ def parse(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], dict[str,
     return run
 
 
-# These three have the older name of the command in their first line still.
-OLDER = {"demo_sdft", "demo_sft", "continual_quickstart"}
-
-
 def opens_with_its_command(path: Path, command: str) -> bool:
     first = path.read_text(encoding="utf-8").splitlines()[0]
-    older = f"# python cli.py {command} --config configs/{path.name}"
-    if path.stem in OLDER and first == older:
-        return True
     return first == f"# sdft {command} --config preset:{path.stem}"
 
 

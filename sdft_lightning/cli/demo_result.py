@@ -262,10 +262,12 @@ def findings(result: DemoResult) -> list[str]:
     told = [(holds, f"SDFT with rows to retain: {text}") for holds, text in claims]
     if "sft" in result.runs:
         sft = result.runs["sft"].measured
-        lost = [words for name, words in _KEPT.items() if not is_kept(sft, base, name)]
-        lost += ["KL from base (three times SDFT's)"] if sft.drift > 3 * main.drift else []
-        text = "SFT at the nearest new ability has lost at least two of these"
-        told.append((len(lost) >= 2, f"{text}: {', '.join(lost) or 'none'}"))
+        worse = [words for name, words in _KEPT.items() if not is_kept(sft, main, name)]
+        worse += ["KL from base (over three times)"] if sft.drift > 3 * main.drift else []
+        text = (
+            "SFT at the nearest new ability is worse than it, item by item, in two or more of these"
+        )
+        told.append((len(worse) >= 2, f"{text}: {', '.join(worse) or 'none'}"))
     return [f"- {'shown' if holds else 'NOT shown'}: {text}" for holds, text in told]
 
 

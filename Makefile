@@ -9,7 +9,7 @@ VERMIN := .venv/bin/vermin -q -t=3.11- --no-tips --violations --eval-annotations
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model test test-vllm soak models demo perf lint clean
+.PHONY: help setup model test test-vllm gpu soak models demo perf lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ test: model ## run all tests on the CPU (15 to 35 minutes)
 
 test-vllm: model ## sample with vLLM in .venv-vllm: weight refresh, a server and its faults (10 to 20 minutes)
 	bash scripts/test_vllm.sh
+
+gpu: $(STAMP) ## try and measure on this machine's GPU, GPU="--out FILE" keeps it (at most 10 minutes)
+	$(PYTHON_BIN) scripts/gpu_check.py $(GPU)
 
 soak: $(STAMP) ## kill and resume runs and plans; 100,000 broken rows (10 minutes and more)
 	$(PYTHON_BIN) scripts/soak.py

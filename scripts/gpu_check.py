@@ -53,13 +53,13 @@ PARTS = (
     Part("machine", "gpu_kernels", 15, "versions and memory"),
     Part("steps", "gpu_runs", 60, "three steps of the command line beside those of a CPU"),
     Part("gradients", "gpu_runs", 110, "every micro-batch reaches every trained weight"),
-    Part("tests", "gpu_kernels", 60, "the tests that are marked gpu"),
+    Part("tests", "gpu_kernels", 50, "the tests that are marked gpu"),
     Part("token", "gpu_kernels", 60, "milliseconds, launches and synchronisations of a token"),
     Part("loss", "gpu_kernels", 25, "the loss over sizes of its chunks"),
     Part("attention", "gpu_kernels", 30, "attention with a mask, with none, by lengths"),
     Part("whole_step", "gpu_runs", 130, "a low-memory step, phases and peaks beside the plan"),
-    Part("hand_over", "gpu_others", 60, "weights to a sampler, by each transport"),
-    Part("trl", "gpu_others", 50, "a step beside TRL's SDFTTrainer"),
+    Part("hand_over", "gpu_others", 50, "weights to a sampler, by each transport"),
+    Part("trl", "gpu_others", 70, "a step beside TRL's SDFTTrainer"),
 )
 # What the server of processes imports once for all parts; nothing of it touches a GPU.
 PRELOADED = ("torch", "sdft_lightning.cli.command", "gpu_kernels", "gpu_runs", "gpu_others")

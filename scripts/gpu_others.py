@@ -31,7 +31,7 @@ class Transport(NamedTuple):
     Attributes:
         name: What it is called.
         missing: Why it cannot be tried here; nothing where it can.
-        run: Hands a model over; returns figures, the seconds of the second time among them.
+        run: Hands a model over; returns figures, its seconds among them.
     """
 
     name: str
@@ -49,19 +49,17 @@ def _by_folder(setting: Setting, model: Any) -> dict[str, Any]:
 
     from sdft_lightning.rollout.vllm.weights import WeightsFolder
 
-    folder, seconds = WeightsFolder(None, "bfloat16"), []
+    folder = WeightsFolder(None, "bfloat16")
     try:
-        for _ in range(2):
-            start = now(setting.device)
-            path = folder.write(model, own_head=False)
-            seconds.append(now(setting.device) - start)
         start = now(setting.device)
+        path = folder.write(model, own_head=False)
+        written = now(setting.device)
         found = {
             name: tensor
             for file in sorted(path.glob("*.safetensors"))
             for name, tensor in load_file(file, device=setting.device).items()
         }
-        read = now(setting.device) - start
+        read = now(setting.device)
     finally:
         folder.remove()
     sent = dict(model.named_parameters())
@@ -73,7 +71,11 @@ def _by_folder(setting: Setting, model: Any) -> dict[str, Any]:
     if wrong:
         raise WrongError(f"folder: {len(wrong)} tensors did not arrive whole, e.g. {wrong[0]}")
     size = sum(tensor.numel() * tensor.element_size() for tensor in found.values())
-    return {"seconds": seconds[1], "seconds_to_read": read, "gigabytes": size / 1e9}
+    return {
+        "seconds": read - start,
+        "seconds_to_write": written - start,
+        "gigabytes": size / 1e9,
+    }
 
 
 def _by_vllm(setting: Setting, model: Any) -> dict[str, Any]:

@@ -40,8 +40,8 @@ RECORDED: dict[str, list[tuple[float, float]]] = {
     ],
     "0.5B": [
         (0.0438520573079586, 11.753591537475586),
-        (0.21250949800014496, 11.751593589782715),
-        (0.05979912728071213, 11.752493858337402),
+        (0.18158112466335297, 11.75108528137207),
+        (0.05792536959052086, 11.75222396850586),
     ],
 }
 _APART = 0.01  # of a figure
@@ -68,7 +68,7 @@ def steps(setting: Setting) -> None:
             "model.teacher": "EMATeacher",
             "model.teacher.update_rate": 0.1,
             "model.optimizer": "torch.optim.SGD",
-            "model.optimizer.lr": setting.pick(0.3, 0.03),
+            "model.optimizer.lr": setting.pick(0.1, 0.03),
             "model.schedule.name": "constant",
             "data.train": folder / "rows.jsonl",
             "data.prompts.style": "turns",

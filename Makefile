@@ -9,7 +9,7 @@ VERMIN := .venv/bin/vermin -q -t=3.11- --no-tips --violations --eval-annotations
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model test test-min test-vllm soak models demo perf lint clean
+.PHONY: help setup model test test-min test-vllm gpu soak models demo perf lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ test-min: ## run a few tests with the oldest packages allowed, in .venv-min (5 t
 
 test-vllm: model ## sample with vLLM in .venv-vllm: weight refresh, a server and its faults (10 to 20 minutes)
 	bash scripts/test_vllm.sh
+
+gpu: $(STAMP) ## try and measure on this machine's GPU, GPU="--out FILE" keeps it (at most 10 minutes)
+	$(PYTHON_BIN) scripts/gpu_check.py $(GPU)
 
 soak: $(STAMP) ## kill and resume runs and plans; 100,000 broken rows (10 minutes and more)
 	$(PYTHON_BIN) scripts/soak.py

@@ -308,6 +308,7 @@ def draw(result: DemoResult, path: Path) -> None:
     left.set(ylabel="← further from base (KL, nats a token)", title="How far the model has moved")
     right.set(ylabel="instructions followed, % →", title="What it still does as before")
     right.text(0, 100 * base.value, "base", color="grey", fontsize=9, va="bottom")
+    right.set_ylim(bottom=0)
     right.legend(fontsize=8, loc="lower left")
     figure.savefig(path, dpi=110)
 

@@ -16,7 +16,7 @@ from sdft_lightning.files.texts import check_yaml
 
 # What of the model's options concerns evaluation, which is the same for all methods.
 _EVALUATED = {
-    "policy": ("weights_dtype", "attn_implementation", "sampling_dtype"),
+    "policy": ("weights_dtype", "attn_implementation", "sampling_dtype", "decoding"),
     "evaluation": ("max_new_tokens",),
 }
 _QUESTIONS = ("grader", "columns", "prompts", "lengths")  # of a stage's test set

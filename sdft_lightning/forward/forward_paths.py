@@ -119,18 +119,22 @@ def find_paths(model: Any) -> ForwardPaths:
     return found
 
 
-def sees_all_before(model: Any) -> bool:
-    """Whether each token attends to all tokens before it, by a kernel that takes any mask.
+def attends_to_all(model: Any) -> bool:
+    """Whether each token attends to all tokens before it.
 
     Rows of the probe are shorter than windows, so the config is asked.
     """
     config = model.config.get_text_config(decoder=True)
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return (
-        getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
-        and kinds == {"full_attention"}
-        and not any(getattr(config, name, None) for name in _WINDOWS)
-    )
+    windows = (getattr(config, name, None) for name in _WINDOWS)
+    return kinds == {"full_attention"} and not any(windows)
+
+
+def sees_all_before(model: Any) -> bool:
+    """Whether each token attends to all tokens before it, by a kernel that takes any mask."""
+    config = model.config.get_text_config(decoder=True)
+    kernel = getattr(config, "_attn_implementation", None)
+    return kernel in ("sdpa", "eager") and attends_to_all(model)
 
 
 def kernel_takes_lengths(model: Any) -> bool:

@@ -116,7 +116,7 @@ class Inputs(NamedTuple):
             return {
                 "input_ids": self.ids,
                 "position_ids": self.positions,
-                "use_cache": False,
+                "use_cache": fill,
                 **self.lengths.arguments(),
             }
         if self.mask is None:
@@ -226,6 +226,50 @@ class CachedSteps(Decoding):
         """Keep some rows, in the order in which they are named."""
         self.cache.batch_select_indices(rows)
         self.mask = self.mask[rows]  # (A, L)
+
+
+class FilledCache(NamedTuple):
+    """Prompts that a model has read.
+
+    Attributes:
+        cache: Keys and values of each layer, `(B, K, L, E)`; or `(1, K, N, E)` of prompts that lay
+            end to end.
+        mask: `(B, L)` which columns are no padding.
+        logits: `(B, V)` that predict the token after each prompt.
+        order: `(B, L)` where each column is among the N; None where columns are what is cached.
+    """
+
+    cache: Any
+    mask: Tensor
+    logits: Tensor
+    order: Tensor | None = None
+
+    def take(self, layer: Any) -> tuple[Tensor, Tensor]:
+        """Remove keys and values `(B, K, L, E)` of one of the cache's layers, and return them."""
+        found = layer.keys, layer.values
+        layer.keys = layer.values = None
+        if self.order is None:
+            return found
+        keys, values = (part[0][:, self.order].transpose(0, 1) for part in found)
+        return keys, values
+
+
+def read_end_to_end(model: Any, prompts: Tokens) -> FilledCache:
+    """Read prompts in one row, without padding and mask.
+
+    Args:
+        model: A causal language model of transformers whose attention takes lengths.
+        prompts: `(B, P)`, padded on the left.
+    """
+    ids, mask = prompts
+    lengths = mask.sum(dim=1)  # (B,)
+    positions = position_ids(mask)[mask].unsqueeze(0)  # (1, N)
+    inputs = Inputs(ids[mask].unsqueeze(0), positions=positions, lengths=Lengths.of(lengths))
+    output = run(model, inputs, fill=True)
+    last = output.last_hidden_state[0, lengths.cumsum(0) - 1]  # (B, D)
+    order = mask.long().flatten().cumsum(0).view(mask.shape) - 1  # (B, P)
+    head = model.get_output_embeddings()
+    return FilledCache(cache_of(output), mask, head(last), order.clamp(min=0))
 
 
 @lru_cache(maxsize=256)

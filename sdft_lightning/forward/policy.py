@@ -12,7 +12,7 @@ from torch import nn
 
 from sdft_lightning.errors import UserError, check_choice
 from sdft_lightning.forward.forward_paths import find_paths, name_decoder_
-from sdft_lightning.forward.fused import is_known_kind
+from sdft_lightning.forward.fused import DecodingKind, choose_decoding_, is_known_kind
 from sdft_lightning.forward.hidden import check_output_head
 from sdft_lightning.models.lora import (
     LoRA,
@@ -53,6 +53,8 @@ class Policy:
             (needs the extra `qlora`).
         sampling_dtype: Weights to sample with, in training and in evaluation: same, a bfloat16
             copy, or auto (the copy where the hardware multiplies bfloat16).
+        decoding: How tokens are sampled on a CUDA device by models of the Llama kind: graphs (own
+            steps, replayed as CUDA graphs), eager (the same without graphs), or transformers.
     """
 
     name: str = "embedded"
@@ -63,11 +65,13 @@ class Policy:
     lora: LoRA | None = None
     quantization: Quantization | None = None
     sampling_dtype: SamplingDtype = "auto"
+    decoding: DecodingKind = "graphs"
 
     def __post_init__(self) -> None:
         """Refuse unknown dtypes, and 4-bit weights that would have to be trained themselves."""
         check_choice("model.policy.weights_dtype", self.weights_dtype, get_args(WeightsDtype))
         check_choice("model.policy.sampling_dtype", self.sampling_dtype, get_args(SamplingDtype))
+        check_choice("model.policy.decoding", self.decoding, get_args(DecodingKind))
         if self.quantization is not None and self.lora is None:
             raise UserError(
                 f"model.policy.quantization: got {self.quantization} without model.policy.lora; "
@@ -107,6 +111,7 @@ def load_policy(policy: Policy, seed: int = 42, check: bool = True) -> LoadedPol
     check_vocabulary(model, stops, policy.name)
     turn_off_randomness_(model)
     name_decoder_(model)  # before any copy is made
+    choose_decoding_(model, policy.decoding)
     if policy.lora is not None:
         add_adapter_(model, policy.lora, seed)
     if policy.gradient_checkpointing:

@@ -1,4 +1,4 @@
-"""How tokens are appended: in fused steps, or by transformers' own model in a way that is right.
+"""How tokens are appended: in steps of our own, or by the model itself in a way that is right.
 
 `prefill` chooses once; all forms are a `Decoding`.
 """
@@ -11,10 +11,25 @@ import torch
 from torch import Tensor
 
 from sdft_lightning.forward.forward_paths import paths_of
-from sdft_lightning.forward.fused import Decoder, DecodingSteps, ReadPrompts, read_prompts
+from sdft_lightning.forward.fused import (
+    BufferedSteps,
+    Decoder,
+    DecodingSteps,
+    ReadPrompts,
+    buffered_parts,
+    decoding_kind,
+    read_prompts,
+)
 from sdft_lightning.forward.hidden import apply_head, output_head
-from sdft_lightning.forward.kv_cache import CachedSteps, Decoding, Inputs, without_cache
-from sdft_lightning.forward.layout import behind_prefix, split_for
+from sdft_lightning.forward.kv_cache import (
+    CachedSteps,
+    Decoding,
+    FilledCache,
+    Inputs,
+    read_end_to_end,
+    without_cache,
+)
+from sdft_lightning.forward.layout import behind_prefix, split_for, takes_lengths
 from sdft_lightning.models.precision import product_dtype
 from sdft_lightning.types import Tokens
 
@@ -41,7 +56,7 @@ def prefill(
         What appends tokens to the B · n rows.
     """
     if fused is None:
-        return plain_steps(model, prompts, samples)
+        return plain_steps(model, prompts, samples, steps)
     head = model.get_output_embeddings()
     if read is None:
         split = split_for(model, prompts)
@@ -49,25 +64,42 @@ def prefill(
     return DecodingSteps(fused, head, read, samples, steps)
 
 
-def plain_steps(model: Any, prompts: Tokens, samples: int) -> Decoding:
+def plain_steps(model: Any, prompts: Tokens, samples: int, most: int) -> Decoding:
     """Read prompts, each once for all of its completions where the model's cache allows it.
 
     Args:
         model: A causal language model of transformers, in eval mode.
         prompts: `(B, P)`, padded on the left.
         samples: Completions of each prompt (n).
+        most: Most tokens that will be appended.
 
     Returns:
-        What appends tokens to the B · n rows, in the way that `forward_paths` found right.
+        What appends tokens to the B · n rows: own steps on buffers where these know the model, else
+        its own calls in the way that `forward_paths` found right.
     """
-    paths = paths_of(model)
+    paths, parts = paths_of(model), buffered_parts(model)
     if samples > 1 and not paths.repeats_rows:
         prompts = prompts.repeat(samples)  # (B · n, P)
+    if parts is not None and paths.decoding == "masked" and paths.repeats_rows:
+        head, graphs = model.get_output_embeddings(), decoding_kind(model) == "graphs"
+        return BufferedSteps(parts, head, _fill(model, prompts), samples, most, graphs)
     steps = _read(model, prompts)
     if samples > 1 and paths.repeats_rows:
         steps.repeat(samples)
     steps.drops_rows = paths.drops_rows
     return steps
+
+
+def _fill(model: Any, prompts: Tokens) -> FilledCache:
+    """Read prompts for steps on buffers, without padding where the attention kernel takes lengths.
+
+    Such a kernel would be told of padding by a mask, from which transformers makes lengths anew in
+    each layer.
+    """
+    if takes_lengths(model):
+        return read_end_to_end(model, prompts)
+    steps = CachedSteps(model, "masked", behind_prefix(model, split_for(model, prompts)))
+    return FilledCache(steps.cache, steps.mask, steps.logits)
 
 
 def _read(model: Any, prompts: Tokens) -> CachedSteps | GroupedSteps | WholeRows:

@@ -25,21 +25,25 @@ LOSSES = {
 }
 
 
-def parts(dtype: torch.dtype) -> tuple[Tensor, OutputHead, Tensor, OutputHead, Tensor, Tensor]:
+def parts(
+    dtype: torch.dtype, device: str = "cpu"
+) -> tuple[Tensor, OutputHead, Tensor, OutputHead, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(2)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
+        return torch.randn(*shape, generator=generator).to(device, dtype)
 
     heads = [OutputHead(random(V, D).requires_grad_(), None, 1.0, None) for _ in range(2)]
     ids = torch.randint(0, V, (N,), generator=generator)
     weights = torch.rand(N, generator=generator)
-    return random(N, D), heads[0], random(N, D).requires_grad_(), heads[1], ids, weights
+    hidden = [random(N, D) for _ in range(2)]
+    ids, weights = ids.to(device), weights.to(device)
+    return hidden[0], heads[0], hidden[1].requires_grad_(), heads[1], ids, weights
 
 
-def computed(name: str, dtype: torch.dtype) -> list[Tensor]:
+def computed(name: str, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
     """The loss, its gradients and the statistics."""
-    taught, teacher, hidden, head, ids, weights = parts(dtype)
+    taught, teacher, hidden, head, ids, weights = parts(dtype, device)
     divergence = LOSSES[name]
     if divergence is None:
         loss, tokens = bounded_cross_entropy(hidden, head, ids, weights)
@@ -85,3 +89,13 @@ def test_log_probs_of_sampled_tokens_are_the_same(monkeypatch: pytest.MonkeyPatc
     expected = trained_log_probs(*given)
     monkeypatch.setattr(mismatch, "by_device", as_on_a_gpu)
     torch.testing.assert_close(trained_log_probs(*given), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_a_gpu_gives_the_same(name: str) -> None:
+    expected = computed(name, torch.float32)
+    for ours, plain in zip(computed(name, torch.float32, "cuda"), expected, strict=True):
+        limit = 1e-4 * float(plain.abs().max())
+        torch.testing.assert_close(ours.cpu(), plain, rtol=0, atol=limit)

@@ -14,11 +14,14 @@ from transformers.integrations.flash_attention import get_target_dtype
 from transformers.masking_utils import flash_attention_mask, sdpa_mask
 
 from sdft_lightning.forward.forward_paths import paths_of
+from sdft_lightning.forward.fused import decoding
 from sdft_lightning.forward.hidden import completion_hidden_states
 from sdft_lightning.forward.layout import takes_lengths
 from sdft_lightning.modules import SDFTModule
+from sdft_lightning.rollout import Sampling, decode_mode, generate_rollout
+from sdft_lightning.rollout.sampling import row_uniforms
 from sdft_lightning.teacher import EMATeacher, FrozenTeacher, LiveTeacher
-from sdft_lightning.types import Tokens
+from sdft_lightning.types import Rollout, Tokens
 
 HALF, ANY, DEAF, DENSE = "varlen_half", "varlen_any", "varlen_deaf", "varlen_dense"
 
@@ -200,3 +203,35 @@ def test_a_whole_step_passes_through_without_padding(
     assert all(call.lengths is not None and not call.masked for call in passes)
     assert all(len(call.lengths or []) == 3 for call in passes)  # two sequences
     assert not torch.equal(next(module.student.parameters()), before["first"])
+
+
+@pytest.mark.parametrize("kernel", [ANY, HALF])
+def test_rollouts_read_prompts_without_padding_and_mask(
+    model: Any, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sampled(kernel: str) -> Rollout:
+        model.set_attn_implementation(kernel)
+        model.__dict__.pop("_sdft_forward_paths", None)
+        paths_of(model)
+        CALLS.clear()
+        sampling = Sampling(max_new_tokens=6, completions_per_prompt=2)
+        numbers = row_uniforms(0, 0, ["a", "b", "c", "d"], 2, 6)
+        stops = list(range(60))
+        return generate_rollout(model, batch()[0], sampling, numbers, stops, 0)
+
+    monkeypatch.setattr(decoding, "_BUFFERED_ON", ("cpu",))
+    monkeypatch.setattr(decode_mode, "can_pack", lambda *args: False)
+    if kernel == HALF:
+        model.bfloat16()
+        expected = None
+    else:
+        expected = sampled("sdpa")
+    found = sampled(kernel)
+    ends = [sum(PROMPTS[:place]) for place in range(5)]
+    assert CALLS == [Call(False, ends, sum(PROMPTS))] * 2  # a call for each layer, none for tokens
+    assert found.completion_mask.sum() > 8
+    if expected is not None:
+        assert torch.equal(found.completion_ids, expected.completion_ids)
+        torch.testing.assert_close(
+            found.sampled_log_probs, expected.sampled_log_probs, atol=1e-4, rtol=1e-4
+        )

@@ -103,7 +103,7 @@ def main(method: str, workload: Workload) -> None:
         batch_size=workload.micro_batch,
     )
     trainer = L.Trainer(
-        accelerator="cpu",
+        accelerator="gpu" if workload.device == "cuda" else "cpu",
         devices=1,
         precision="32-true" if workload.precision == "float32" else "bf16-mixed",
         max_steps=workload.steps,

@@ -59,7 +59,7 @@ def config(workload: Workload, folder: str) -> SDFTConfig:
     """TRL's options for the same step: exact forward KL, moving average, no clipping of ratios."""
     return SDFTConfig(
         output_dir=folder,
-        use_cpu=True,
+        use_cpu=workload.device == "cpu",
         bf16=workload.precision == "bf16",
         per_device_train_batch_size=workload.micro_batch,
         gradient_accumulation_steps=workload.accumulate,

@@ -36,6 +36,7 @@ class Workload:
         steps: Optimizer steps, of which the first is not counted.
         checkpointing: Recompute activations in the backward pass.
         frozen_teacher: A frozen teacher instead of the moving average.
+        device: `cpu` or `cuda`.
     """
 
     model: str = "embedded"
@@ -50,6 +51,7 @@ class Workload:
     steps: int = 4
     checkpointing: bool = False
     frozen_teacher: bool = False
+    device: str = "cpu"
 
     @staticmethod
     def load(text: str) -> Workload:
@@ -142,7 +144,9 @@ def resident_gigabytes() -> float:
 
 
 def peak_gigabytes() -> float:
-    """The most memory that this process has held, in GB."""
+    """The most memory that this process has held, in GB; of a GPU, that its tensors have."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e9
     # Not `ru_maxrss`, which a process takes over from the one that started it.
     text = Path("/proc/self/status").read_text(encoding="ascii")
     (line,) = (line for line in text.splitlines() if line.startswith("VmHWM:"))

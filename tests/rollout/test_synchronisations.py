@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,7 +12,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdft_lightning.rollout import Sampling
+from sdft_lightning.forward.fused import (
+    BufferedSteps,
+    DecodingKind,
+    choose_decoding_,
+    decoding,
+)
+from sdft_lightning.rollout import Sampling, decode_mode
 from sdft_lightning.rollout import generate as generate_file
 from sdft_lightning.rollout.generate import generate_rollout
 from sdft_lightning.rollout.sampling import row_uniforms
@@ -99,6 +106,53 @@ def test_the_host_waits_at_most_once_a_token(
     if uniform:  # rows end at different times, and are dropped
         assert len(lengths.unique()) > 4
     assert 0 < total <= int(lengths.max())
+
+
+def test_steps_on_buffers_wait_for_nothing(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "_BUFFERED_ON", ("cpu",))
+    monkeypatch.setattr(decoding, "_MORE_COLUMNS", 8)
+    monkeypatch.setattr(decode_mode, "can_pack", lambda *args: False)
+    waits, copies, steps = Waits(), Copies(), 0
+    step = BufferedSteps.step
+
+    def counted_step(self: BufferedSteps, tokens: Tensor) -> Tensor:
+        nonlocal steps
+        steps += 1
+        with copies, waits:
+            return step(self, tokens)
+
+    monkeypatch.setattr(BufferedSteps, "step", counted_step)
+    mask = torch.ones(8, 5).bool()
+    prompts = Tokens(torch.arange(20, 60).view(8, 5), mask)
+    numbers = row_uniforms(1, 0, [str(row) for row in range(8)], 1, 30)
+    generate_rollout(model, prompts, Sampling(max_new_tokens=30), numbers, [1], 0)
+    assert steps > 20
+    assert waits.found.total() + copies.found.total() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", get_args(DecodingKind))
+def test_a_gpu_waits_at_most_once_a_token(model: Any, kind: DecodingKind) -> None:
+    model.cuda()
+    choose_decoding_(model, kind)
+    prompts = Tokens(torch.arange(20, 60).view(8, 5).cuda(), torch.ones(8, 5).bool().cuda())
+
+    def waits(tokens: int) -> int:
+        numbers = row_uniforms(1, 0, [str(row) for row in range(8)], 1, tokens)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                generate_rollout(model, prompts, Sampling(max_new_tokens=tokens), numbers, [-1], 0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("synchroniz" in str(each.message) for each in seen)
+
+    waits(4)
+    short, long = waits(20), waits(40)
+    assert 0 < short
+    assert long - short <= 20
 
 
 def test_the_counter_sees_what_waits() -> None:

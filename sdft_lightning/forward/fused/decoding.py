@@ -1,29 +1,53 @@
 """Decoding one token a row in few operations, with buffers for keys and values made beforehand.
 
-Weights are rearranged once a rollout for few rows; queries, keys and values are one product, and so
-are gate and up. Norms, residual sums and attention are computed in float32, as in training, so that
-what a step finds can be what training begins with (see `reuse`). Of a bfloat16 cache one layer
-at a time is cast, into the same memory.
+`DecodingSteps` is for CPUs. Weights are rearranged once a rollout for few rows; queries, keys and
+values are one product, and so are gate and up. Norms, residual sums and attention are computed in
+float32, as in training, so that what a step finds can be what training begins with (see `reuse`).
+Of a bfloat16 cache one layer at a time is cast, into the same memory.
+
+`BufferedSteps` is for GPUs, where launching operations takes longer than reading the weights: it
+keeps the model's own operations and dtypes, and lets a CUDA graph launch them.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, pad, silu
+from torch.nn.functional import embedding, pad, scaled_dot_product_attention, silu
 
+from sdft_lightning.forward.forward_paths import attends_to_all
 from sdft_lightning.forward.fused.attention import Shape, rotate
 from sdft_lightning.forward.fused.common import normed, rms
 from sdft_lightning.forward.fused.reuse import ReadPrompts, Recording, recorded_rows, store_steps
-from sdft_lightning.forward.fused.structure import Decoder, LaidOut, LaidOutLayer, Layer
-from sdft_lightning.forward.kv_cache import Decoding
+from sdft_lightning.forward.fused.structure import (
+    Decoder,
+    LaidOut,
+    LaidOutLayer,
+    Layer,
+    parts_of,
+)
+from sdft_lightning.forward.kv_cache import Decoding, FilledCache
 from sdft_lightning.models.precision import product_dtype
+from sdft_lightning.models.sharding import is_sharded
 from sdft_lightning.types import Tokens
+
+log = logging.getLogger(__name__)
 
 # Tokens that buffers grow by: most completions end long before the longest allowed.
 _MORE = 64
+# On a GPU: with each growth a graph is recorded anew, and all columns are read at each step.
+_MORE_COLUMNS = 256
+_ALIGNED = 8  # columns; attention kernels read rows of a mask from multiples of 16 bytes
+_BUFFERED_ON = ("cuda",)  # types of devices
+# Steps of one shape before a graph of it is recorded, which takes as long as several.
+_EAGER_STEPS = 4
+
+DecodingKind = Literal["graphs", "eager", "transformers"]
+_KIND = "_sdft_decoding"
 
 
 class DecodingSteps(Decoding):
@@ -207,3 +231,210 @@ def _places(prompts: list[ReadPrompts], samples: int) -> list[slice]:
 def _wide(count: int) -> Tensor:
     """Memory for float32, whatever the default dtype is (Lightning's bf16-true changes it)."""
     return torch.empty(count, dtype=torch.float32)
+
+
+def choose_decoding_(model: Any, kind: DecodingKind) -> None:
+    """Let rollouts of a model, and of its copies, append tokens in this way on a GPU.
+
+    Args:
+        model: A causal language model of transformers.
+        kind: graphs: `BufferedSteps`, replayed as CUDA graphs; eager: the same without graphs;
+            transformers: the model's own calls.
+    """
+    model.__dict__[_KIND] = kind
+
+
+def decoding_kind(model: Any) -> DecodingKind:
+    """How tokens are appended on a GPU, see `choose_decoding_`."""
+    kind: DecodingKind = model.__dict__.get(_KIND, "graphs")
+    return kind
+
+
+def buffered_parts(model: Any) -> Decoder | None:
+    """The parts of a model whose tokens `BufferedSteps` can append; None for any other.
+
+    Those on a GPU, of a kind that fused blocks know in full, without windows, and with weights of
+    one dtype that autocast leaves alone.
+
+    Args:
+        model: A causal language model of transformers, in eval mode.
+    """
+    device = model.device.type
+    if device not in _BUFFERED_ON or decoding_kind(model) == "transformers":
+        return None
+    if torch.is_autocast_enabled(device) or is_sharded(model) or not attends_to_all(model):
+        return None
+    return parts_of(model)
+
+
+class BufferedSteps(Decoding):
+    """Appends tokens to buffers of keys and values, by a model's own modules.
+
+    Queries that share a key stand below each other in one product, so that keys are never repeated.
+    Shapes stay the same from step to step while no row is dropped and the buffers suffice, so that
+    a CUDA graph can replay what a step launches.
+
+    Args:
+        decoder: Of the model, see `buffered_parts`.
+        head: The model's output layer.
+        read: The prompts; their keys and values are dropped.
+        samples: Completions of each prompt (n).
+        steps: Most tokens that will be appended.
+        graphs: Record a CUDA graph of a step, once its shape has lasted some steps.
+
+    Attributes:
+        logits: `(B · n, V)` of what follows the prompts.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        head: Any,
+        read: FilledCache,
+        samples: int,
+        steps: int,
+        graphs: bool,
+    ) -> None:
+        self.decoder, self.head, self.graphs = decoder, head, graphs
+        self.shape = Shape(decoder.heads, decoder.key_heads, decoder.head_size)
+        mask = read.mask.repeat_interleave(samples, dim=0)  # (S, L)
+        self.length = mask.shape[1]
+        self.longest = self.length + steps
+        more = self._more(self.length)
+        self.keys: list[Tensor] = []  # of each layer (S, K, M, E)
+        self.values: list[Tensor] = []
+        for layer in read.cache.layers:
+            for buffers, found in zip((self.keys, self.values), read.take(layer), strict=True):
+                # Zeros: what is not written yet has no weight, but 0 · NaN would be one.
+                buffer = pad(found, (0, 0, 0, more))
+                buffers.append(buffer.repeat_interleave(samples, dim=0) if samples > 1 else buffer)
+        unseen = torch.zeros_like(mask, dtype=self.keys[0].dtype)  # (S, L)
+        unseen.masked_fill_(~mask, float("-inf"))
+        unseen = pad(unseen, (0, more), value=float("-inf"))
+        self.unseen = unseen[:, None, None]  # (S, 1, 1, M) added to the scores
+        self.positions = mask.sum(dim=1, keepdim=True)  # (S, 1) of the next token
+        self.tokens = self.positions.new_zeros(len(mask))  # (S,)
+        self.column = self.positions.new_zeros(1)  # where the next key is written
+        self.logits = read.logits.repeat_interleave(samples, dim=0)
+        self._replay: Callable[[], Tensor] | None = None
+        self._of_this_shape = 0  # steps
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep some rows only.
+
+        Args:
+            rows: `(n,)` ascending.
+        """
+        self._forget_graph()
+        for buffers in (self.keys, self.values):
+            for place, buffer in enumerate(buffers):
+                buffers[place] = buffer[rows]
+        self.unseen, self.positions = self.unseen[rows], self.positions[rows]
+        self.tokens = self.tokens[rows]
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append a token to each row.
+
+        Args:
+            tokens: `(S,)`.
+
+        Returns:
+            Logits `(S, V)`, which the next step may write over.
+        """
+        if self.length == self.unseen.shape[-1]:
+            self._grow()
+        self.tokens.copy_(tokens)
+        self.column.fill_(self.length)
+        self.unseen[..., self.length] = 0
+        self._of_this_shape += 1
+        if self.graphs and self._of_this_shape > _EAGER_STEPS and self._replay is None:
+            self._record()
+        logits = self._compute() if self._replay is None else self._replay()
+        self.length += 1
+        self.positions += 1
+        return logits
+
+    def _compute(self) -> Tensor:
+        """Logits `(S, V)` that follow `self.tokens`, whose keys and values are written."""
+        decoder, shape = self.decoder, self.shape
+        hidden = decoder.embedding(self.tokens)  # (S, D)
+        cosines, sines = decoder.rotary(hidden, self.positions)  # (S, 1, E) each
+        parts = zip(decoder.layers, self.keys, self.values, strict=True)
+        for layer, keys, values in parts:
+            inputs = layer.input_norm(hidden)
+            queries, new_keys, new_values = (
+                product(inputs).unflatten(1, (-1, shape.size)) for product in layer[1:4]
+            )  # (S, H, E), (S, K, E), (S, K, E)
+            if layer.q_norm is not None:
+                queries, new_keys = layer.q_norm(queries), layer.k_norm(new_keys)
+            queries = _turned(queries, cosines, sines)
+            new_keys = _turned(new_keys, cosines, sines)
+            keys.index_copy_(2, self.column, new_keys.unsqueeze(2))
+            values.index_copy_(2, self.column, new_values.unsqueeze(2))
+            mixed = scaled_dot_product_attention(
+                queries.unflatten(1, (shape.key_heads, -1)),  # (S, K, H / K, E)
+                keys,
+                values,
+                attn_mask=self.unseen,
+                scale=shape.size**-0.5,
+            )  # (S, K, H / K, E)
+            hidden = hidden + layer.o(mixed.flatten(1))
+            inputs = layer.mlp_norm(hidden)
+            hidden = hidden + layer.down(silu(layer.gate(inputs)) * layer.up(inputs))
+        logits: Tensor = self.head(decoder.norm(hidden))
+        return logits
+
+    def _record(self) -> None:
+        """Record a graph of a step; where that fails, steps stay as they are."""
+        try:
+            self._replay = _recorded(self._compute)
+        except RuntimeError as error:
+            self.graphs = False
+            log.warning(
+                f"rollout: no CUDA graph of a decoding step could be recorded ({error}); steps are "
+                "launched one by one. --model.policy.decoding=eager does not try."
+            )
+
+    def _forget_graph(self) -> None:
+        """Drop a graph, whose shapes or buffers are about to be others."""
+        self._replay, self._of_this_shape = None, 0
+
+    def _grow(self) -> None:
+        """Enlarge the buffers, layer by layer."""
+        self._forget_graph()
+        more = self._more(self.length)
+        for buffers in (self.keys, self.values):
+            for place, buffer in enumerate(buffers):
+                buffers[place] = pad(buffer, (0, 0, 0, more))
+        self.unseen = pad(self.unseen, (0, more), value=float("-inf"))
+
+    def _more(self, length: int) -> int:
+        """Columns to add behind so many: to a multiple that kernels like, and not far too many."""
+        wanted = min(self.longest, length + _MORE_COLUMNS)
+        return -(-wanted // _ALIGNED) * _ALIGNED - length
+
+
+def _turned(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Heads `(S, H, E)` turned to their positions, in the model's dtype, as in transformers."""
+    left, right = heads.chunk(2, dim=-1)
+    return heads * cosines + torch.cat([-right, left], dim=-1) * sines
+
+
+def _recorded(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A function that launches again, as one graph, what another one launches.
+
+    Args:
+        compute: Works on the same memory each time.
+
+    Returns:
+        A function that returns the same tensor each time, written anew.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = compute()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay

@@ -63,7 +63,7 @@ class Decoder(NamedTuple):
 
 
 def decoder_of(model: Any) -> Decoder | None:
-    """The parts of a model that the blocks know in full, or None for any other.
+    """The parts of a model on the CPU that the blocks know in full, or None for any other.
 
     None also with rotary positions that change with the length of a call, with adapters, 4-bit
     layers, shards, activation checkpointing, attention dropout, and where somebody has hooked or
@@ -72,13 +72,25 @@ def decoder_of(model: Any) -> Decoder | None:
     Args:
         model: A causal language model of transformers.
     """
+    if model.device.type != "cpu" or not is_known_kind(model.base_model):
+        return None
+    return parts_of(model) if not is_sharded(model) and takes_own_mask(model) else None
+
+
+def parts_of(model: Any) -> Decoder | None:
+    """The parts of a model of a known kind in which nothing was changed, on any device.
+
+    Args:
+        model: A causal language model of transformers, not spread over processes.
+
+    Returns:
+        None for any other.
+    """
     base = model.base_model
-    if not is_known_kind(base):
+    if not is_known_kind(base) or _is_changed(base, model.training):
         return None
     config = base.config
     if model.training and config.attention_dropout:
-        return None
-    if is_sharded(model) or not takes_own_mask(model) or _is_changed(base, model.training):
         return None
     layers = [_layer(each) for each in base.layers]
     size = layers[0].q.out_features // config.num_attention_heads
@@ -138,10 +150,7 @@ def _is_changed(base: nn.Module, training: bool) -> bool:
         last = name.rpartition(".")[2]
         if last in _LINEAR and type(module) is not nn.Linear:
             return True
-    first = next(base.parameters())
-    return first.device.type != "cpu" or any(
-        parameter.dtype != first.dtype for parameter in base.parameters()
-    )
+    return len({parameter.dtype for parameter in base.parameters()}) > 1
 
 
 def _layer(layer: Any) -> Layer:

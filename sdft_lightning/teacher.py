@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.forward.hidden import completion_hidden_states, output_head
-from sdft_lightning.forward.prompt_cache import PromptCache
+from sdft_lightning.forward.hidden import PromptCache, completion_hidden_states, output_head
 from sdft_lightning.models.lora import (
     base_copy,
     effective_weights,

@@ -91,10 +91,11 @@ class TransformersEngine(Engine):
 
 
 def whole_weights_wanted() -> UserError:
-    """What is said of an engine that does not take shards."""
+    """What is said of an engine that does not take shards, such as a vLLM in one process."""
     return UserError(
-        "model.engine: under fsdp2 no process has the whole weights that vLLM wants. Use "
-        "--trainer.strategy=ddp or --model.engine=TransformersEngine."
+        "model.engine: under fsdp2 no process has the whole weights that this engine wants. Use a "
+        "vLLM server (VLLMServerEngine), --trainer.strategy=ddp or "
+        "--model.engine=TransformersEngine."
     )
 
 

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from sdft_lightning.forward.hidden import completion_hidden_states
+from sdft_lightning.forward.hidden import PromptCache, completion_hidden_states
 from sdft_lightning.forward.layout import can_share, split_prompts
-from sdft_lightning.forward.prompt_cache import PromptCache
 from sdft_lightning.losses.masking import position_ids
 from sdft_lightning.types import Tokens
 

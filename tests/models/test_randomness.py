@@ -164,9 +164,9 @@ def test_both_roles_are_quiet_and_the_exported_config_is_that_of_the_base(
 def test_the_folder_that_vllm_reads_has_the_config_of_the_base(
     model_folder: Path, tmp_path: Path, make_model_folder: Callable[..., Path]
 ) -> None:
-    from sdft_lightning.rollout.vllm.weights import write_weights
+    from sdft_lightning.rollout.vllm.weights import Form, write_weights
 
     model = load_policy(Policy(str(make_model_folder(attention_dropout=0.25)))).model
-    write_weights(model, tmp_path / "weights", torch.float32, own_head=False)
+    write_weights(model, tmp_path / "weights", Form(torch.float32))
     saved = json.loads((tmp_path / "weights" / "config.json").read_text())
     assert saved["attention_dropout"] == 0.25

@@ -12,8 +12,6 @@ import pytest
 import torch
 
 from sdft_lightning.errors import UserError
-from sdft_lightning.forward.policy import Policy
-from sdft_lightning.models.lora import LoRA
 from sdft_lightning.modules import SDFTModule
 from sdft_lightning.rollout import (
     Engine,
@@ -164,7 +162,6 @@ def test_teacher_does_not_sample_with_another_engine(options: dict[str, Any]) ->
     ("options", "text"),
     [
         ({"sampling": Sampling(top_k=5, top_p=0.9)}, "top_k and top_p"),
-        ({"policy": Policy(lora=LoRA(), quantization="nf4")}, "4-bit"),
         ({}, r"pip install 'sdft-lightning\[vllm\]'"),
     ],
 )

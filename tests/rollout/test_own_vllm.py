@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -17,36 +18,74 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sdft_lightning.errors import UserError
+from sdft_lightning.models.lora import LoRA, merged_copy
 from sdft_lightning.rollout import RolloutRequest, Sampling, StudentPasses, VLLMEngine
 from sdft_lightning.rollout.engine import Sampled, as_rollout
 from sdft_lightning.rollout.sampling import row_seeds
-from sdft_lightning.rollout.vllm.weights import WeightsFolder
+from sdft_lightning.rollout.vllm import engine as engine_file
+from sdft_lightning.rollout.vllm.weights import Form, WeightsFolder
 from sdft_lightning.types import Tokens
 
 
 class FakeLLM:
-    """Reads the folders that it is given at once, as vLLM does."""
+    """Reads the folders that it is given at once, and streams to their end, as vLLM does.
+
+    Attributes:
+        loaded: Each version of the weights.
+        adapters: Each version of the adapters.
+        core: Whether it was started inside the trainer's process.
+        used: What each call to sample named as adapters.
+    """
 
     made: Any = None
     resets = True
+    takes_adapters = True
 
     def __init__(self, **options: Any) -> None:
         FakeLLM.made = self
         self.options = options
-        self.loaded = [read(options["model"])]
+        self.core = os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+        self.loaded = [] if options.get("load_format") == "dummy" else [read(options["model"])]
+        self.adapters: list[dict[str, torch.Tensor]] = []
         self.calls: list[str] = []
         self.asked: list[tuple[Any, Any]] = []
+        self.used: list[Any] = []
+        shutdown = SimpleNamespace(shutdown=lambda: self.calls.append("shutdown"))
+        self.llm_engine = SimpleNamespace(engine_core=shutdown, add_lora=self.add_lora)
+        torch.manual_seed(0)  # as vLLM seeds the process that it computes in
 
     def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
         self.calls.append(method)
-        self.loaded.append(read(kwargs["weights_path"]))
+        if "weights_iterator" in kwargs:
+            assert self.core, "no iterator reaches another process"
+            stream = {name: tensor.clone() for name, tensor in kwargs["weights_iterator"]}
+            self.loaded.append(stream)
+        else:
+            self.loaded.append(read(kwargs["weights_path"]))
+
+    def add_lora(self, request: Any) -> None:
+        if not self.takes_adapters:
+            raise ValueError("expected target modules in [q_proj]")
+        assert request.load_inplace
+        self.calls.append("add_lora")
+        self.adapters.append(read(request.folder))
 
     def reset_prefix_cache(self) -> bool:
         self.calls.append("reset_prefix_cache")
         return self.resets
 
-    def generate(self, prompts: Any, params: Any, use_tqdm: bool) -> list[Any]:
+    def sleep(self, level: int) -> None:
+        self.calls.append(f"sleep {level}")
+
+    def wake_up(self, tags: list[str]) -> None:
+        self.calls.append(f"wake {tags[0]}")
+
+    def generate(
+        self, prompts: Any, params: Any, use_tqdm: bool, lora_request: Any = None
+    ) -> list[Any]:
+        assert not torch.is_autocast_enabled("cpu")
         self.asked.append((prompts, params))
+        self.used.append(lora_request)
         outputs = []
         for place in range(len(prompts)):
             ids = [7] * (place + 1) + ([2] if place % 2 else [])
@@ -64,18 +103,59 @@ def read(folder: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[VLLMEngine]:
-    """An engine in whose place of vLLM the fake stands."""
+def exchange(tmp_path: Path) -> Path:
+    """The exchange folder, which must be empty again at the end."""
+    folder = tmp_path / "exchange"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def vllm(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The fake in the place of vLLM."""
     module: Any = ModuleType("vllm")
     module.LLM, module.SamplingParams = FakeLLM, lambda **options: options
-    monkeypatch.setitem(sys.modules, "vllm", module)
+    lora: Any = ModuleType("vllm.lora.request")
+    lora.LoRARequest = lambda name, number, folder, load_inplace: SimpleNamespace(
+        name=name, folder=folder, load_inplace=load_inplace
+    )
+    parallel: Any = ModuleType("vllm.distributed")
+    parallel.parallel_state = SimpleNamespace(cleanup_dist_env_and_memory=lambda: None)
+    for name, part in (
+        ("vllm", module),
+        ("vllm.lora", ModuleType("vllm.lora")),
+        ("vllm.lora.request", lora),
+        ("vllm.distributed", parallel),
+    ):
+        monkeypatch.setitem(sys.modules, name, part)
     # As the engine sets it for good, and only if it is not set.
-    monkeypatch.setenv("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
-    monkeypatch.setattr(FakeLLM, "resets", True)
-    found = VLLMEngine(max_model_len=64, exchange_folder=str(tmp_path))
-    yield found
-    found.close()
-    assert list(tmp_path.iterdir()) == []  # nothing is left behind
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    for name in ("resets", "takes_adapters"):
+        monkeypatch.setattr(FakeLLM, name, True)
+    return module
+
+
+@pytest.fixture
+def make_engine(exchange: Path) -> Iterator[Callable[..., VLLMEngine]]:
+    """Engines that are closed at the end, with nothing left behind."""
+    made: list[VLLMEngine] = []
+
+    def make(**options: Any) -> VLLMEngine:
+        made.append(VLLMEngine(max_model_len=64, exchange_folder=str(exchange), **options))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        config = engine._config
+        engine.close()
+        assert config is None or not Path(config.name).exists()
+    assert list(exchange.iterdir()) == []
+
+
+@pytest.fixture(params=["stream", "folder"])
+def engine(request: Any, make_engine: Callable[..., VLLMEngine]) -> VLLMEngine:
+    """An engine by each way of handing over whole weights."""
+    return make_engine(transport=request.param)
 
 
 def request(step: int = 0, samples: int = 2) -> RolloutRequest:
@@ -151,7 +231,10 @@ def test_weights_are_refreshed_once_a_step_and_the_prefix_cache_with_them(
         values.append(parameter.detach().clone().bfloat16())
         parameter.data += 1.0
     llm = FakeLLM.made
-    assert llm.calls == ["reload_weights", "reset_prefix_cache"] * 2
+    started = ["reset_prefix_cache"]
+    if engine.transport == "stream":
+        started = ["reload_weights", *started]
+    assert llm.calls == [*started, *["reload_weights", "reset_prefix_cache"] * 2]
     for loaded, expected in zip(llm.loaded, [values[0], values[2], values[3]], strict=True):
         assert torch.equal(loaded[name], expected)
         assert loaded[name].dtype == torch.bfloat16
@@ -161,9 +244,10 @@ def test_same_step_after_a_checkpoint_was_loaded_is_refreshed_again(
     engine: VLLMEngine, model: Any
 ) -> None:
     generate(engine, model)
+    calls = len(FakeLLM.made.calls)
     engine.forget()
     generate(engine, model)
-    assert FakeLLM.made.calls == ["reload_weights", "reset_prefix_cache"]
+    assert FakeLLM.made.calls[calls:] == ["reload_weights", "reset_prefix_cache"]
 
 
 def test_old_keys_and_values_that_stay_are_an_error(
@@ -190,8 +274,8 @@ def test_adapters_arrive_merged_and_the_student_keeps_its_own(
     student = make_adapted()
     ids = torch.tensor([[3, 4, 5]])
     expected = student(ids).logits  # (1, 3, V)
-    weights = WeightsFolder(str(tmp_path), "float32")
-    folder = weights.write(student, own_head=False)
+    weights = WeightsFolder(str(tmp_path))
+    folder = weights.write(student, Form(torch.float32))
     from transformers import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(folder)
@@ -200,17 +284,161 @@ def test_adapters_arrive_merged_and_the_student_keeps_its_own(
     assert torch.equal(student(ids).logits, expected)
 
 
+def test_a_stream_writes_no_file_below_the_exchange_folder(
+    make_engine: Callable[..., VLLMEngine], exchange: Path, model: Any
+) -> None:
+    engine = make_engine()
+    for step in range(5):
+        generate(engine, model, step)
+        assert list(exchange.iterdir()) == []
+    llm = FakeLLM.made
+    assert len(llm.loaded) == 5
+    assert llm.core
+    assert llm.options["load_format"] == "dummy"
+    assert [file.name for file in Path(llm.options["model"]).iterdir()] == ["config.json"]
+
+
+def test_what_vllm_sets_in_the_trainers_process_is_put_back(
+    make_engine: Callable[..., VLLMEngine], model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    state, threads = torch.random.get_rng_state(), torch.set_num_threads
+    usual = FakeLLM.generate
+
+    def rude(llm: FakeLLM, *arguments: Any, **options: Any) -> list[Any]:
+        assert not torch.are_deterministic_algorithms_enabled()
+        torch.set_num_threads = lambda count: None
+        return usual(llm, *arguments, **options)
+
+    monkeypatch.setattr(FakeLLM, "generate", rude)
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            generate(make_engine(), model)
+            assert torch.is_autocast_enabled("cpu")
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.set_num_threads is threads
+    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in os.environ
+
+
+def test_adapters_alone_are_loaded_in_place_after_the_base_model_once(
+    make_engine: Callable[..., VLLMEngine], exchange: Path, make_adapted: Any, model: Any
+) -> None:
+    engine, student = make_engine(dtype="float32"), make_adapted()
+    layer, adapter = next((n, p) for n, p in student.named_parameters() if "lora_A" in n)
+    values = []
+    for step in range(3):
+        generate(engine, student, step)
+        values.append(adapter.detach().clone())
+        adapter.data += 1.0
+    llm = FakeLLM.made
+    assert llm.options["enable_lora"]
+    assert llm.options["max_lora_rank"] == 8  # the least that vLLM has for a rank of 4
+    reset = "reset_prefix_cache"
+    assert llm.calls == ["reload_weights", "add_lora", reset, "add_lora", reset, "add_lora", reset]
+    for name, tensor in model.state_dict().items():  # of the same seed, without adapters
+        assert torch.equal(llm.loaded[0][name], tensor)
+    name = f"base_model.model.{layer.replace('.default', '')}"
+    assert [torch.equal(each[name], values[i]) for i, each in enumerate(llm.adapters)] == [True] * 3
+    assert all(not request.load_inplace for request in llm.used)
+    # In a real model they are small; what is written is theirs alone.
+    trained = sum(p.numel() for n, p in student.named_parameters() if "lora_" in n)
+    size = sum(tensor.nbytes for tensor in llm.adapters[0].values())
+    assert size == 4 * trained
+    assert engine.folder.bytes_written < size + 40_000  # names, and the config
+
+
+def test_adapters_are_merged_where_another_transport_is_asked_for(
+    make_engine: Callable[..., VLLMEngine], make_adapted: Any
+) -> None:
+    student = make_adapted()
+    generate(make_engine(transport="stream", dtype="float32"), student)
+    (loaded,) = FakeLLM.made.loaded
+    merged = dict(merged_copy(student).named_parameters())
+    assert all(torch.equal(loaded[name], parameter) for name, parameter in merged.items())
+    assert FakeLLM.made.used == [None]
+    assert "enable_lora" not in FakeLLM.made.options
+
+
+def test_adapters_that_vllm_does_not_take_are_an_error_with_the_remedy(
+    make_engine: Callable[..., VLLMEngine], make_adapted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeLLM, "takes_adapters", False)
+    with pytest.raises(UserError, match=r"expected target modules.*transport=stream"):
+        generate(make_engine(), make_adapted())
+
+
+def test_adapters_that_are_not_there_are_refused(
+    make_engine: Callable[..., VLLMEngine], model: Any
+) -> None:
+    with pytest.raises(UserError, match="got adapters, but the student has none"):
+        generate(make_engine(transport="adapters"), model)
+
+
+def test_rank_that_vllm_does_not_know_is_merged_or_refused(
+    make_engine: Callable[..., VLLMEngine], make_adapted: Any
+) -> None:
+    student = make_adapted(LoRA(r=600))
+    with pytest.raises(UserError, match=r"lora.r: got 600, vLLM takes adapters of rank 512"):
+        generate(make_engine(transport="adapters"), student)
+    generate(make_engine(), student)
+    assert "enable_lora" not in FakeLLM.made.options
+
+
+def test_stream_does_not_reach_other_processes() -> None:
+    with pytest.raises(UserError, match=r"transport: stream .* tensor_parallel_size=2"):
+        VLLMEngine(transport="stream", tensor_parallel_size=2)
+    with pytest.raises(UserError, match=r"transport: got 'nccl'"):
+        VLLMEngine(transport="nccl")  # type: ignore[arg-type]
+
+
+def test_vllm_sleeps_while_the_student_trains_and_gets_its_weights_when_it_wakes(
+    make_engine: Callable[..., VLLMEngine], model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_file, "_on_gpu", lambda student: True)
+    engine = make_engine()
+    generate(engine, model)
+    generate(engine, model)  # the same step: its weights are gone, too
+    first = ["reload_weights", "reset_prefix_cache", "sleep 2"]
+    second = ["wake weights", "reload_weights", "reset_prefix_cache", "wake kv_cache", "sleep 2"]
+    assert FakeLLM.made.calls == [*first, *second]
+    assert FakeLLM.made.options["enable_sleep_mode"]
+
+
+def test_base_model_below_adapters_outlives_the_sleep(
+    make_engine: Callable[..., VLLMEngine], make_adapted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_file, "_on_gpu", lambda student: True)
+    engine, student = make_engine(), make_adapted()
+    generate(engine, student)
+    generate(engine, student, 1)
+    assert FakeLLM.made.calls.count("reload_weights") == 1
+    assert FakeLLM.made.calls.count("sleep 1") == 2
+
+
+def test_vllm_that_shall_not_sleep_does_not(
+    make_engine: Callable[..., VLLMEngine], model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_file, "_on_gpu", lambda student: True)
+    generate(make_engine(sleep=False), model)
+    assert FakeLLM.made.options["enable_sleep_mode"] is False
+    assert not any("sleep" in call for call in FakeLLM.made.calls)
+
+
 def test_only_the_newest_weights_stay_and_none_is_written_over(tmp_path: Path, model: Any) -> None:
-    weights = WeightsFolder(str(tmp_path), "bfloat16")
-    first = weights.write(model, own_head=False)
-    second = weights.write(model, own_head=False)
+    weights = WeightsFolder(str(tmp_path))
+    first = weights.write(model, Form(torch.bfloat16))
+    second = weights.write(model, Form(torch.bfloat16))
     assert first != second
     assert list(second.parent.iterdir()) == [second]
 
 
 def test_weights_do_not_outlive_an_engine_that_nobody_closed(tmp_path: Path, model: Any) -> None:
-    weights = WeightsFolder(str(tmp_path), "bfloat16")
-    weights.write(model, own_head=False)
+    weights = WeightsFolder(str(tmp_path))
+    weights.write(model, Form(torch.bfloat16))
     assert len(list(tmp_path.iterdir())) == 1
     del weights
     gc.collect()
@@ -226,12 +454,13 @@ def write_in_a_group(rank: int, meeting: str, parent: str) -> None:
         vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
     )
     torch.manual_seed(0)
-    weights = WeightsFolder(parent, "float32")
-    folder = weights.write(LlamaForCausalLM(config), own_head=False)
+    weights = WeightsFolder(parent)
+    folder = weights.write(LlamaForCausalLM(config), Form(torch.float32))
     Path(f"{parent}/told-{rank}").write_text(f"{folder} {len(read(str(folder)))}")
     dist.barrier()  # rank zero removes it when it ends
     try:
-        WeightsFolder(f"{parent}/absent", "float32").write(LlamaForCausalLM(config), False)
+        absent = WeightsFolder(f"{parent}/absent")
+        absent.write(LlamaForCausalLM(config), Form(torch.float32))
     except UserError as error:
         Path(f"{parent}/error-{rank}").write_text(str(error))
     dist.destroy_process_group()
@@ -250,7 +479,7 @@ def test_all_processes_get_the_folder_that_rank_zero_wrote_or_its_error(tmp_path
 
 def test_missing_exchange_folder_is_named(tmp_path: Path, model: Any) -> None:
     with pytest.raises(UserError, match=r"exchange_folder: there is no folder .*absent"):
-        WeightsFolder(str(tmp_path / "absent"), "bfloat16").write(model, own_head=False)
+        WeightsFolder(str(tmp_path / "absent")).write(model, Form(torch.bfloat16))
 
 
 def test_completion_that_ended_on_another_token_is_refused() -> None:

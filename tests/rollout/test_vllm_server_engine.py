@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from sdft_lightning.errors import UserError
 from sdft_lightning.rollout import RolloutRequest, Sampling, StudentPasses, VLLMServerEngine
@@ -20,105 +15,8 @@ from sdft_lightning.rollout.sampling import row_seeds
 from sdft_lightning.rollout.vllm.client import VLLMClient
 from sdft_lightning.types import Rollout, Tokens
 
+FakeServer = Any  # see conftest.py
 NAME = "model.layers.0.mlp.down_proj.weight"
-
-
-class FakeServer:
-    """A vLLM server whose model is a single weight.
-
-    Attributes:
-        asked: Paths of the requests but /health, in order.
-        completions: Bodies of the requests for completions.
-        fault: Called with each path; what it returns is sent as the status instead of an answer.
-        choice: From a body to the `choices` entry of the answer.
-    """
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-        self.completions: list[dict[str, Any]] = []
-        self.keys: set[str | None] = set()
-        self.version, self.weight = "default", 0.0
-        self.config = {
-            "model_config": {"logprobs_mode": "processed_logprobs"},
-            "device_config": {"device": "cuda"},
-        }
-        self.resets = True
-        self.fault: Callable[[str], int | None] = lambda path: None
-        self.choice: Callable[[dict[str, Any]], dict[str, Any]] = self.default_choice
-        fake = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self.reply({})
-
-            def do_POST(self) -> None:
-                self.reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-
-            def reply(self, body: dict[str, Any]) -> None:
-                path = self.path.partition("?")[0]
-                fake.keys.add(self.headers.get("Authorization"))
-                if path != "/health":
-                    fake.asked.append(path)
-                status = fake.fault(path)
-                if status == 0:  # hang up without a word
-                    return
-                answer = {"error": "no"} if status else fake.answer(path, body)
-                raw = b"" if answer is None else json.dumps(answer).encode()
-                self.send_response(status or 200)
-                self.send_header("Content-Length", str(len(raw)))
-                self.end_headers()
-                self.wfile.write(raw)
-
-            def log_message(self, format: str, *args: Any) -> None:
-                """Say nothing."""
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def answer(self, path: str, body: dict[str, Any]) -> Any:
-        if path == "/v1/models":
-            return {"data": [{"id": "student"}]}
-        if path == "/server_info":
-            return {"vllm_config": self.config}
-        if path == "/collective_rpc":
-            assert body["method"] == "reload_weights"
-            folder = Path(body["kwargs"]["weights_path"])
-            self.weight = float(load_file(folder / "model.safetensors")[NAME][0, 0])
-            return {"results": [None]}
-        if path == "/reset_prefix_cache":
-            return {"success": self.resets}
-        if path == "/update_weight_version":
-            self.version = body["new_version"]
-            return {"success": True}
-        if path == "/weight_info":
-            return {"weight_version": self.version}
-        if path == "/v1/completions":
-            self.completions.append(body)
-            return {"choices": [self.choice(body)]}
-        return None
-
-    def default_choice(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The prompt's length as a token, then the stop token; a log-prob tells the weight."""
-        ids = [len(body["prompt"]), 2]
-        log_probs = {"token_logprobs": [-abs(self.weight), -0.25]}
-        return {"token_ids": ids, "logprobs": log_probs, "finish_reason": "stop", "text": "?"}
-
-    def restart(self) -> None:
-        """Lose the weights."""
-        self.version, self.weight = "default", 0.0
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
-    """A running server; no key is in the environment, and nobody pauses."""
-    monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    found = FakeServer()
-    thread = threading.Thread(target=found.server.serve_forever, daemon=True)
-    thread.start()
-    yield found
-    found.server.shutdown()
-    found.server.server_close()
-    thread.join()
 
 
 @pytest.fixture
@@ -379,18 +277,21 @@ def test_key_is_sent_where_there_is_one(
     assert server.keys == {"Bearer secret"}
 
 
-def test_one_address_for_each_process(
+def test_one_address_for_all_processes_or_one_for_each(
     server: FakeServer, engine: VLLMServerEngine, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sdft_lightning.rollout.vllm import server as server_file
+    from torch import distributed as dist
 
-    monkeypatch.setattr(server_file.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(server_file.dist, "get_rank", lambda: 1)
-    monkeypatch.setattr(server_file.dist, "get_world_size", lambda: 2)
-    with pytest.raises(UserError, match="got 1 addresses for 2 processes"):
-        generate(engine, model)
-    engine.clients = [VLLMClient("http://127.0.0.1:9", 1, "NONE"), *engine.clients]
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    assert engine._client().url == server.url  # the one for all
+    other = VLLMClient("http://127.0.0.1:9", 1, "NONE")
+    engine.clients = [other, *engine.clients]
     assert engine._client().url == server.url  # rank 1 has the second
+    engine.clients = [other, other, other]
+    with pytest.raises(UserError, match="got 3 addresses for 2 processes"):
+        generate(engine, model)
 
 
 @pytest.mark.parametrize(
@@ -400,6 +301,7 @@ def test_one_address_for_each_process(
         ({"timeout_seconds": 0}, "timeout_seconds: got 0"),
         ({"max_retries": -1}, "max_retries: got -1"),
         ({"parallel": 0}, "parallel: got 0"),
+        ({"transport": "stream"}, "transport: got 'stream'"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused(options: dict[str, Any], text: str) -> None:

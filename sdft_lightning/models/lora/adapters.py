@@ -315,7 +315,13 @@ def _check_targets(model: Any, lora: LoRA) -> None:
 _PREFIX = "base_model.model."
 
 
-def save_adapter(model: Any, folder: Path, base_name: str, revision: str | None = None) -> None:
+def save_adapter(
+    model: Any,
+    folder: Path,
+    base_name: str,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Write a folder that `PeftModel.from_pretrained` loads, in safetensors.
 
     Args:
@@ -323,11 +329,12 @@ def save_adapter(model: Any, folder: Path, base_name: str, revision: str | None 
         folder: An existing folder.
         base_name: What transformers loads the base model by; written into the config.
         revision: The same of its branch, tag or commit.
+        dtype: Of the adapters in the file; float32, as they are trained, without it.
     """
     from peft import get_peft_model_state_dict
 
     tensors = {
-        f"{_PREFIX}{name}": tensor.detach().contiguous().cpu()
+        f"{_PREFIX}{name}": tensor.detach().to("cpu", dtype).contiguous()
         for name, tensor in get_peft_model_state_dict(model, adapter_name=ADAPTER).items()
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -149,32 +148,61 @@ def merged_copy(model: Any) -> Any:
     return merged
 
 
-def effective_weights(model: Any) -> dict[str, Callable[[], Tensor]]:
-    """What reads each weight of a model in float32, under its name in the base model.
+class EffectiveWeight(NamedTuple):
+    """Reads a weight when it is called, see `effective_weights`.
 
-    Of an adapted layer that is W + s · B A; tied weights are there once. They are read one by
-    one, since all of them at once would be a second model.
+    Attributes:
+        parameter: W, perhaps in 4 bits.
+        layer: The adapted layer whose s · B A is added; None adds nothing.
+        dtype: What it is read in.
+    """
+
+    parameter: Tensor
+    layer: Any
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of what is read."""
+        stored = getattr(self.parameter, "quant_state", None)
+        return self.parameter.shape if stored is None else torch.Size(stored.shape)
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        """The present weight; the parameter's own storage where it already has the dtype."""
+        weight = self.parameter
+        if type(weight).__name__ == "Params4bit":
+            from peft.utils.integrations import dequantize_bnb_weight
+
+            weight = dequantize_bnb_weight(cast(nn.Parameter, weight))
+        if self.layer is None:
+            return weight.to(self.dtype)
+        delta: Tensor = self.layer.get_delta_weight(ADAPTER)
+        return (weight.float() + delta.float()).to(self.dtype)
+
+
+def effective_weights(
+    model: Any, dtype: torch.dtype = torch.float32, merge: bool = True
+) -> dict[str, EffectiveWeight]:
+    """What reads each weight of a model, under its name in the base model.
+
+    Of an adapted layer that is W + s · B A, summed in float32; tied weights are there once. They
+    are read one by one, since all of them at once would be a second model.
 
     Args:
         model: A model, adapted or not, quantized or not.
+        dtype: What they are read in.
+        merge: False reads W alone, the base model's weight.
     """
     layers = {id(adapted_weight(layer)): layer for layer in adapter_layers(model).values()}
     adapters = adapter_parameters(model)
     return {
-        base_name(name): partial(_effective, parameter, layers.get(id(parameter)))
+        base_name(name): EffectiveWeight(
+            parameter, layers.get(id(parameter)) if merge else None, dtype
+        )
         for name, parameter in model.named_parameters()
         if name not in adapters
     }
-
-
-@torch.no_grad()
-def _effective(parameter: Tensor, layer: Any) -> Tensor:
-    if type(parameter).__name__ == "Params4bit":
-        from peft.utils.integrations import dequantize_bnb_weight
-
-        parameter = dequantize_bnb_weight(cast(nn.Parameter, parameter))
-    weight = parameter.float()
-    return weight if layer is None else weight + layer.get_delta_weight(ADAPTER).float()
 
 
 def merged_weight(layer: Any) -> Tensor:
@@ -183,7 +211,7 @@ def merged_weight(layer: Any) -> Tensor:
     Args:
         layer: One of `adapter_layers`.
     """
-    return _effective(adapted_weight(layer), layer)
+    return EffectiveWeight(adapted_weight(layer), layer, torch.float32)()
 
 
 def _outermost(layers: dict[str, Any]) -> dict[str, Any]:

@@ -5,11 +5,17 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
-from typing import Any, ClassVar
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
 
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import distributed as dist
 
-from sdft_lightning.errors import UserError, extra_remedy, printable, shown
+from sdft_lightning.errors import UserError, check_choice, extra_remedy, printable, shown
 from sdft_lightning.rollout.engine import (
     Engine,
     Sampled,
@@ -20,10 +26,21 @@ from sdft_lightning.rollout.engine import (
 from sdft_lightning.rollout.generate import RolloutRequest
 from sdft_lightning.rollout.sampling import Sampling, row_seeds
 from sdft_lightning.rollout.student import StudentPasses
-from sdft_lightning.rollout.vllm.weights import EngineDtype, WeightsFolder, ties_head
+from sdft_lightning.rollout.vllm.client import FINISH_REASONS
+from sdft_lightning.rollout.vllm.weights import (
+    EngineDtype,
+    Form,
+    WeightsFolder,
+    adapters_refused,
+    check_adapters,
+    ties_head,
+    vllm_rank,
+    weights_stream,
+    write_config,
+)
 from sdft_lightning.types import Rollout
 
-FINISH_REASONS = ("stop", "length")  # of a whole completion; vLLM also aborts
+OwnTransport = Literal["auto", "stream", "folder", "adapters"]
 _SOURCE = "the vLLM of this run"
 
 
@@ -40,12 +57,6 @@ class ExternalEngine(Engine):
             UserError: Names the option and the remedy.
         """
         check_one_truncation(sampling, "vLLM")
-        if quantized:
-            raise UserError(
-                "model.engine: vLLM is sent the student's weights with adapters merged, which "
-                "4-bit weights do not allow. Leave model.policy.quantization out, or use the "
-                "TransformersEngine."
-            )
 
 
 class VLLMEngine(ExternalEngine):
@@ -60,8 +71,13 @@ class VLLMEngine(ExternalEngine):
         max_model_len: Longest prompt with completion, in tokens; the model's own without it.
         tensor_parallel_size: GPUs that vLLM spreads the model over.
         enforce_eager: Run without compiled graphs: starts sooner, samples more slowly.
-        exchange_folder: Where the weights are handed over; /dev/shm or the system's temporary
-            folder without it. Needs room for twice the weights.
+        transport: How weights are handed over. stream: one tensor after the other, vLLM being in
+            the trainer's process, for tensor_parallel_size 1; folder: through a folder that vLLM
+            reads; adapters: the adapters alone, after the base model's weights once. auto:
+            adapters where there are any, else stream, else folder.
+        sleep: On a GPU, vLLM gives its memory back while the student trains.
+        exchange_folder: Where folders are written; /dev/shm or the system's temporary folder
+            without it. Needs room for twice the weights, or for twice the adapters.
     """
 
     def __init__(
@@ -71,6 +87,8 @@ class VLLMEngine(ExternalEngine):
         max_model_len: int | None = None,
         tensor_parallel_size: int = 1,
         enforce_eager: bool = False,
+        transport: OwnTransport = "auto",
+        sleep: bool = True,
         exchange_folder: str | None = None,
     ) -> None:
         if not 0 < gpu_memory_utilization <= 1:
@@ -78,14 +96,27 @@ class VLLMEngine(ExternalEngine):
                 f"model.engine.gpu_memory_utilization: got {gpu_memory_utilization}, allowed is "
                 "0 < gpu_memory_utilization <= 1."
             )
+        check_choice("model.engine.transport", transport, get_args(OwnTransport))
+        if transport == "stream" and tensor_parallel_size > 1:
+            raise UserError(
+                f"model.engine.transport: stream hands weights over inside one process, got "
+                f"tensor_parallel_size={tensor_parallel_size}. Use transport: folder, or a vLLM "
+                "server with NCCL (VLLMServerEngine)."
+            )
         self.dtype: EngineDtype = dtype
         self.gpu_memory_utilization = self.device_share = gpu_memory_utilization
         self.max_model_len = max_model_len
         self.tensor_parallel_size = tensor_parallel_size
         self.enforce_eager = enforce_eager
-        self.folder = WeightsFolder(exchange_folder, dtype)
+        self.transport = transport
+        self.sleep = sleep
+        self.folder = WeightsFolder(exchange_folder)
         self._llm: Any = None
-        self._step: int | None = None
+        self._config: tempfile.TemporaryDirectory[str] | None = None
+        self._made_group = False  # vLLM's process group of one process
+        self._step: int | None = None  # whose weights vLLM has
+        self._has_base = self._asleep = False
+        self._request: Any = None  # the adapters that vLLM has, None without any
 
     def check(self, sampling: Sampling, quantized: bool) -> None:
         """Refuse what vLLM cannot sample, and a missing vLLM.
@@ -109,61 +140,223 @@ class VLLMEngine(ExternalEngine):
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise UserError(
                 "model.engine: a VLLMEngine serves runs of one process. Start a vLLM server for "
-                "each process and name them all in VLLMServerEngine."
+                "all processes and name it in VLLMServerEngine."
             )
-        self.refresh(student.model, request.step)
         pairs = zip(request_seeds(request), request.limits, strict=True)
-        params = [vllm_sampling(request, seed, most) for seed, most in pairs]
         prompts = [{"prompt_token_ids": ids} for ids in repeated_prompts(request)]
-        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        self.refresh(student.model, request.step)
+        with _beside_the_trainer():
+            params = [vllm_sampling(request, seed, most) for seed, most in pairs]
+            options = {} if self._request is None else {"lora_request": self._request}
+            outputs = self._llm.generate(prompts, params, use_tqdm=False, **options)
+            self._rest(student.model)
         rows = [_sampled(output) for output in outputs]
         return as_rollout(rows, request, vocabulary_size(student.model), _SOURCE)
 
     def refresh(self, student: Any, step: int) -> None:
         """Give vLLM the student's weights of a step; starts vLLM on the first call."""
-        if self._llm is not None and step == self._step:
-            return
-        # vLLM on a CPU keeps a packed copy of the head, which a reload of the embedding that it is
-        # tied to does not reach (0.32 seen); untied, the head is reloaded by itself.
-        untie = ties_head(student) and next(student.parameters()).device.type == "cpu"
-        folder = str(self.folder.write(student, own_head=untie))
-        if self._llm is None:
-            self._llm = self._start(folder, untie)
-        else:
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
-            if not self._llm.reset_prefix_cache():
-                raise RuntimeError("vLLM kept keys and values of the last step's weights.")
-        self._step = step
+        with _beside_the_trainer():
+            starts = self._llm is None
+            if starts:
+                self._start(student)
+            self._wake("weights")
+            if step != self._step:
+                self._step = None  # until all of them are there
+                self._hand_over(student, starts)
+                self._step = step
+            self._wake("kv_cache")
+            self._asleep = False
 
     def forget(self) -> None:
         """The next rollout refreshes vLLM's weights in any case."""
-        self._step = None
+        self._step, self._has_base = None, False
 
     def close(self) -> None:
         """End vLLM and give its memory back."""
-        self._llm = self._step = None
+        if self._llm is not None and self._streams:
+            _end_in_this_process(self._llm, self._made_group)
+        self._llm = self._request = None
+        self._asleep = False
+        self.forget()
         gc.collect()  # vLLM ends its processes when it is collected
         self.folder.remove()
+        if self._config is not None:
+            self._config.cleanup()
 
-    def _start(self, folder: str, untie: bool) -> Any:
+    @property
+    def _streams(self) -> bool:
+        """Whether vLLM is in this process, and takes whole weights as a stream."""
+        return self.transport != "folder" and self.tensor_parallel_size == 1
+
+    def _hands_adapters(self, student: Any) -> bool:
+        """Whether adapters go to vLLM as such.
+
+        Raises:
+            UserError: If they are asked for, and there are none, or of a rank that vLLM has not.
+        """
+        if self.transport == "adapters":
+            check_adapters(student)
+        return self.transport in ("auto", "adapters") and vllm_rank(student) is not None
+
+    def _form(self, student: Any) -> Form:
+        # vLLM on a CPU keeps a packed copy of the head, which a reload of the embedding that it is
+        # tied to does not reach (0.32 seen); untied, the head is reloaded by itself.
+        untie = ties_head(student) and next(student.parameters()).device.type == "cpu"
+        return Form(getattr(torch, self.dtype), untie, not self._hands_adapters(student))
+
+    def _hand_over(self, student: Any, starts: bool) -> None:
+        form = self._form(student)
+        if not self._has_base or (form.merge and not starts):
+            self._has_base = False
+            if self._streams:
+                weights: dict[str, Any] = {"weights_iterator": weights_stream(student, form)}
+            else:
+                weights = {"weights_path": str(self.folder.write(student, form))}
+            self._llm.collective_rpc("reload_weights", kwargs=weights)
+            self._has_base = True
+        if not form.merge:
+            self._load_adapters(student, form.dtype)
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept keys and values of the last step's weights.")
+
+    def _load_adapters(self, student: Any, dtype: torch.dtype) -> None:
+        folder = self.folder.write_adapters(student, dtype)
+        request = lora_request(str(folder), load_inplace=True)
+        try:
+            self._llm.llm_engine.add_lora(request)
+        except Exception as error:  # of vLLM's own kinds
+            raise adapters_refused("the vLLM of this run", str(error), "stream") from error
+        self._request = lora_request(str(folder), load_inplace=False)
+
+    def _start(self, student: Any) -> None:
         # A forked child of a process that has computed on several threads may hang.
-        os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        form = self._form(student)
+        options: dict[str, Any] = {}
+        if self._streams:
+            _check_first_gpu(next(student.parameters()).device)
+            # The first stream brings the weights.
+            self._config = tempfile.TemporaryDirectory(prefix="sdft-vllm-")
+            write_config(student, Path(self._config.name), form.dtype)
+            options |= {"model": self._config.name, "load_format": "dummy"}
+        else:
+            options |= {"model": str(self.folder.write(student, form))}
+            self._has_base = True
+        if not form.merge:
+            options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": vllm_rank(student)}
+        if _on_gpu(student):
+            options["enable_sleep_mode"] = self.sleep
         import vllm
 
-        return vllm.LLM(
-            model=folder,
-            dtype=self.dtype,
-            skip_tokenizer_init=True,
-            trust_remote_code=False,
-            # The log-probabilities of the distribution that is sampled from, at its temperature.
-            logprobs_mode="processed_logprobs",
-            gpu_memory_utilization=self.gpu_memory_utilization,
-            max_model_len=self.max_model_len,
-            tensor_parallel_size=self.tensor_parallel_size,
-            enforce_eager=self.enforce_eager,
-            hf_overrides={"tie_word_embeddings": False} if untie else None,
-            disable_log_stats=True,
+        self._made_group = not dist.is_initialized()
+        with _engine_core(in_this_process=self._streams):
+            self._llm = vllm.LLM(
+                dtype=self.dtype,
+                skip_tokenizer_init=True,
+                trust_remote_code=False,
+                # The log-probabilities of the distribution that is sampled from, at its
+                # temperature.
+                logprobs_mode="processed_logprobs",
+                gpu_memory_utilization=self.gpu_memory_utilization,
+                max_model_len=self.max_model_len,
+                tensor_parallel_size=self.tensor_parallel_size,
+                enforce_eager=self.enforce_eager,
+                hf_overrides={"tie_word_embeddings": False} if form.own_head else None,
+                disable_log_stats=True,
+                **options,
+            )
+
+    def _rest(self, student: Any) -> None:
+        """Let vLLM give its memory back until it samples again, on a GPU."""
+        if not (self.sleep and _on_gpu(student)):
+            return
+        # Whole weights come anew in any case, the base model's of adapters do not.
+        level = 1 if self._hands_adapters(student) else 2
+        self._llm.sleep(level=level)
+        self._asleep = True
+        if level == 2:
+            self.forget()
+
+    def _wake(self, part: str) -> None:
+        if self._asleep:
+            self._llm.wake_up(tags=[part])
+
+
+@contextmanager
+def _beside_the_trainer() -> Iterator[None]:
+    """Compute in the trainer's process without what it has set for itself, and leave it as it was.
+
+    vLLM seeds the global random numbers when it starts and, on a CPU, takes `set_num_threads` away
+    for good.
+    """
+    set_num_threads = torch.set_num_threads
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(isolate_rng())
+            for device in ("cpu", "cuda"):
+                if device == "cpu" or torch.cuda.is_available():
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warns)
+        vars(torch)["set_num_threads"] = set_num_threads
+
+
+@contextmanager
+def _engine_core(in_this_process: bool) -> Iterator[None]:
+    """Let vLLM start its core in the trainer's process, or in one of its own.
+
+    On a CPU it sets variables for its processes that are not meant for the trainer's.
+    """
+    switch = "VLLM_ENABLE_V1_MULTIPROCESSING"
+    before = {name: os.environ.get(name) for name in (switch, "LD_PRELOAD", "LOCAL_WORLD_SIZE")}
+    os.environ[switch] = "0" if in_this_process else "1"
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _end_in_this_process(llm: Any, made_group: bool) -> None:
+    """End a vLLM whose core is in this process, with the process group that it made."""
+    from vllm.distributed import parallel_state
+
+    llm.llm_engine.engine_core.shutdown()
+    if made_group:
+        parallel_state.cleanup_dist_env_and_memory()
+    else:
+        parallel_state.destroy_model_parallel()
+
+
+def _on_gpu(student: Any) -> bool:
+    return bool(next(student.parameters()).device.type == "cuda")
+
+
+def _check_first_gpu(device: torch.device) -> None:
+    if device.index not in (None, 0):
+        raise UserError(
+            f"model.engine.transport: in the trainer's process vLLM takes the first visible GPU, "
+            f"the student is on {device}. Choose that one by CUDA_VISIBLE_DEVICES and give "
+            "--trainer.devices=1, or transport: folder."
         )
+
+
+def lora_request(folder: str, load_inplace: bool) -> Any:
+    """The student's adapters in a folder, as vLLM is told of them.
+
+    Args:
+        folder: Written by peft.
+        load_inplace: Load them anew, although vLLM has some of that name.
+    """
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest("student", 1, folder, load_inplace=load_inplace)
 
 
 def vllm_sampling(request: RolloutRequest, seed: int, most: int) -> Any:

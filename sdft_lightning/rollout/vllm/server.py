@@ -2,66 +2,107 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
+import torch
 from torch import distributed as dist
 
-from sdft_lightning.errors import UserError, printable, shown
+from sdft_lightning.errors import UserError, check_choice, printable, shown
 from sdft_lightning.files.endpoints import LONGEST_TIMEOUT
+from sdft_lightning.models.sharding import is_sharded
 from sdft_lightning.rollout.engine import Sampled, as_rollout, vocabulary_size
 from sdft_lightning.rollout.generate import RolloutRequest
-from sdft_lightning.rollout.sampling import Sampling
 from sdft_lightning.rollout.student import StudentPasses
-from sdft_lightning.rollout.vllm.client import ServerFaultError, VLLMClient
-from sdft_lightning.rollout.vllm.engine import (
-    FINISH_REASONS,
-    ExternalEngine,
-    repeated_prompts,
-    request_seeds,
+from sdft_lightning.rollout.vllm.client import (
+    LOAD_ADAPTER,
+    ServerFaultError,
+    VLLMClient,
+    completion_body,
+    found_at,
+    model_name,
+    on_rank_zero,
+    own_rank,
+    read_completion,
+    several,
+    together,
+    under,
 )
-from sdft_lightning.rollout.vllm.weights import EngineDtype, WeightsFolder, ties_head
+from sdft_lightning.rollout.vllm.engine import ExternalEngine, repeated_prompts, request_seeds
+from sdft_lightning.rollout.vllm.transfer import TRANSFERS, Transfer, transfer_problem
+from sdft_lightning.rollout.vllm.weights import (
+    EngineDtype,
+    Form,
+    WeightsFolder,
+    check_adapters,
+    ties_head,
+    vllm_rank,
+)
 from sdft_lightning.types import Rollout
 
+Transport = Literal["auto", "nccl", "ipc", "folder", "adapters"]
 _LONGEST_PAUSE = 10.0  # seconds between two looks whether the server is back
 # Of a completion's reply: each token comes as id, text, log-probability and in a list of such.
 _BYTES_A_TOKEN, _BYTES_BESIDES = 2048, 2**20
-_NEEDS = "Use a vLLM server, version 0.32 or newer."
+
+
+class Way(NamedTuple):
+    """How a server gets the weights.
+
+    Attributes:
+        whole: nccl, ipc or folder: how whole weights come to it.
+        adapters: Whether adapters come to it as such, after the base model's weights.
+        model: The name that its model goes by.
+    """
+
+    whole: str
+    adapters: bool
+    model: str
 
 
 class VLLMServerEngine(ExternalEngine):
-    """Samples from a running vLLM server, which gets each step's weights through a shared folder.
+    """Samples from running vLLM servers, which get each step's weights.
 
-    The server must be started as the documentation's page on vLLM says, and serve this run alone:
+    A server must be started as the documentation's page on vLLM says, and serve this run alone:
     whoever else asks it gets the student of the moment. One that restarts is given the weights
     again.
 
     Args:
-        base_url: Its address, e.g. http://localhost:8000; a list in runs of several processes, one
-            server for each.
+        base_url: Its address, e.g. http://localhost:8000: one server for all processes, or a list
+            of one for each.
         model: The name that it serves the model under; asked of the server without it.
         dtype: Of the server's weights: bfloat16, float16 or float32.
+        transport: How weights are handed over. nccl or ipc: by vLLM's own transfer between GPUs,
+            or inside one, for a server that was started with that backend
+            (--weight-transfer-config) and a trainer that has vllm installed; folder: through a
+            folder that both see; adapters: the adapters alone, after the base model's weights once,
+            for a server with --enable-lora. auto: adapters where the server takes them, else the
+            server's backend, else folder.
         exchange_folder: A folder that trainer and server see under the same path; /dev/shm or the
             system's temporary folder without it, for a server on the same machine.
         timeout_seconds: Of one request, to the last byte of its reply; all tokens of a completion
             must come within it.
         max_retries: How often a rollout is begun again after the server failed in it.
         patience_seconds: How long a server that is down may take to come back each time.
-        parallel: Completions asked for at once.
+        parallel: Completions asked for at once, by each process.
         untied_head: The server was told to load the output head by itself (--hf-overrides
             '{"tie_word_embeddings": false}'), as a server on a CPU must be for models that tie it.
         api_key_variable: Environment variable with the server's key, if it asks for one.
     """
+
+    takes_shards: ClassVar[bool] = True
 
     def __init__(
         self,
         base_url: str | list[str] = "http://localhost:8000",
         model: str | None = None,
         dtype: EngineDtype = "bfloat16",
+        transport: Transport = "auto",
         exchange_folder: str | None = None,
         timeout_seconds: float = 600.0,
         max_retries: int = 3,
@@ -84,39 +125,43 @@ class VLLMServerEngine(ExternalEngine):
                 f"model.engine.timeout_seconds: got {timeout_seconds}, allowed are up to "
                 f"{LONGEST_TIMEOUT:g} (a day)."
             )
+        check_choice("model.engine.transport", transport, get_args(Transport))
         urls = [base_url] if isinstance(base_url, str) else base_url
         self.clients = [VLLMClient(url, timeout_seconds, api_key_variable) for url in urls]
         self.model = model
+        self.dtype: EngineDtype = dtype
+        self.transport = transport
         self.max_retries = max_retries
         self.patience_seconds = patience_seconds
         self.parallel = parallel
         self.untied_head = untied_head
-        self.folder = WeightsFolder(exchange_folder, dtype)
+        self.folder, self.adapters = WeightsFolder(exchange_folder), WeightsFolder(exchange_folder)
         # Tells our weights from those of a restarted server, or of another run on the same one.
-        self._name = uuid.uuid4().hex
+        self._name = f"sdft-{uuid.uuid4().hex}"
         self._version = 0
-        self._checked = False
+        self._ways: dict[str, Way] = {}
+        self._given: dict[str, str] = {}  # to which server, which version
+        self._written: dict[bool, Path] = {}  # folders of this rollout, adapters merged or not
+        self._transfers: dict[str, Transfer] = {}
 
     def generate(self, student: StudentPasses, request: RolloutRequest) -> Rollout:
         """Refresh the server's weights and sample; begun again if the server fails meanwhile.
+
+        All processes do so at the same time, and begin again together.
 
         Raises:
             UserError: If it fails too often, or cannot be used.
         """
         client = self._client()
-        folder = self.folder.write(student.model, self.untied_head)
         fault: ServerFaultError | None = None
+        self._written = {}
         for _ in range(1 + self.max_retries):
-            self._wait(client, fault)
             try:
-                self._check_server(client, student.model)
-                self.refresh(client, folder)
-                sampled = self._sample(client, request)
-                self._check_version(client)
-                source = f"the vLLM server at {client.url}"
-                return as_rollout(sampled, request, vocabulary_size(student.model), source)
+                self.refresh(student.model, fault)
+                return together(lambda: self._rollout(client, student.model, request))
             except ServerFaultError as error:
                 fault = error
+                self._end_transfers()
         raise UserError(
             f"model.engine: the vLLM server at {client.url} failed {1 + self.max_retries} times in "
             f"one rollout, the last time with: {fault}. Look into its log, start it again, and go "
@@ -124,41 +169,80 @@ class VLLMServerEngine(ExternalEngine):
             "patience_seconds, for unsteady ones max_retries."
         ) from fault
 
-    def refresh(self, client: VLLMClient, folder: Path) -> None:
-        """Let the server load a folder of weights and forget what it computed with the last ones.
+    def refresh(self, student: Any, fault: ServerFaultError | None = None) -> None:
+        """Give the servers the present weights, and let them forget what the last ones computed.
+
+        Args:
+            student: The trained model.
+            fault: Why it is tried again.
 
         Raises:
-            ServerFaultError: If it does not.
+            ServerFaultError: If a server does not take them.
+            UserError: If one does not answer, or cannot be used.
         """
+        lost, self._ways, self._name = on_rank_zero(lambda: self._prepare(student, fault))
         self._version += 1
-        kwargs = {"weights_path": str(folder)}
-        client.post("/collective_rpc", {"method": "reload_weights", "kwargs": kwargs})
-        answer = client.post("/reset_prefix_cache", {})
-        if not (isinstance(answer, dict) and answer.get("success")):
-            raise ServerFaultError(
-                "/reset_prefix_cache: not done, as other requests are under way; the server must "
-                "serve this run alone"
-            )
-        client.post("/update_weight_version", {"new_version": self._marker})
+        form = Form(getattr(torch, self.dtype), self.untied_head)
+        for client in self.clients:
+            way = self._ways[client.url]
+            mine = form._replace(merge=not way.adapters)
+            if not way.adapters or lost[client.url]:
+                if way.whole == "folder":
+                    if mine.merge not in self._written:
+                        self._written[mine.merge] = self.folder.write(student, mine)
+                    self._load_folder(client, self._written[mine.merge])
+                else:
+                    self._transfer(client, student, mine, way, lost[client.url])
+        if any(way.adapters for way in self._ways.values()):
+            folder = self.adapters.write_adapters(student, form.dtype)
+            on_rank_zero(lambda: self._load_adapters(folder))
+        on_rank_zero(self._commit)
 
     def close(self) -> None:
-        """Remove the weights that were handed over; the server stays."""
+        """Remove what was handed over; the server stays."""
+        self._end_transfers()
+        for client in self.clients:
+            if client.url in self._given and self._ways[client.url].adapters and own_rank() == 0:
+                with contextlib.suppress(ServerFaultError, UserError):
+                    client.post("/v1/unload_lora_adapter", {"lora_name": self._name}, read=False)
+        self._given, self._written = {}, {}
         self.folder.remove()
+        self.adapters.remove()
 
     @property
     def _marker(self) -> str:
         return f"{self._name}-{self._version}"
 
     def _client(self) -> VLLMClient:
-        several = dist.is_available() and dist.is_initialized()
-        rank, size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
-        if size != len(self.clients):
+        size = dist.get_world_size() if several() else 1
+        if len(self.clients) not in (1, size):
             raise UserError(
                 f"model.engine.base_url: got {len(self.clients)} addresses for {size} processes; "
-                "each process needs a server of its own, as each refreshes its weights. Give a "
-                "list with one address for each."
+                "allowed are one server for all, or a list of one for each."
             )
-        return self.clients[rank]
+        return self.clients[own_rank() if len(self.clients) > 1 else 0]
+
+    # --- on rank zero: is the server there, and the right one? -----------------------------------
+
+    def _prepare(
+        self, student: Any, fault: ServerFaultError | None
+    ) -> tuple[dict[str, bool], dict[str, Way], str]:
+        """Wait for the servers and look at them.
+
+        Returns:
+            By address, whether the server has lost what it was given, and how it gets weights; and
+            the name that all processes know the weights by.
+        """
+        lost, ways = {}, dict(self._ways)
+        for client in self.clients:
+            self._wait(client, fault)
+            if client.url not in ways:
+                ways[client.url] = self._check_server(client, student)
+            way, given = ways[client.url], self._given.pop(client.url, None)
+            lost[client.url] = given is None
+            if given is not None and (way.adapters or way.whole != "folder"):
+                lost[client.url] = given != found_at(client, "/weight_info", ("weight_version",))
+        return lost, ways, self._name
 
     def _wait(self, client: VLLMClient, fault: ServerFaultError | None) -> None:
         """Wait until the server is up.
@@ -179,24 +263,17 @@ class VLLMServerEngine(ExternalEngine):
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def _check_server(self, client: VLLMClient, student: Any) -> None:
+    def _check_server(self, client: VLLMClient, student: Any) -> Way:
         """Refuse, once, a server that was started otherwise than the engine needs.
 
         Raises:
             UserError: Names the option of the server.
         """
-        if self._checked:
-            return
-        if self.model is None:
-            self.model = _model_name(client)
-        mode, device = _found(
-            client,
-            "/server_info?config_format=json",
-            [
-                ("vllm_config", "model_config", "logprobs_mode"),
-                ("vllm_config", "device_config", "device"),
-            ],
-        )
+        model = self.model or model_name(client)
+        path = "/server_info?config_format=json"
+        answer = client.get(path)
+        mode = under(answer, ("vllm_config", "model_config", "logprobs_mode"), client.url + path)
+        device = under(answer, ("vllm_config", "device_config", "device"), client.url + path)
         wanted = "processed_logprobs"
         if mode != wanted:
             raise UserError(
@@ -212,26 +289,118 @@ class VLLMServerEngine(ExternalEngine):
                 "--hf-overrides '{\"tie_word_embeddings\": false}' on a folder that has the head "
                 "(see the documentation's page on vLLM), and set model.engine.untied_head=true."
             )
-        self._checked = True
+        config = answer["vllm_config"]
+        return Way(
+            self._whole(client, student, _part(config, "weight_transfer_config", "backend")),
+            self._takes_adapters(client, student, _part(config, "lora_config", "max_lora_rank")),
+            model,
+        )
 
-    def _check_version(self, client: VLLMClient) -> None:
-        """Refuse completions of a server that lost our weights while it sampled.
+    def _whole(self, client: VLLMClient, student: Any, backend: Any) -> str:
+        """How whole weights come to a server that was started with a backend, or with none."""
+        if self.transport in TRANSFERS:
+            if backend != self.transport:
+                raise UserError(
+                    f"model.engine.transport: got {self.transport}, but the server at {client.url} "
+                    f"was started for {shown(backend)}. Start it with --weight-transfer-config "
+                    f'\'{{"backend": "{self.transport}"}}\', or give transport: folder.'
+                )
+            problem = transfer_problem(self.transport, student)
+            if problem:
+                raise UserError(
+                    f"model.engine.transport: got {self.transport}, {problem} Give transport: "
+                    "folder."
+                )
+            return self.transport
+        if self.transport == "folder" or backend not in TRANSFERS:
+            return "folder"
+        return "folder" if transfer_problem(backend, student) else str(backend)
 
-        Raises:
-            ServerFaultError: If it restarted, or somebody else gave it weights.
-        """
-        found = _found(client, "/weight_info", [("weight_version",)])[0]
+    def _takes_adapters(self, client: VLLMClient, student: Any, most: Any) -> bool:
+        """Whether adapters go to a server as such, which takes them up to a rank, or none."""
+        if self.transport == "adapters":
+            check_adapters(student)
+        rank = vllm_rank(student)
+        if rank is None or self.transport not in ("auto", "adapters"):
+            return False
+        if isinstance(most, int) and most >= rank:
+            return True
+        if self.transport == "auto":
+            return False
+        raise UserError(
+            f"model.engine.transport: got adapters, but the server at {client.url} takes "
+            f"{'none' if most is None else f'those of rank {shown(most)} and less'}. Start it with "
+            f"--enable-lora --max-lora-rank {rank} and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its "
+            "environment."
+        )
+
+    # --- handing over ----------------------------------------------------------------------------
+
+    def _load_folder(self, client: VLLMClient, folder: Path) -> None:
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        on_rank_zero(lambda: client.post("/collective_rpc", body))
+
+    def _transfer(self, client: VLLMClient, student: Any, form: Form, way: Way, lost: bool) -> None:
+        known = self._transfers.get(client.url)
+        if known is not None and (lost or known.student is not student):
+            self._transfers.pop(client.url).close()
+        takes_part = own_rank() == 0 or is_sharded(student)  # else rank zero has all there is
+
+        def connect() -> None:
+            if takes_part and client.url not in self._transfers:
+                transfer = Transfer(way.whole, client, student, form, own_rank())
+                self._transfers[client.url] = transfer
+
+        def send() -> None:
+            if takes_part:
+                self._transfers[client.url].send()
+
+        # First all are connected, so that nobody gathers for one who is not.
+        together(connect)
+        together(send)
+
+    def _end_transfers(self) -> None:
+        for transfer in self._transfers.values():
+            transfer.close()
+        self._transfers = {}
+
+    def _load_adapters(self, folder: Path) -> None:
+        for client in self.clients:
+            if self._ways[client.url].adapters:
+                body = {"lora_name": self._name, "lora_path": str(folder), "load_inplace": True}
+                client.post(LOAD_ADAPTER, body, read=False)
+
+    def _commit(self) -> None:
+        """Let the servers drop keys and values of the last weights, and say which they have now."""
+        for client in self.clients:
+            answer = client.post("/reset_prefix_cache", {})
+            if not (isinstance(answer, dict) and answer.get("success")):
+                raise ServerFaultError(
+                    "/reset_prefix_cache: not done, as other requests are under way; the server "
+                    "must serve this run alone"
+                )
+            client.post("/update_weight_version", {"new_version": self._marker})
+            self._given[client.url] = self._marker
+
+    # --- sampling --------------------------------------------------------------------------------
+
+    def _rollout(self, client: VLLMClient, student: Any, request: RolloutRequest) -> Rollout:
+        sampled = self._sample(client, request)
+        # A server that lost our weights while it sampled: restarted, or given others'.
+        found = found_at(client, "/weight_info", ("weight_version",))
         if found != self._marker:
             raise ServerFaultError(
                 f"/weight_info: the weights are {shown(found)} and no longer "
                 f"{self._marker!r}; the server restarted, or another run uses it"
             )
+        source = f"the vLLM server at {client.url}"
+        return as_rollout(sampled, request, vocabulary_size(student), source)
 
     def _sample(self, client: VLLMClient, request: RolloutRequest) -> list[Sampled]:
-        assert self.model is not None
+        way = self._ways[client.url]
         bodies = [
             completion_body(
-                self.model,
+                self._name if way.adapters else way.model,
                 prompt,
                 seed,
                 replace(request.sampling, max_new_tokens=most),
@@ -242,111 +411,20 @@ class VLLMServerEngine(ExternalEngine):
             )
         ]
 
+        # A server that has restarted does not know the adapters any longer.
+        may_pass = (404,) if way.adapters else ()
+
         def ask(body: dict[str, Any]) -> Sampled:
             tokens = len(body["prompt"]) + body["max_tokens"]
             most = _BYTES_BESIDES + _BYTES_A_TOKEN * tokens
-            return read_completion(client.post("/v1/completions", body, most), client.url)
+            answer = client.post("/v1/completions", body, most, may_pass=may_pass)
+            return read_completion(answer, client.url)
 
         with ThreadPoolExecutor(min(self.parallel, len(bodies))) as pool:
             return list(pool.map(ask, bodies))
 
 
-def _model_name(client: VLLMClient) -> str:
-    found = _found(client, "/v1/models", [("data", 0, "id")])[0]
-    if not isinstance(found, str) or not found:
-        raise UserError(
-            f"model.engine: {client.url}/v1/models names a model {shown(found)}, which "
-            f"is no name. {_NEEDS}"
-        )
-    return found
-
-
-def _found(client: VLLMClient, path: str, wanted: list[tuple[str | int, ...]]) -> list[Any]:
-    """What stands under each sequence of keys in a server's answer.
-
-    Raises:
-        UserError: If it answers in another form, as no vLLM server does.
-    """
-    answer = client.get(path)
-    return [_under(answer, keys, f"{client.url}{path}") for keys in wanted]
-
-
-def _under(answer: Any, keys: tuple[str | int, ...], url: str) -> Any:
-    found = answer
-    try:
-        for key in keys:
-            found = found[key]
-    except (KeyError, IndexError, TypeError) as error:
-        raise UserError(
-            f"model.engine: the answer of {url} has no {'.'.join(map(str, keys))}, got "
-            f"{shown(answer)}. {_NEEDS}"
-        ) from error
-    return found
-
-
-def completion_body(
-    model: str, prompt: list[int], seed: int, sampling: Sampling, stop_ids: list[int]
-) -> dict[str, Any]:
-    """A request for one completion, in token ids.
-
-    All that a server may have defaults of its own for is given, so that none is used.
-
-    Args:
-        model: Name of the model at the server.
-        prompt: Token ids.
-        seed: Of this completion.
-        sampling: Temperature, truncation, length.
-        stop_ids: Ids that end it.
-    """
-    return {
-        "model": model,
-        "prompt": prompt,
-        "n": 1,
-        "seed": seed,
-        "max_tokens": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "min_p": sampling.min_p,
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        "stop_token_ids": stop_ids,
-        "ignore_eos": True,  # ours are the only stop ids
-        "logprobs": 0,  # of the sampled token alone
-        "return_token_ids": True,  # text would not always give the same tokens back
-    }
-
-
-def read_completion(answer: Any, url: str) -> Sampled:
-    """The completion in a server's answer.
-
-    Args:
-        answer: Its JSON.
-        url: The server, for the message.
-
-    Raises:
-        UserError: If the server does not say which tokens it sampled, with their log-probabilities.
-        ServerFaultError: If the completion was aborted.
-    """
-    try:
-        (choice,) = answer["choices"]
-        ids, log_probs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
-        reason = choice["finish_reason"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"model.engine: the answer of {url} is not one choice with token ids, their "
-            f"log-probabilities and a finish reason ({type(error).__name__}: {error}), got "
-            f"{shown(answer)}. {_NEEDS}"
-        ) from error
-    if not isinstance(ids, list) or not isinstance(log_probs, list):
-        raise UserError(
-            f"model.engine: the answer of {url} lacks the list of token ids or of their "
-            f"log-probabilities, got {shown(choice)}. {_NEEDS}"
-        )
-    if reason not in FINISH_REASONS:
-        raise ServerFaultError(
-            f"/v1/completions: a completion ended for the reason {shown(reason)}, "
-            f"allowed are {', '.join(FINISH_REASONS)}"
-        )
-    return Sampled(ids, log_probs, reason == "stop")
+def _part(config: Any, part: str, key: str) -> Any:
+    """A value of a server's config; None where it has no such part."""
+    found = config.get(part) if isinstance(config, dict) else None
+    return found.get(key) if isinstance(found, dict) else None

@@ -16,9 +16,8 @@ from sdft_lightning.forward.fused import (
     read_prompts,
 )
 from sdft_lightning.forward.fused.structure import Product
-from sdft_lightning.forward.hidden import completion_hidden_states
+from sdft_lightning.forward.hidden import PromptCache, completion_hidden_states
 from sdft_lightning.forward.layout import SplitPrompts, split_prompts
-from sdft_lightning.forward.prompt_cache import PromptCache
 from sdft_lightning.rollout.student import StudentPasses
 from sdft_lightning.types import Tokens
 

@@ -12,9 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sdft_lightning.forward.hidden import apply_head, completion_hidden_states, output_head
+from sdft_lightning.forward.hidden import (
+    PromptCache,
+    apply_head,
+    completion_hidden_states,
+    output_head,
+)
 from sdft_lightning.forward.policy import Policy, load_policy
-from sdft_lightning.forward.prompt_cache import PromptCache
 from sdft_lightning.forward.scoring import score_continuations
 from sdft_lightning.losses.bounded import bounded_divergence
 from sdft_lightning.losses.divergence import Divergence, forward_kl

@@ -18,11 +18,15 @@ from sdft_lightning.errors import UserError
 from sdft_lightning.forward import scoring
 from sdft_lightning.forward.forward_paths import paths_of
 from sdft_lightning.forward.fused import decoder_of
-from sdft_lightning.forward.hidden import apply_head, completion_hidden_states, output_head
+from sdft_lightning.forward.hidden import (
+    PromptCache,
+    apply_head,
+    completion_hidden_states,
+    output_head,
+)
 from sdft_lightning.forward.kv_cache import without_cache
 from sdft_lightning.forward.layout import can_share, takes_own_mask
 from sdft_lightning.forward.policy import Policy, load_policy
-from sdft_lightning.forward.prompt_cache import PromptCache
 from sdft_lightning.models.lora import LoRA, adapter_parameters, merged_copy
 from sdft_lightning.models.precision import eval_mode
 from sdft_lightning.rollout import Sampling, generate_rollout, greedy_rollout

@@ -21,8 +21,8 @@ from sdft_lightning.errors import UserError
 from sdft_lightning.forward.policy import Policy, load_policy
 from sdft_lightning.models.embedded import embedded_model_path
 from sdft_lightning.rollout import RolloutRequest, Sampling, StudentPasses, VLLMServerEngine
-from sdft_lightning.rollout.vllm.client import VLLMClient
-from sdft_lightning.rollout.vllm.weights import write_weights
+from sdft_lightning.rollout.vllm.client import ServerFaultError, VLLMClient
+from sdft_lightning.rollout.vllm.weights import Form, write_weights
 from sdft_lightning.types import Tokens
 
 # Trainer and server both compute in float32 here; what is left is the order of sums.
@@ -86,7 +86,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, student: Any) -> Iterator[S
     from transformers import AutoTokenizer
 
     folder = tmp_path_factory.mktemp("served")
-    write_weights(student, folder, torch.float32, own_head=True)
+    write_weights(student, folder, Form(torch.float32, own_head=True))
     AutoTokenizer.from_pretrained(embedded_model_path()).save_pretrained(folder)
     running = Server(folder)
     running.start()
@@ -126,9 +126,9 @@ class Compare(L.Callback):
 class StaleEngine(VLLMServerEngine):
     """Says that it has refreshed, and has not, but for the first time."""
 
-    def refresh(self, client: VLLMClient, folder: Path) -> None:
+    def refresh(self, student: Any, fault: ServerFaultError | None = None) -> None:
         if self._version == 0:
-            super().refresh(client, folder)
+            super().refresh(student, fault)
 
 
 def test_after_each_refresh_the_server_agrees_with_the_trainer(

@@ -33,7 +33,7 @@ from sdft_lightning.files.whole_files import read_records
 
 STORED = Path(__file__).parents[1] / "data" / "examples" / "demo" / "runs.json"
 # Those that the demo itself trains; of the others stored runs are shown.
-TRAINED = ("sdft", "sdft_retain")
+TRAINED = (MAIN,)
 
 
 def run_demo(
@@ -143,7 +143,7 @@ def main(args: Sequence[str] | None = None) -> None:
     root = unused_path(options.root)
     print(
         f"Teaching sixteen facts to a 135M model on this CPU into {root}: {', '.join(train)}. "
-        "About 20 minutes on two cores for two methods."
+        "About 20 minutes on two cores for SDFT with rows to retain."
     )
     start = time.monotonic()
     result = run_demo(options.configs, root, options.seed, train)

@@ -22,7 +22,9 @@ if [ ! -e "$stamp" ] || [ requirements/min.txt -nt "$stamp" ] || [ pyproject.tom
   else
     install "$torch"
   fi
-  grep -v '^torch==' requirements/min.txt >"$venv/others.txt"
+  # torchao (extra low-memory) needs a newer torch: beside 2.6 its import fails, and transformers
+  # imports it where it is there.
+  grep -v '^torch==\|^torchao==' requirements/min.txt >"$venv/others.txt"
   install --no-deps --requirement "$venv/others.txt"
   touch "$stamp"
 fi

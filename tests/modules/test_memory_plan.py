@@ -125,14 +125,14 @@ def test_float32_with_adamw_is_refused_with_what_would_make_it_fit(check: Check)
     assert "preset:model/low_memory behind the other files saves " in message
     assert "--model.policy.lora.r=8 saves " in message
     fits = [part for part in message.split(";") if " fit" in part]
-    assert any("low_memory.yaml" in part for part in fits)
+    assert any("preset:model/low_memory" in part for part in fits)
     assert "--model.optimizer.init_args.fused=true saves 20.3 GB" in message  # of the peak
 
 
 def test_remedy_that_is_named_makes_the_plan_that_it_promises(check: Check) -> None:
     with pytest.raises(UserError) as told:
         check(*OLD)
-    promised = str(told.value).split("low_memory.yaml behind the other files saves ")[1]
+    promised = str(told.value).split("preset:model/low_memory behind the other files saves ")[1]
     setting = check()
     low = plan_memory(setting)
     assert f"and {low.peak / 1e9:.1f} GB fit" in promised.split(";")[0]

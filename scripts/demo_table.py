@@ -72,6 +72,8 @@ def _cell(values: list[float], show: Callable[[float], str], unit: str = "") -> 
 
 
 def _marks(models: list[Measured], base: Measured, name: str) -> str:
+    if len(models) == 1:
+        return mark(models[0], base, name)
     found = [mark(model, base, name).strip() for model in models]
     return "".join(
         f" {sign} {found.count(sign)}/{len(found)}" for sign in ("▼", "▲") if sign in found

@@ -13,8 +13,6 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-# These three have the older name of the command in their first line still.
-UNCHANGED = {"demo_sdft.yaml", "demo_sft.yaml", "continual_quickstart.yaml"}
 # Of these --print_config shows the parsed options instead of running.
 PARSED = {"fit", "validate", "test", "predict", "export", "preflight"}
 
@@ -52,7 +50,7 @@ def told() -> list[Path]:
 def test_the_command_has_one_name_and_the_other_is_named_once() -> None:
     texts = {path: path.read_text(encoding="utf-8") for path in told()}
     older = [path for path, text in texts.items() if re.search(r"\bcli\.py\b", text)]
-    assert {path.name for path in older} - UNCHANGED == {"README.md"}
+    assert {path.name for path in older} == {"README.md"}
     assert texts[ROOT / "README.md"].count("cli.py") == 1
     assert sum(text.count("sdft fit") for text in texts.values()) > 10
 

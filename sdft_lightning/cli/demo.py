@@ -150,7 +150,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if options.store is not None:
         store(options.store, options.seed, result)
     print(f"\n{table(result)}\n")
-    print(f"Plot: {root / 'demo.png'}   TensorBoard: .venv/bin/tensorboard --logdir {root}")
+    print(f"Plot: {root / 'demo.png'}   TensorBoard: tensorboard --logdir {root}")
     print(f"{(time.monotonic() - start) / 60:.1f} minutes, seed {options.seed}")
 
 

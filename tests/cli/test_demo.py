@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from sdft_lightning.cli.demo import run_demo
+from sdft_lightning.cli.demo import STORED, run_demo
 from sdft_lightning.cli.demo_result import (
     DemoResult,
     Measured,
@@ -22,6 +24,7 @@ from sdft_lightning.cli.demo_result import (
 )
 from sdft_lightning.errors import UserError
 
+ROOT = Path(__file__).parents[2]
 N = {"new": 64, "instructions": 170, "general": 400}
 
 
@@ -112,6 +115,32 @@ def test_only_validations_become_points(tmp_path: Path) -> None:
     assert read_curve(tmp_path) == ([Point(5, 0.5, 0.1)], 6, 2.0)
 
 
+def demo_table() -> ModuleType:
+    """The script that writes the README's table."""
+    spec = importlib.util.spec_from_file_location("demo_table", ROOT / "scripts" / "demo_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_front_page_has_the_table_of_the_stored_runs() -> None:
+    module = demo_table()
+    table = module.table_of_seeds(load_stored(STORED))
+    assert "**SDFT with rows to retain, 64 steps**" in table
+    assert table in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_table_of_several_seeds_has_means_each_seed_and_how_many_differ() -> None:
+    module = demo_table()
+    other = measured(48, 41, 40, 258, -1000.0, 0.12)
+    seeds = {43: {"sdft_retain": Run([], GOOD, 9.0)}, 44: {"sdft_retain": Run([], other, 9.0)}}
+    text = module.table_of_seeds(Stored((BASE, 0.8), seeds))
+    assert "| 67 % (70, 64) ▲ 2/2 | 29 % (35, 24) ▼ 1/2 | " in text
+    assert text.splitlines()[3].endswith("| 0.11 (0.10, 0.12) |")
+
+
 def test_methods_that_there_are_not_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from sdft_lightning.cli.demo import main
 
@@ -137,7 +166,7 @@ def test_demo_runs_from_nothing_to_table_and_plot(
     small_fit = ["--trainer.max_steps=2", "--trainer.val_check_interval=1", "--data.batch_size=3"]
     tiny = f"--model.policy.name={model_folder}"
 
-    examples = Path(__file__).parents[2] / "sdft_lightning" / "data" / "examples"
+    examples = ROOT / "sdft_lightning" / "data" / "examples"
     few = {}
     for name, source in (("general", "front_desk/general"), ("kept", "kept/questions")):
         lines = (examples / f"{source}.jsonl").read_text("utf-8").splitlines(keepends=True)
@@ -159,7 +188,7 @@ def test_demo_runs_from_nothing_to_table_and_plot(
             more.append(tiny)
         main([*arguments, *more])
 
-    configs = Path(__file__).parents[2] / "configs"
+    configs = ROOT / "configs"
     root, stored = tmp_path / "demo", tmp_path / "stored.json"
     result = run_demo(configs, root, 3, ("sft_retain", "sdft_retain"), command, stored)
     assert list(result.runs) == ["sft_retain", "sdft_retain"]

@@ -26,6 +26,10 @@ def test_script_has_at_most_15_lines() -> None:
     assert len([line for line in script().splitlines() if line.strip()]) <= 15
 
 
+def test_front_page_shows_the_same_script() -> None:
+    assert f"```python\n{script()}```" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_page_tells_every_name_that_is_offered_and_no_other() -> None:
     rows = [line for line in PAGE.splitlines() if line.startswith("| `")]
     told = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}

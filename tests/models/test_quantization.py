@@ -48,7 +48,9 @@ def test_missing_bitsandbytes_names_the_extra(
     model_folder: Path, installed: Callable[[bool], None]
 ) -> None:
     installed(False)
-    with pytest.raises(UserError, match=r"model\.policy.quantization.*sdft-lightning\[qlora\]"):
+    with pytest.raises(
+        UserError, match=r"model\.policy.quantization.*pip install -e '\.\[qlora\]'"
+    ):
         load_policy(Policy(str(model_folder), lora=LoRA(), quantization="nf4"))
 
 

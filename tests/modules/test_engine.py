@@ -162,7 +162,7 @@ def test_teacher_does_not_sample_with_another_engine(options: dict[str, Any]) ->
     ("options", "text"),
     [
         ({"sampling": Sampling(top_k=5, top_p=0.9)}, "top_k and top_p"),
-        ({}, r"pip install 'sdft-lightning\[vllm\]'"),
+        ({}, r"pip install -e '\.\[vllm\]'"),
     ],
 )
 def test_what_vllm_cannot_do_is_refused_before_a_model_is_loaded(

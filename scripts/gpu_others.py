@@ -47,12 +47,12 @@ def _by_folder(setting: Setting, model: Any) -> dict[str, Any]:
     """
     from safetensors.torch import load_file
 
-    from sdft_lightning.rollout.vllm.weights import WeightsFolder
+    from sdft_lightning.rollout.vllm.weights import Form, WeightsFolder
 
-    folder = WeightsFolder(None, "bfloat16")
+    folder = WeightsFolder(None)
     try:
         start = now(setting.device)
-        path = folder.write(model, own_head=False)
+        path = folder.write(model, Form(torch.bfloat16))
         written = now(setting.device)
         found = {
             name: tensor
@@ -62,20 +62,42 @@ def _by_folder(setting: Setting, model: Any) -> dict[str, Any]:
         read = now(setting.device)
     finally:
         folder.remove()
-    sent = dict(model.named_parameters())
-    wrong = [
-        name
-        for name, tensor in sent.items()
-        if name not in found or not torch.equal(found[name], tensor.detach().to(torch.bfloat16))
-    ]
-    if wrong:
-        raise WrongError(f"folder: {len(wrong)} tensors did not arrive whole, e.g. {wrong[0]}")
-    size = sum(tensor.numel() * tensor.element_size() for tensor in found.values())
+    size = _checked("folder", model, found)
     return {
         "seconds": read - start,
         "seconds_to_write": written - start,
         "gigabytes": size / 1e9,
     }
+
+
+def _by_stream(setting: Setting, model: Any) -> dict[str, Any]:
+    """Take every parameter from the stream, as a vLLM in the same process does.
+
+    Raises:
+        WrongError: If other weights arrive.
+    """
+    from sdft_lightning.rollout.vllm.weights import Form, weights_stream
+
+    form = Form(torch.bfloat16)
+    start = now(setting.device)
+    for _ in weights_stream(model, form):
+        pass
+    seconds = now(setting.device) - start
+    size = _checked("stream", model, dict(weights_stream(model, form)))
+    return {"seconds": seconds, "gigabytes": size / 1e9}
+
+
+def _checked(transport: str, model: Any, found: dict[str, torch.Tensor]) -> int:
+    """Bytes of what has arrived, once it is seen to be the model's weights."""
+    wrong = [
+        name
+        for name, tensor in model.named_parameters()
+        if name not in found or not torch.equal(found[name], tensor.detach().to(torch.bfloat16))
+    ]
+    if wrong:
+        text = f"{transport}: {len(wrong)} tensors did not arrive whole, e.g. {wrong[0]}"
+        raise WrongError(text)
+    return sum(tensor.numel() * tensor.element_size() for tensor in found.values())
 
 
 def _by_vllm(setting: Setting, model: Any) -> dict[str, Any]:
@@ -99,7 +121,8 @@ def _no_vllm() -> str:
 
 TRANSPORTS = (
     Transport("folder, written and read", lambda: "", _by_folder),
-    Transport("vLLM in this process, by a folder", _no_vllm, _by_vllm),
+    Transport("stream, taken parameter by parameter", lambda: "", _by_stream),
+    Transport("vLLM in this process, by its own choice of a transport", _no_vllm, _by_vllm),
 )
 
 

@@ -44,7 +44,8 @@ PARSEABLE = [
 def told() -> list[Path]:
     """Every page, config, notebook and script that tells somebody what to type."""
     kinds = ("docs/*.md", "configs/**/*.yaml", "notebooks/*.ipynb", "scripts/*", "*.md")
-    return [path for kind in kinds for path in ROOT.glob(kind) if path.name != "CHANGELOG.md"]
+    found = [path for kind in kinds for path in ROOT.glob(kind) if path.is_file()]
+    return [path for path in found if path.name != "CHANGELOG.md"]
 
 
 def test_the_command_has_one_name_and_the_other_is_named_once() -> None:

@@ -94,9 +94,10 @@ def test_what_parts_find_on_a_cpu(done: Done) -> None:
     for phase in ("rollout", "teacher", "divergence", "backward", "optimizer"):
         assert phases[phase]["planned_gigabytes"] > 0
         assert phases[phase]["peak_gigabytes"] > 0
-    folder = done.figures("hand_over")[0]
-    assert folder["seconds"] > 0
-    assert folder["gigabytes"] > 0
+    folder, stream = done.figures("hand_over")[:2]
+    for handed in (folder, stream):
+        assert handed["seconds"] > 0
+        assert handed["gigabytes"] == folder["gigabytes"] > 0
 
 
 @pytest.mark.timeout(1500)

@@ -66,6 +66,7 @@ OTHERS = {
     "_group_actions",
     "_is_mkldnn_bf16_supported",
     "_linear_pointwise",
+    "_non_persistent_buffers_set",
     "_reorder_linear_weight",
     "_replace",
     "_softmax_backward_data",

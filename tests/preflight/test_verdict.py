@@ -162,7 +162,7 @@ def test_rows_to_retain_are_recommended_where_the_teacher_s_manner_is_far_off() 
     found = report(
         0.0, 0.9, 0.5, retaining_options=["--data.retain=a", "--model.initial_copy=true"]
     )
-    line = "Recommended, against forgetting: --data.retain=a --model.initial_copy=true "
+    line = "Recommended, against forgetting: --data.retain=a --model.initial_copy=true. "
     assert line in found.table()
     assert "0.30 with another row's demonstration" in found.table()
     near = found._replace(kl_of_manner=0.15)

@@ -70,6 +70,27 @@ def test_each_claim_is_reported_as_shown_or_not() -> None:
     assert findings(result_of(GOOD, kept))[-1].startswith("- NOT shown")
 
 
+@pytest.mark.parametrize(("text", "shown"), [(-1000.05, "NOT shown"), (-1000.02, "shown")])
+def test_two_per_cent_of_perplexity_are_no_loss(text: float, shown: str) -> None:
+    found = findings(result_of(measured(48, 45, 59, 258, text, 0.1), LOST))
+    assert found[5] == f"- {shown}: SDFT with rows to retain: perplexity kept"
+
+
+@pytest.mark.parametrize(
+    ("main", "sft", "shown"),
+    [
+        (50, measured(24, 44, 46, 258, -1000.0, 1.2), "NOT shown"),  # both below base, and alike
+        (59, measured(24, 44, 30, 258, -1000.0, 0.25), "NOT shown"),  # no threefold drift
+        (59, measured(24, 44, 30, 258, -1000.0, 0.35), "shown"),
+    ],
+)
+def test_sft_is_compared_with_sdft_and_not_with_the_base(
+    main: int, sft: Measured, shown: str
+) -> None:
+    found = findings(result_of(measured(48, 45, main, 258, -1000.0, 0.1), sft))
+    assert found[-1].startswith(f"- {shown}")
+
+
 def test_a_difference_that_noise_explains_is_no_loss() -> None:
     few = measured(48, 45, 56, 256, -1000.0, 0.1)  # four items of 170: 2.4 points, p 0.125
     assert findings(result_of(few, LOST))[3].startswith("- shown")

@@ -46,7 +46,7 @@ models: $(STAMP) ## compare every architecture of transformers with plain passes
 	$(PYTHON_BIN) tests/models/sweep/models_page.py .models
 	rm -rf .models
 
-demo: model ## teach the embedded model facts on the CPU (about 20 minutes)
+demo: model ## teach the embedded model facts on the CPU (18 to 25 minutes)
 	$(PYTHON_BIN) -m sdft_lightning.cli.demo $(DEMO)
 
 perf: model ## time our step, loss and sampling against TRL's and plain ones (one to two hours)

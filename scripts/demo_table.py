@@ -31,7 +31,7 @@ MEASURES = ("new", "instructions", "general")
 def results_of(stored: Stored) -> dict[int, DemoResult]:
     """What each seed's demo came to, from stored runs."""
     assert stored.base is not None, "the base model was not stored"
-    return {seed: DemoResult(*stored.base, runs, [], seed) for seed, runs in stored.runs.items()}
+    return {seed: DemoResult(*stored.base, runs, {}) for seed, runs in stored.runs.items()}
 
 
 def table_of_seeds(stored: Stored) -> str:

@@ -83,7 +83,7 @@ class Outcome(NamedTuple):
     figures: list[dict[str, Any]]
 
     def line(self) -> str:
-        """As JSON."""
+        """One line of JSON: name, status, reason and figures of the part, seconds to a tenth."""
         return json.dumps({**self._asdict(), "seconds": round(self.seconds, 1)})
 
 

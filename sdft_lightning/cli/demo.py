@@ -21,6 +21,7 @@ from sdft_lightning.cli.demo_result import (
     Run,
     draw,
     load_stored,
+    nearest_runs,
     read_curve,
     read_measured,
     store,
@@ -62,15 +63,16 @@ def run_demo(
         held = held._replace(base=(base, float(record[f"test/task/{TASK}/teacher_accuracy"])))
     assert held.base is not None
     trained: dict[str, Run] = {}
-    near = seed if seed in held.runs else next(iter(held.runs), seed)
-    others = {name: run for name, run in held.runs.get(near, {}).items() if name not in train}
+    near = {name: each for name, each in nearest_runs(held, seed).items() if name not in train}
+    others = {name: run for name, (_, run) in near.items()}
     for name in (MAIN, *(name for name in METHODS if name != MAIN)):
         if name in train:
             new = (trained | others)[MAIN].measured.share("new").value if name != MAIN else None
             trained[name] = course.train(name, new)
     runs = {name: (trained | others)[name] for name in METHODS if name in trained | others}
-    named = [*([] if (root / BASE).exists() else [BASE]), *(n for n in runs if n not in trained)]
-    result = DemoResult(*held.base, runs, named, near)
+    base_of: dict[str, int | None] = {} if (root / BASE).exists() else {BASE: None}
+    named = base_of | {name: near[name][0] for name in runs if name in near}
+    result = DemoResult(*held.base, runs, named)
     (root / "table.md").write_text(table(result) + "\n", encoding="utf-8")
     draw(result, root / "demo.png")
     return result

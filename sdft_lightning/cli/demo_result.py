@@ -105,15 +105,13 @@ class DemoResult(NamedTuple):
         base: The model before training.
         teacher: Accuracy of the teacher, which sees source text and answer.
         runs: By the name of the method, those that there are.
-        stored: What was read from stored runs: names of methods, `base`.
-        seed: Of these runs.
+        stored: What was read from stored runs, with the seed of each: names of methods, `base`.
     """
 
     base: Measured
     teacher: float
     runs: dict[str, Run]
-    stored: list[str]
-    seed: int
+    stored: dict[str, int | None]
 
     @property
     def main(self) -> Measured:
@@ -161,6 +159,16 @@ class Stored(NamedTuple):
     runs: dict[int, dict[str, Run]]  # by seed, then by the name of the method
 
 
+def nearest_runs(stored: Stored, seed: int) -> dict[str, tuple[int, Run]]:
+    """Of each method the run of a seed, or of the first one that has it, with its seed."""
+    seeds = [seed, *(each for each in stored.runs if each != seed)]
+    found: dict[str, tuple[int, Run]] = {}
+    for each in seeds:
+        for name, run in stored.runs.get(each, {}).items():
+            found.setdefault(name, (each, run))
+    return found
+
+
 def load_stored(path: Path) -> Stored:
     """Read a file of stored runs; empty where there is no file."""
     if not path.is_file():
@@ -204,13 +212,16 @@ def table(result: DemoResult) -> str:
             title = f"{METHODS[name].title}, {shown.step} steps"
             lines.append(_row(f"**{title}**" if name == MAIN else title, shown, base))
     lines.append(f"| teacher, with source text and answer | {100 * result.teacher:.0f} % | | | | |")
-    stored = ", ".join(METHODS[name].title if name in METHODS else name for name in result.stored)
+    stored = ", ".join(
+        name if seed is None else f"{METHODS[name].title} (seed {seed})"
+        for name, seed in result.stored.items()
+    )
     told = [
         "In brackets 95 % intervals; ▼ and ▲: worse and better than base, item by item, p at most",
         "0.05. SFT's checkpoints are those of nearest new ability.",
     ]
     if stored:
-        told.append(f"From stored runs of seed {result.seed}, not measured now: {stored}.")
+        told.append(f"From stored runs, not measured now: {stored}.")
     return "\n".join([*lines, "", *told, "", *findings(result)])
 
 

@@ -18,6 +18,7 @@ from sdft_lightning.cli.demo_result import (
     Stored,
     findings,
     load_stored,
+    nearest_runs,
     read_curve,
     store,
     table,
@@ -51,7 +52,7 @@ def result_of(main: Measured, sft: Measured | None = None) -> DemoResult:
     if sft is not None:
         points = [Point(sft.step, sft.share("new").value, sft.drift)]
         runs["sft"] = Run(points, sft, 3.0)
-    return DemoResult(BASE, 0.8, runs, ["base", "sft"] if sft else [], 42)
+    return DemoResult(BASE, 0.8, runs, {"base": None, "sft": 42} if sft else {})
 
 
 def test_each_claim_is_reported_as_shown_or_not() -> None:
@@ -105,19 +106,27 @@ def test_table_has_every_model_with_intervals_and_marks() -> None:
     assert "| **SDFT with rows to retain, 48 steps** | 70 % (58 % to 80 %) ▲ | 35 % " in text
     (sft,) = [line for line in text.splitlines() if line.startswith("| SFT, 24 steps")]
     assert sft.count("▼") == 3
-    assert "From stored runs of seed 42, not measured now: base, SFT." in text
+    assert "From stored runs, not measured now: base, SFT (seed 42)." in text
 
 
 def test_stored_runs_come_back_as_they_were(tmp_path: Path) -> None:
     path = tmp_path / "demo" / "runs.json"
-    result = result_of(GOOD, LOST)._replace(stored=[])
+    result = result_of(GOOD, LOST)._replace(stored={})
     store(path, 43, result)
     assert load_stored(path) == Stored((BASE, 0.8), {43: result.runs})
-    other = result._replace(base=LOST, stored=["base", "sdft_retain"])
+    other = result._replace(base=LOST, stored={"base": None, "sdft_retain": 43})
     store(path, 42, other)
     held = load_stored(path)
     assert held == Stored((BASE, 0.8), {42: {"sft": result.runs["sft"]}, 43: result.runs})
     assert load_stored(tmp_path / "none.json") == Stored(None, {})
+
+
+def test_of_each_method_the_seed_s_own_run_is_taken_or_the_first_that_there_is() -> None:
+    mine, others = (Run([], each, 1.0) for each in (GOOD, LOST))
+    stored = Stored(None, {42: {"sdft_retain": mine}, 44: {"sdft_retain": others, "sft": others}})
+    assert nearest_runs(stored, 42) == {"sdft_retain": (42, mine), "sft": (44, others)}
+    assert nearest_runs(stored, 44)["sdft_retain"] == (44, others)
+    assert nearest_runs(stored, 7)["sdft_retain"] == (42, mine)
 
 
 def test_only_validations_become_points(tmp_path: Path) -> None:
@@ -215,7 +224,7 @@ def test_demo_runs_from_nothing_to_table_and_plot(
     assert list(result.runs) == ["sft_retain", "sdft_retain"]
     assert result.runs["sdft_retain"].measured.step == 2
     assert result.runs["sft_retain"].measured.step == 1  # both points know nothing, as SDFT
-    assert result.stored == []
+    assert result.stored == {}
     assert result.main.drift > 0
     assert "**SDFT with rows to retain, 2 steps**" in (root / "table.md").read_text("utf-8")
     assert (root / "demo.png").stat().st_size > 10_000
@@ -224,7 +233,7 @@ def test_demo_runs_from_nothing_to_table_and_plot(
     # A second demo reads what the first has stored.
     store(stored, 3, result)
     again = run_demo(configs, tmp_path / "again", 3, (), command, stored)
-    assert again == result._replace(stored=["base", "sft_retain", "sdft_retain"])
+    assert again == result._replace(stored={"base": None, "sft_retain": 3, "sdft_retain": 3})
     # Of a seed that has none, those of the first that has.
     other = run_demo(configs, tmp_path / "other", 4, (), command, stored)
     assert other == again
